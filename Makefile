@@ -1,0 +1,194 @@
+# Everything that is done in a clone, or with one. Needs a Python of 3.10 or newer, GNU make, and nothing else.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/sh
+
+VERSIONS := 3.14 3.13 3.12 3.11 3.10
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+ROOT := $(filter 0,$(shell id -u))
+SUITE = $(wildcard tests/unit tests/system $(if $(ROOT),tests/root))
+
+# -- finding a Python -----------------------------------------------------------------------------
+
+# Prints the first of the given commands that is a Python Reaper runs on and that can make a virtual environment.
+# Debian's python3 has the module venv and cannot use it before python3-venv is there, which is what ensurepip tells.
+# A pyenv shim exists for versions that are not switched on: only running it tells.
+SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
+first_python = for python in $(1); do "$$python" -c '$(SUITABLE)' 2>/dev/null && { echo "$$python"; break; }; done
+pythons = python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python$(1))
+
+# The python3 one has switched on, else the newest that is found; PYTHON=/path/to/python chooses another.
+PYTHON ?= $(eval PYTHON := $(shell $(call first_python,python3 $(foreach v,$(VERSIONS),$(call pythons,$v)))))$(PYTHON)
+NO_PYTHON = no Python of 3.10 or newer with the modules venv and ensurepip was found; install one \
+(Debian and Ubuntu: python3 and python3-venv), or name one: make PYTHON=/path/to/python3
+need = @[ -n '$($(1))' ] && $($(1)) -c '$(SUITABLE)' 2>/dev/null || { echo '$(NO_PYTHON)' >&2; exit 2; }
+
+# -- in the clone ---------------------------------------------------------------------------------
+
+.PHONY: help
+help: ## list what make can do here
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+# An environment belongs to the place it was made in: scripts and the editable install name that path.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
+$(STAMP): pyproject.toml
+	$(call need,PYTHON)
+	@echo 'preparing $(VENV) (once, and after a change of pyproject.toml)'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
+	@echo '$(CURDIR)' >$@
+
+.PHONY: demo
+demo: $(STAMP) ## kill a real grid search with SIGKILL, and watch Reaper clean up after it (20 s)
+	@$(BIN)/python examples/demo.py
+
+.PHONY: test
+test: lint check ## lint, then every test: unit, system, and as root those that need root
+
+.PHONY: check
+check: $(STAMP) ## every test, without lint; PYTEST_ARGS="-k name" chooses
+	$(BIN)/python -m pytest $(SUITE) $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy --strict
+	$(BIN)/python -m mypy --strict examples/demo.py tests/support/bootedsystem.py
+
+.PHONY: format
+format: $(STAMP) ## put the code into the form that lint asks for
+	$(BIN)/python -m ruff check --fix-only --exit-zero .
+	$(BIN)/python -m ruff format .
+
+# On paths of its own, so that it meets neither an installed daemon nor its state. Root's daemon is in system mode
+# here too: the mode follows the user, not the paths.
+RUN ?= $(CURDIR)/build/run
+CONFIG ?= config/reaper.toml
+
+.PHONY: run
+run: $(STAMP) ## run the daemon here, in the foreground, beside any that is installed
+	@[ $$(printf %s '$(RUN)/reaper.sock' | wc -c) -le 100 ] || { \
+	    echo 'a socket path may have 107 characters: make run RUN=/tmp/reaper-run' >&2; exit 2; }
+	@mkdir -p '$(RUN)' && chmod 0700 '$(RUN)'
+	@echo "to use it from another terminal:  export REAPER_SOCKET='$(RUN)/reaper.sock'"
+	@exec $(BIN)/python -m reaperd --config '$(CONFIG)' --socket '$(RUN)/reaper.sock' --state-dir '$(RUN)/state'
+
+.PHONY: matrix
+matrix: ## every test on every Python from 3.10 to 3.14 that is found, each in a .venv-3.X
+	@failed=; tested=; \
+	$(foreach v,$(VERSIONS),python=$$($(call first_python,$(call pythons,$v))); \
+	    if [ -z "$$python" ]; then echo '== Python $v was not found'; else \
+	        echo "== Python $v: $$python"; \
+	        $(MAKE) --no-print-directory check VENV=.venv-$v PYTHON="$$python" \
+	            && tested="$$tested $v" || failed="$$failed $v"; fi; \
+	) \
+	echo "== passed on:$${tested:- none}$${failed:+; failed on:$$failed}"; [ -z "$$failed" ]
+
+.PHONY: clean
+clean: ## remove all that make made here
+	rm -rf .venv .venv-* build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- on the machine -------------------------------------------------------------------------------
+
+# DESTDIR stages the files for a package: no user is made then, and nothing is started.
+DESTDIR ?=
+PREFIX ?= /opt/reaper
+BINDIR ?= /usr/local/bin
+LIBDIR ?= /usr/local/lib
+CONFDIR := /etc/reaper
+STATEDIR := /var/lib/reaper
+EXTRAS ?=
+
+TARGET = $(DESTDIR)$(PREFIX)
+FRESH = $(TARGET).new
+UNITS = $(LIBDIR)/systemd/system/reaperd.service
+USER_UNITS = $(LIBDIR)/systemd/user/reaperd.service
+SYSUSERS = $(LIBDIR)/sysusers.d/reaper.conf
+LIVE := $(wildcard /run/systemd/system)
+GATE_USER := reaper-gate
+
+# The system's own Python first: one in somebody's home is out of the gate's reach, and may vanish with its owner.
+INSTALL_PYTHON ?= $(eval INSTALL_PYTHON := $(shell \
+    $(call first_python,/usr/bin/python3 /usr/local/bin/python3 $(PYTHON))))$(INSTALL_PYTHON)
+
+.PHONY: rights
+rights:
+	@[ -n '$(ROOT)$(DESTDIR)' ] || { echo 'this needs root: sudo make $(MAKECMDGOALS) (or DESTDIR=... to stage)' >&2; exit 2; }
+	@case '$(PREFIX)' in /?*) ;; *) echo 'PREFIX must be an absolute path' >&2; exit 2 ;; esac
+	@[ ! -e '$(TARGET)' ] || [ -e '$(TARGET)/pyvenv.cfg' ] || { \
+	    echo '$(TARGET) exists and is no virtual environment: it is left alone. Choose another PREFIX' >&2; exit 2; }
+
+.PHONY: install
+install: rights ## install on this machine, as root: daemon, reaperctl, units, gate user, and start it
+	$(call need,INSTALL_PYTHON)
+	@# Made beside the old one and moved into its place when whole: a failed download costs nothing.
+	@rm -rf '$(FRESH)'
+	@$(INSTALL_PYTHON) -m venv '$(FRESH)'
+	@'$(FRESH)/bin/python' -m pip install -qq --disable-pip-version-check --no-compile '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@'$(FRESH)/bin/python' -m pip uninstall -qq --yes setuptools  # Python 3.11 and older bring it; it slows every start
+	@grep -rlI '$(FRESH)' '$(FRESH)/bin' '$(FRESH)/pyvenv.cfg' | while IFS= read -r file; do \
+	    sed -i 's|$(FRESH)|$(PREFIX)|g' "$$file"; done
+	@'$(FRESH)/bin/python' -m compileall -q -f -s '$(FRESH)' -p '$(PREFIX)' '$(FRESH)/lib'
+	@install -d '$(FRESH)/share/reaper' && cp -R config/. '$(FRESH)/share/reaper/'
+	@rm -rf '$(TARGET).old'
+	@if [ -e '$(TARGET)' ]; then mv '$(TARGET)' '$(TARGET).old'; fi
+	@mv '$(FRESH)' '$(TARGET)' && rm -rf '$(TARGET).old'
+	@install -d '$(DESTDIR)$(BINDIR)'
+	@for command in reaperd reaperctl; do ln -sfn "$(PREFIX)/bin/$$command" "$(DESTDIR)$(BINDIR)/$$command"; done
+	@for unit in system user; do \
+	    source=packaging/systemd/$$([ $$unit = system ] || echo user/)reaperd.service; \
+	    install -d "$(DESTDIR)$(LIBDIR)/systemd/$$unit"; \
+	    sed 's|/usr/local/bin/|$(BINDIR)/|g' "$$source" >"$(DESTDIR)$(LIBDIR)/systemd/$$unit/reaperd.service"; \
+	    chmod 0644 "$(DESTDIR)$(LIBDIR)/systemd/$$unit/reaperd.service"; done
+	@install -D -m 0644 packaging/systemd/reaper.sysusers.conf '$(DESTDIR)$(SYSUSERS)'
+	@if [ -e '$(DESTDIR)$(CONFDIR)/reaper.toml' ]; then \
+	    echo 'kept $(CONFDIR)/reaper.toml; every setting, with its default: $(PREFIX)/share/reaper/reaper.toml'; \
+	else install -D -m 0644 config/reaper.toml '$(DESTDIR)$(CONFDIR)/reaper.toml'; fi
+ifeq ($(DESTDIR),)
+	@if command -v systemd-sysusers >/dev/null; then systemd-sysusers '$(SYSUSERS)'; \
+	elif ! getent passwd $(GATE_USER) >/dev/null; then \
+	    useradd --system --user-group --no-create-home --home-dir / --shell /usr/sbin/nologin $(GATE_USER); fi
+ifneq ($(LIVE),)
+	@systemctl daemon-reload && systemctl --quiet enable reaperd.service && systemctl restart reaperd.service
+	@echo 'installed and started: systemctl status reaperd, reaperctl status'
+else
+	@echo 'installed; systemd does not run here, so start it yourself: $(BINDIR)/reaperd'
+endif
+else
+	@echo 'staged below $(DESTDIR); at its place it still needs the user $(GATE_USER) ($(SYSUSERS))'
+endif
+
+.PHONY: uninstall
+uninstall: rights ## take it off this machine; a changed configuration and the history stay
+ifeq ($(DESTDIR),)
+ifneq ($(LIVE),)
+	@if systemctl cat reaperd.service >/dev/null 2>&1; then systemctl --quiet disable --now reaperd.service; fi
+endif
+endif
+	@for file in reaper.toml; do \
+	    if cmp -s '$(TARGET)/share/reaper/reaper.toml' '$(DESTDIR)$(CONFDIR)/reaper.toml'; then \
+	        rm -f '$(DESTDIR)$(CONFDIR)/reaper.toml'; fi; done
+	@rm -rf '$(TARGET)' '$(TARGET).new' '$(TARGET).old'
+	@rm -f '$(DESTDIR)$(UNITS)' '$(DESTDIR)$(USER_UNITS)' '$(DESTDIR)$(SYSUSERS)'
+	@for command in reaperd reaperctl; do \
+	    link='$(DESTDIR)$(BINDIR)'/$$command; \
+	    [ "$$(readlink "$$link")" != "$(PREFIX)/bin/$$command" ] || rm -f "$$link"; done
+ifeq ($(DESTDIR),)
+	@if getent passwd $(GATE_USER) >/dev/null; then userdel $(GATE_USER); fi
+ifneq ($(LIVE),)
+	@systemctl daemon-reload
+endif
+endif
+	@for folder in '$(CONFDIR)' '$(STATEDIR)'; do \
+	    rmdir "$(DESTDIR)$$folder" 2>/dev/null || [ ! -e "$(DESTDIR)$$folder" ] || \
+	        echo "kept $$folder, which is yours: rm -r $$folder removes it too"; done
+	@echo 'uninstalled'

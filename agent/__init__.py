@@ -1,0 +1,71 @@
+"""Reaper's agent: one line in a training script, and nothing the script started outlives it.
+
+    import agent
+    agent.register()
+
+Importing this costs next to nothing: the work is imported by the first call.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # `import typing` alone takes longer than all of this module
+    from agent.session import RegistrationError, Session, Spared
+
+__all__ = ["RegistrationError", "Session", "progress", "register", "spared", "unregister"]
+
+
+def register(
+    name: str | None = None, *, socket: str | None = None, timeout: float = 1.0, required: bool = False
+) -> Session:
+    """Make this process the leader of a session: when it dies, Reaper ends all that it started.
+
+    ``name`` (1 to 200 characters) is what people see, the script's name by default. ``socket`` is the daemon's, else
+    ``REAPER_SOCKET``, else the user's own daemon's if one answers, else the system's. ``timeout`` is in seconds.
+
+    Idempotent in one process. A forked worker gets its leader's session back and never becomes a leader itself.
+    Without a daemon it marks what is started all the same, warns once and returns: a daemon that starts later adopts
+    the session. ``required=True`` raises RegistrationError instead. ``REAPER_DISABLE=1`` switches everything off.
+    No thread, socket or signal handler stays behind.
+    """
+    from agent import session
+
+    return session.register(name, socket=socket, timeout=timeout, required=required)
+
+
+def unregister() -> None:
+    """End the session cleanly: nothing that is started from now on belongs to it, and while this process lives
+    none of its workers is touched. What they still are when this process ends gets ``exit_grace`` and is then ended.
+    """
+    from agent import session
+
+    session.unregister()
+
+
+def spared() -> Spared:
+    """Return a context in which started processes are meant to outlive the leader (TensorBoard, a model server).
+
+    It holds for what any thread of this process starts meanwhile. A process started with an environment of its own
+    must be given ``REAPER_SPARED`` in it: that variable is the mark.
+    """
+    from agent import session
+
+    return session.Spared()
+
+
+def progress(done: float, total: float | None = None, message: str = "") -> None:
+    """Say how far the work is, in any unit; costs microseconds and sends nothing.
+
+    ``total`` is None where it is not known. Without a session, and in a worker, it does nothing.
+    """
+    from agent import session
+
+    session.progress(done, total, message)
+
+
+def __getattr__(name: str) -> object:
+    if name in ("RegistrationError", "Session", "Spared"):
+        from agent import session
+
+        return getattr(session, name)
+    raise AttributeError(f"module 'agent' has no attribute {name!r}")

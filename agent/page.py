@@ -1,0 +1,85 @@
+"""The session page as its leader holds it: a sealed memfd of 4 KiB, open and mapped for the life of the process.
+
+Forked workers inherit the descriptor and the mapping, so the page marks them as family, and the daemon
+can read it after the leader was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import threading
+
+from agent import wire
+
+# linux/fcntl.h; the constants are in Python's fcntl module for some versions only.
+_F_ADD_SEALS = 1033
+_SEAL_SHRINK, _SEAL_GROW, _SEAL_FUTURE_WRITE = 0x2, 0x4, 0x10
+
+
+class SessionPage:
+    """One page. All writes go through its mapping: write(2) is sealed off for everybody."""
+
+    def __init__(self, session: str, name: str, start_ticks: int, boot_id: str) -> None:
+        """Make, map and seal the page; OSError where the kernel lacks memfd sealing (Linux 5.1)."""
+        self._identity = (session, name, start_ticks, boot_id)
+        self._flags = 0
+        self._sequence = 0
+        self._record_bytes = 0
+        self._lock = threading.Lock()
+        self.fd = os.memfd_create(wire.PAGE_PREFIX + session, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, wire.PAGE_BYTES)
+            self._memory = mmap.mmap(self.fd, wire.PAGE_BYTES)
+            fcntl.fcntl(self.fd, _F_ADD_SEALS, _SEAL_SHRINK | _SEAL_GROW | _SEAL_FUTURE_WRITE)
+        except OSError:
+            os.close(self.fd)
+            raise
+
+    def write_record(self, sockets: list[str]) -> None:
+        """Say who the leader is and which daemon's socket it belongs to (all that were tried, where none answered)."""
+        session, name, start_ticks, boot_id = self._identity
+        record = wire.pack_record(session, name, start_ticks, boot_id, self.fd, sockets)
+        self._record_bytes = len(record)
+        self._write(wire.RECORD_AT, record)
+
+    def write_progress(self, done: float, total: float | None, message: str) -> None:
+        """Say how far the work is."""
+        self._write(wire.PROGRESS_AT, wire.pack_progress(done, total, message))
+
+    def raise_flag(self, flag: int) -> None:
+        """Set ``wire.CLOSING`` or ``wire.ENDED``."""
+        self._flags |= flag
+        self._write(wire.RECORD_AT, b"")
+
+    def _write(self, at: int, data: bytes) -> None:
+        with self._lock:
+            memory = self._memory
+            self._sequence = (self._sequence + 2) & 0xFFFFFFFE
+            memory[wire.SEQUENCE_SLICE] = (self._sequence | 1).to_bytes(4, "little")
+            memory[at : at + len(data)] = data
+            header = wire.pack_header(self._sequence, self._flags, self._record_bytes)
+            memory[: len(header)] = header
+
+    def after_fork(self) -> None:
+        """Make the page usable in a forked child: another thread of the parent may have held the lock."""
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Unmap and close the page: the mark is gone from this process."""
+        self._memory.close()
+        with contextlib.suppress(OSError):  # the program may have closed all its descriptors
+            os.close(self.fd)
+        self.fd = -1
+
+
+class SparedMark:
+    """What a forked child that was started under ``spared()`` carries instead of the page."""
+
+    def __init__(self, session: str) -> None:
+        """Make and map the mark; it holds nothing but its name."""
+        self.fd = os.memfd_create(wire.SPARED_PREFIX + session, os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, mmap.PAGESIZE)
+        self._memory = mmap.mmap(self.fd, mmap.PAGESIZE)

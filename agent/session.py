@@ -1,0 +1,311 @@
+"""Registration: this process becomes the leader of a session, and what it starts from then on carries the session's marks.
+
+Everything here acts for the process that called ``register()``; a forked child is a worker of that session
+and never a second leader.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import warnings
+from typing import TYPE_CHECKING
+
+from agent import client, wire
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from agent.page import SessionPage, SparedMark
+
+
+class RegistrationError(RuntimeError):
+    """``register(required=True)`` found no daemon that watches this session; the text says why."""
+
+
+class Session:
+    """What ``register()`` returns.
+
+    ``id`` is empty where nothing was registered (``REAPER_DISABLE=1``, not Linux); ``socket`` is the daemon that
+    accepted the session, None where none did (yet); ``max_workers`` is that daemon's limit, None without one.
+    """
+
+    __slots__ = ("id", "max_workers", "name", "pid", "socket")
+
+    def __init__(self, session: str, name: str, pid: int) -> None:
+        """Describe a session; registering it is ``register()``'s work."""
+        self.id = session
+        self.name = name
+        self.pid = pid
+        self.socket: str | None = None
+        self.max_workers: int | None = None
+
+    @property
+    def leading(self) -> bool:
+        """Whether this process is the session's leader (a forked worker holds the same object and is not)."""
+        return self.pid == os.getpid()
+
+    def __repr__(self) -> str:
+        """Return the id, the name and whether a daemon watches."""
+        return f"<Session {self.id or 'off'} name={self.name!r} socket={self.socket!r}>"
+
+
+class _Process:
+    """What this process is to Reaper."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.session: Session | None = None
+        self.page: SessionPage | None = None
+        self.outer_lineage: str | None = None
+        self.sparing = 0
+        self.spared_mark: SparedMark | None = None
+        self.kept_pages: list[SessionPage] = []  # of sessions whose end no daemon has noted
+        self.hooked = False
+        self.warned = False
+
+
+_process = _Process()
+
+
+def register(
+    name: str | None = None, *, socket: str | None = None, timeout: float = 1.0, required: bool = False
+) -> Session:
+    """Make this process the leader of a session; see ``agent.register``."""
+    name = _checked_name(name)
+    if not 0 < timeout < 3600:
+        raise ValueError(f"timeout: must be more than 0 s and less than an hour, got {timeout!r}")
+    if os.environ.get("REAPER_DISABLE") == "1":
+        return Session("", name, os.getpid())
+    if sys.platform != "linux":
+        return _without_daemon(Session("", name, os.getpid()), "Reaper works on Linux only", required)
+    with _process.lock:
+        session = _process.session
+        if session is not None and not session.leading:
+            return session
+        if session is None:
+            inherited = _session_of_parent(name)
+            if inherited is not None:
+                return inherited
+            try:
+                session = _stamp(name, client.candidate_sockets(socket))
+            except OSError as error:
+                reason = f"this system cannot mark the session: {error}"
+                return _without_daemon(Session("", name, os.getpid()), reason, required)
+        if session.socket is None:
+            _announce(session, socket, float(timeout), required)
+        return session
+
+
+def _checked_name(name: str | None) -> str:
+    if name is None:
+        script = os.path.basename(sys.argv[0]) if sys.argv else ""
+        return (script if script not in ("", "-c", "-m") else "python")[: wire.MAX_NAME_CHARS]
+    if not isinstance(name, str):
+        raise TypeError(f"name: must be a text, got {type(name).__name__}")
+    if not 0 < len(name) <= wire.MAX_NAME_CHARS or "\0" in name:
+        raise ValueError(f"name: must have 1 to {wire.MAX_NAME_CHARS} characters and no NUL, got {len(name)}")
+    return name.encode("utf-8", "replace").decode()  # a lone surrogate is no JSON
+
+
+def _session_of_parent(name: str) -> Session | None:
+    """Return the parent's session while a spawned worker imports the parent's main module anew.
+
+    An unguarded ``agent.register()`` at the top of a script runs in every spawn, forkserver and loky worker too.
+    ``_inheriting`` is what multiprocessing itself looks at to refuse starting a process at that moment
+    (multiprocessing/spawn.py, ``_check_not_importing_main``).
+    """
+    module = sys.modules.get("multiprocessing.process")
+    if module is None or not getattr(module.current_process(), "_inheriting", False):
+        return None
+    lineage = wire.parse_lineage(os.environ.get(wire.LINEAGE_VARIABLE, ""))
+    if not lineage:
+        return Session("", name, 0)
+    return Session(lineage[-1], name, wire.SessionId.parse(lineage[-1]).pid)
+
+
+def _stamp(name: str, sockets: list[str]) -> Session:
+    """Put both marks on this process: from here on, whatever it starts is recognised without any daemon's help."""
+    from agent.page import SessionPage
+
+    pid, start_ticks = os.getpid(), _start_ticks()
+    place = wire.place_of(_first_listening(sockets), wire.parse_cgroup(_read_text("/proc/self/cgroup")))
+    session_id = wire.format_session_id(pid, start_ticks, place, int.from_bytes(os.urandom(4), "little"))
+    page = SessionPage(session_id, name, start_ticks, _read_text("/proc/sys/kernel/random/boot_id").strip())
+    page.write_record(sockets)
+    outer = os.environ.get(wire.LINEAGE_VARIABLE)
+    os.environ[wire.LINEAGE_VARIABLE] = f"{outer}:{session_id}" if outer else session_id
+    _process.outer_lineage, _process.page = outer, page
+    _process.session = session = Session(session_id, name, pid)
+    if not _process.hooked:
+        os.register_at_fork(after_in_child=_after_fork_in_child)
+        atexit.register(_at_exit)
+        _process.hooked = True
+    return session
+
+
+def _first_listening(sockets: list[str]) -> str:
+    for path in sockets:
+        if not client.listens(path):
+            return path
+    return sockets[0]
+
+
+def _announce(session: Session, socket: str | None, timeout_s: float, required: bool) -> None:
+    """Tell a daemon, the first that accepts; without one the marks must do until a daemon starts."""
+    page = _process.page
+    assert page is not None, "a session that leads has a page"
+    message = {
+        "op": "register",
+        "session": session.id,
+        "name": session.name,
+        "start_ticks": wire.SessionId.parse(session.id).start_ticks,
+        "page_fd": page.fd,
+    }
+    reasons = []
+    for path in client.candidate_sockets(socket):
+        try:
+            reply = client.request(path, message, timeout_s=timeout_s)
+        except client.Unreachable as error:
+            reasons.append(str(error))
+        except wire.WireError as error:
+            reasons.append(f"{path}: refused: {error}")
+        else:
+            session.socket = path
+            limit = reply.get("max_workers")
+            session.max_workers = limit if isinstance(limit, int) and limit > 0 else None
+            page.write_record([path])
+            return
+    _without_daemon(session, "; ".join(reasons), required)
+
+
+def _without_daemon(session: Session, reason: str, required: bool) -> Session:
+    if required:
+        raise RegistrationError(f"no Reaper daemon watches this session: {reason}")
+    if not _process.warned:
+        _process.warned = True
+        warnings.warn(
+            f"no Reaper daemon watches this session, training goes on without one: {reason}",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return session
+
+
+def unregister() -> None:
+    """End this process's session cleanly; see ``agent.unregister``."""
+    with _process.lock:
+        session, page = _process.session, _process.page
+        if session is None or page is None or not session.leading:
+            return
+        _remove_environment_stamp(session.id)
+        _process.session = _process.page = None
+        page.raise_flag(wire.ENDED)
+        if session.socket is not None:
+            try:
+                client.request(session.socket, {"op": "unregister", "session": session.id})
+            except (client.Unreachable, wire.WireError):
+                pass
+            else:
+                page.close()
+                return
+        _process.kept_pages.append(page)  # its flag tells a daemon that comes later
+
+
+def _remove_environment_stamp(session_id: str) -> None:
+    current = os.environ.get(wire.LINEAGE_VARIABLE, "")
+    words = [word for word in current.split(":") if word and word != session_id]
+    if words or _process.outer_lineage is not None:
+        os.environ[wire.LINEAGE_VARIABLE] = ":".join(words)
+    else:
+        os.environ.pop(wire.LINEAGE_VARIABLE, None)
+
+
+def progress(done: float, total: float | None = None, message: str = "") -> None:
+    """Say how far the session is; see ``agent.progress``."""
+    page, session = _process.page, _process.session
+    if page is not None and session is not None and session.leading:
+        page.write_progress(done, total, message)
+
+
+class Spared:
+    """The context that ``agent.spared()`` returns."""
+
+    def __init__(self) -> None:
+        """Nothing happens before the block is entered."""
+        self._outer: str | None = None
+        self._pid = 0
+
+    def __enter__(self) -> None:
+        """Mark what is started from here on, by any thread, as meant to outlive the session."""
+        with _process.lock:
+            self._pid = os.getpid()
+            session = _spared_session()
+            if session is None:
+                return
+            _process.sparing += 1
+            self._outer = os.environ.get(wire.SPARED_VARIABLE)
+            os.environ[wire.SPARED_VARIABLE] = f"{self._outer}:{session}" if self._outer else session
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the mark away again, but not in a child that was forked inside: that one is spared for good."""
+        with _process.lock:
+            if self._pid != os.getpid() or not _process.sparing:
+                return
+            _process.sparing -= 1
+            if self._outer is None:
+                os.environ.pop(wire.SPARED_VARIABLE, None)
+            else:
+                os.environ[wire.SPARED_VARIABLE] = self._outer
+
+
+def _spared_session() -> str | None:
+    """Return the id of the innermost session that this process belongs to, as leader or as worker."""
+    if _process.session is not None and _process.session.id:
+        return _process.session.id
+    lineage = wire.parse_lineage(os.environ.get(wire.LINEAGE_VARIABLE, ""))
+    return lineage[-1] if lineage else None
+
+
+def _after_fork_in_child() -> None:
+    """Make the child what it is: a worker, or, inside ``spared()``, a process of its own."""
+    _process.lock = threading.RLock()
+    for page in _process.kept_pages:  # what is forked after unregister() is nobody's worker
+        page.close()
+    _process.kept_pages.clear()
+    if _process.page is not None:
+        _process.page.after_fork()
+    if _process.sparing:
+        _drop_marks()
+
+
+def _drop_marks() -> None:
+    from agent.page import SparedMark
+
+    session = _process.session
+    if session is not None:
+        _process.spared_mark = SparedMark(session.id)
+    if _process.page is not None:
+        _process.page.close()
+    _process.page = _process.session = None
+    _process.sparing = 0
+
+
+def _at_exit() -> None:
+    """Note in the page, at no cost, that this interpreter ends in good order; the daemon reads it after the end."""
+    session, page = _process.session, _process.page
+    if session is not None and page is not None and session.leading:
+        page.raise_flag(wire.CLOSING)
+
+
+def _start_ticks() -> int:
+    return int(_read_text("/proc/self/stat").rpartition(")")[2].split()[19])
+
+
+def _read_text(path: str) -> str:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return file.read()

@@ -1,0 +1,155 @@
+"""``reaperd``: reads the command line and the settings, sets up logging, and runs the daemon."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+from reaperd import __version__
+from reaperd.config import Config, ConfigError
+from reaperd.config_files import read_config
+from reaperd.loop import Daemon, StartError, set_log_level
+from reaperd.paths import default_paths
+
+_EPILOG = """exit codes:
+  0  ended by SIGTERM or SIGINT, or the configuration is good (--check-config)
+  1  cannot start, or failed
+  2  wrong usage or bad configuration: trying again does not help
+
+SIGHUP reloads the configuration; a bad one is reported and the old settings stay.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and leave with its exit code."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    if options.pidfile and not options.detach:
+        print("reaperd: --pidfile goes with --detach", file=sys.stderr)
+        return 2
+    paths = default_paths()
+    config_path = options.config or os.environ.get("REAPER_CONFIG") or paths.config
+    required = bool(options.config or os.environ.get("REAPER_CONFIG"))
+
+    def read() -> Config:
+        config = read_config(config_path, required=required)
+        return config if not options.dry_run else _with_dry_run(config)
+
+    try:
+        config = read()
+        if options.check_config:
+            print(f"{config_path}: the configuration is good")
+            return 0
+        _set_up_logging(config)
+        daemon = Daemon(
+            mode=paths.mode,
+            socket_path=options.socket or os.environ.get("REAPER_SOCKET") or paths.socket,
+            state_dir=os.path.abspath(options.state_dir or paths.state),
+            config_path=config_path,
+            read_config=read,
+        )
+        if options.detach:
+            _run_detached(daemon, options.pidfile)
+        else:
+            daemon.run()
+    except ConfigError as error:
+        for fault in error.faults:
+            print(f"reaperd: {fault}", file=sys.stderr)
+        return 2
+    except StartError as error:
+        logging.getLogger("reaperd").error("%s", error)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reaperd",
+        description="Ends the training workers that a dead parent left behind. Runs in the foreground.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--config",
+        metavar="FILE",
+        help="settings (default: /etc/reaper/reaper.toml, for users ~/.config/reaper/reaper.toml)",
+    )
+    add("--socket", metavar="PATH", help="where agents and reaperctl reach this daemon")
+    add("--state-dir", metavar="DIR", help="where reaper.db is kept")
+    add("--detach", action="store_true", help="go into the background, for hosts without systemd")
+    add("--pidfile", metavar="FILE", help="with --detach: write the daemon's pid into FILE, locked")
+    add("--check-config", action="store_true", help="report every fault in the settings and leave")
+    add("--dry-run", action="store_true", help="signal nobody: say what would have been done")
+    add("--version", action="version", version=f"reaperd {__version__}")
+    return parser
+
+
+def _with_dry_run(config: Config) -> Config:
+    from dataclasses import replace
+
+    return replace(config, kill=replace(config.kill, dry_run=True))
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        import json
+
+        at = self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}Z"
+        line = {
+            "at": at,
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def _set_up_logging(config: Config) -> None:
+    import time
+
+    handler = logging.StreamHandler()
+    if config.daemon.log_format == "json":
+        handler.setFormatter(_JsonLines())
+    else:
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+        )
+    if handler.formatter is not None:
+        handler.formatter.converter = time.gmtime
+    logging.getLogger().addHandler(handler)
+    set_log_level(config)
+
+
+def _run_detached(daemon: Daemon, pidfile: str | None) -> None:
+    """Go into the background as daemon(7) describes; python-daemon knows the steps."""
+    import daemon as python_daemon
+    from daemon import pidfile as python_daemon_pidfile
+
+    lock = python_daemon_pidfile.TimeoutPIDLockFile(os.path.abspath(pidfile), -1) if pidfile else None
+    if lock is not None and lock.is_locked():
+        if _is_running(lock.read_pid()):
+            raise StartError(f"cannot use {pidfile}: reaperd runs already with pid {lock.read_pid()}")
+        lock.break_lock()
+    with python_daemon.DaemonContext(
+        pidfile=lock, umask=0o022, stdout=None, stderr=sys.stderr, detach_process=True
+    ):
+        daemon.run()
+
+
+def _is_running(pid: int | None) -> bool:
+    return pid is not None and os.path.exists(f"/proc/{pid}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,587 @@
+"""The core: takes sessions on, notices that their leaders die, and carries out what was decided. Owns all state.
+
+Pure code decides (decide.py on ledger.py); this file fetches the facts, does the deeds and feeds both back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from agent import wire
+from reaperd import decide, ledger, reclaim, report
+from reaperd.escalation import Stage
+from reaperd.ledger import Entry, Happening
+from reaperd.linux import helper, page, pidfd, shm
+from reaperd.linux.procfs import ProcessGone, environment_value
+from reaperd.model import (
+    SIGNAL_NAMES,
+    UNKNOWN_CAUSE,
+    Cause,
+    CauseKind,
+    Family,
+    Freed,
+    Member,
+    ProcessId,
+    Role,
+    Session,
+)
+from reaperd.observer import FoundPage, Observer, Stray
+from reaperd.policy import Policy
+from reaperd.poller import Poller
+from reaperd.reaper import Outcome, Reaper
+from reaperd.store import Store
+
+log = logging.getLogger(__name__)
+
+_HELPER_S = 30.0  # then a helper that hangs on a dead file system is ended
+_MAX_TURNS = 1000
+
+
+class Core:
+    """All sessions, and all that is done about them."""
+
+    def __init__(
+        self,
+        observer: Observer,
+        reaper: Reaper,
+        store: Store,
+        poller: Poller,
+        policy: Policy,
+        socket_path: str,
+    ) -> None:
+        self.observer = observer
+        self.store = store
+        self.policy = policy
+        self.entries: dict[str, Entry] = {}
+        self.on_event: Callable[[], None] = lambda: None
+        self._reaper = reaper
+        self._poller = poller
+        self._socket_path = socket_path
+        self._leaders: dict[str, int] = {}  # pidfds
+        self._pages: dict[str, int] = {}  # our own descriptors of the session pages
+        self._kept: dict[ProcessId, int] = {}  # pidfds of members that only descent tells
+        self._exited: set[ProcessId] = set()
+        self._mapped: dict[
+            str, frozenset[str]
+        ] = {}  # names in /dev/shm that a dead session's members had mapped
+        self._unsaved: set[str] = set()
+        self._helper: tuple[helper.Helper, list[reclaim.Claim], float] | None = None
+        self._to_reclaim: list[reclaim.Claim] = []
+
+    # -- taking sessions on ------------------------------------------------------------------
+
+    def take_on(self, session: Session, leader_pidfd: int | None, page_fd: int | None) -> None:
+        """Watch a session; without a pidfd its leader is dead already. The descriptors are ours from now on."""
+        self.entries[session.id] = Entry(session)
+        if page_fd is not None:
+            self._pages[session.id] = page_fd
+        self._unsaved.add(session.id)
+        if leader_pidfd is None:
+            self._leader_is_dead(session.id, session.cause or UNKNOWN_CAUSE)
+            return
+        self._leaders[session.id] = leader_pidfd
+        self._poller.watch(leader_pidfd, functools.partial(self._leader_died, session.id))
+        family = self.judge(session, self.observer.look_below(session))
+        self._apply(session.id, ledger.Looked(family, time.monotonic(), 0.0))
+        self._hold_kept(session.id)
+
+    def describe_leader(self, session: Session) -> Session:
+        """Return ``session`` with what only the living leader tells."""
+        pid = session.leader.pid
+        proc = self.observer.proc
+        try:
+            environ = proc.environ(pid, pid) or b""
+        except ProcessGone:
+            environ = b""
+        folders = [environment_value(environ, name) for name in ("JOBLIB_TEMP_FOLDER", "TMPDIR")]
+        session = replace(session, oom_counter=self.observer.oom_counter(pid))
+        return replace(
+            session,
+            cgroup=self.observer.cgroup_path(pid),
+            adopters=self.observer.adopters(pid),
+            namespaces=proc.namespaces(pid),
+            oom_kills=self.observer.oom_kills_in(session),
+            temp_dirs=tuple(folder for folder in (*folders, "/tmp") if os.path.isabs(folder)),  # noqa: S108
+        )
+
+    def recover(self) -> None:
+        """Take on again what was on record when the last daemon ended."""
+        for session in self.store.sessions():
+            if session.id in self.entries:
+                continue
+            if session.cause is not None:
+                self.take_on(session, None, None)
+                continue
+            try:
+                handle = pidfd.open_pidfd(session.leader, self.observer.proc)
+            except ProcessGone:
+                log.info("leader died unseen session=%s pid=%d", session.id, session.leader.pid)
+                self.take_on(session, None, None)
+                continue
+            self.take_on(session, handle, self._open_page(session))
+
+    def _open_page(self, session: Session) -> int | None:
+        if session.page_fd < 0:
+            return None
+        path = self.observer.proc.descriptor_path(session.leader.pid, session.page_fd)
+        with contextlib.suppress(OSError, wire.WireError):
+            return page.open_page(path, uid=session.uid)
+        return None
+
+    def sweep(self, *, all_of_them: bool) -> None:
+        """Adopt sessions that no message told of: by their pages, and by environments whose leader is dead."""
+        for found in self.observer.sweep(all_of_them=all_of_them):
+            if isinstance(found, FoundPage):
+                if not self._adopt_by_page(found):
+                    os.close(found.descriptor)
+            else:
+                self._adopt_stray(found)
+
+    def _adopt_by_page(self, found: FoundPage) -> bool:
+        seen, holder = found.page, found.holder
+        entry = self.entries.get(seen.id)
+        if (
+            entry is not None
+            or self._socket_path not in seen.sockets
+            or seen.boot_id != self.observer.boot_id
+        ):
+            return False
+        ids = self.observer.namespaced_pid(holder.id.pid)
+        if ids == seen.pid and self.observer.same_ticks(holder.id, seen.start_ticks):
+            session = Session(seen.id, seen.name, found.uid, found.gid, holder.id, _now_utc(), seen.page_fd)
+            try:
+                handle = pidfd.open_pidfd(holder.id, self.observer.proc)
+                session = self.describe_leader(session)
+            except ProcessGone:
+                return False
+            ended = bool(seen.flags & wire.ENDED)
+            self.take_on(replace(session, ending=ended), handle, found.descriptor)
+            self._note_adopted(session, "its leader lives")
+            return True
+        leader = ProcessId(seen.pid, seen.start_ticks)
+        if self.observer.could_be_orphan(holder.id, leader):
+            session = Session(seen.id, seen.name, found.uid, found.gid, leader, _now_utc(), seen.page_fd)
+            self._adopt_dead(session, self.observer.cgroup_path(holder.id.pid))
+        return False
+
+    def _adopt_stray(self, stray: Stray) -> None:
+        """Take on a session whose dead leader only an environment names."""
+        if stray.session in self.entries:
+            return
+        told = wire.SessionId.parse(stray.session)
+        if wire.place_of(self._socket_path, stray.cgroup) != told.place:
+            return  # another daemon's, or carried into another cgroup
+        leader = ProcessId(told.pid, told.start_ticks)
+        if self.observer.could_be_orphan(stray.holder.id, leader):
+            session = Session(stray.session, "", stray.uid, stray.gid, leader, _now_utc())
+            self._adopt_dead(session, stray.cgroup)
+
+    def _adopt_dead(self, session: Session, cgroup: str) -> None:
+        place = wire.SessionId.parse(session.id).place
+        known = cgroup if wire.place_of(self._socket_path, cgroup) == place else None
+        ours = self.observer.proc.namespaces(os.getpid())
+        session = replace(
+            session, cgroup=known, namespaces=ours, adopters=self.observer.adopters(os.getpid()), temp_dirs=("/tmp",)  # noqa: S108
+        )  # fmt: skip
+        self.take_on(session, None, None)
+        self._note_adopted(session, "its leader died unseen")
+
+    def _note_adopted(self, session: Session, how: str) -> None:
+        log.info(
+            "adopted session=%s name=%r pid=%d uid=%d: %s",
+            session.id,
+            session.name,
+            session.leader.pid,
+            session.uid,
+            how,
+        )
+        self.record(report.session_event("registered", session, adopted=True))
+
+    # -- the leader ends ---------------------------------------------------------------------
+
+    def unregister(self, session_id: str) -> None:
+        """The leader ended its session: what it left is watched until the leader ends, too."""
+        self._apply(session_id, ledger.Unregistered())
+        self.look_at_living()
+
+    def stop_leader(self, session_id: str) -> None:
+        """Ask the leader to end, and make it end after the grace period."""
+        session = self.entries[session_id].session
+        process = self.observer.leader(session)
+        if process is None:
+            return
+        handle = os.dup(self._leaders[session_id])
+        self._reaper.take(session.leader, handle)
+        member = Member(process, Role.WORKER, "leader", ("somebody asked to stop the session",), marked=True)
+        self._apply(session_id, ledger.StopAsked(member, time.monotonic()))
+
+    def _leader_died(self, session_id: str) -> None:
+        handle = self._leaders[session_id]
+        self._poller.unwatch(handle)
+        session = self.entries[session_id].session
+        cause = self._cause(session, handle)
+        flags = self._page_flags(session_id)
+        if flags & wire.ENDED and not session.ending:
+            self._apply(session_id, ledger.Unregistered())
+        if cause.kind is CauseKind.EXIT and (flags & (wire.CLOSING | wire.ENDED) or session.ending):
+            cause = replace(cause, clean=True)
+        if self._reaper.holds(session.leader):
+            self._reaper.drop(session.leader)
+        self._leader_is_dead(session_id, cause)
+
+    def _leader_is_dead(self, session_id: str, cause: Cause) -> None:
+        now_s = time.monotonic()
+        wait_s = self.policy.exit_grace_s if cause.clean else 0.0
+        self._drop_reused(session_id)
+        self._apply(session_id, ledger.LeaderDied(cause, now_s, now_s + wait_s))
+
+    def _cause(self, session: Session, handle: int) -> Cause:
+        """Return why a leader is dead; its parent may have waited for it or not."""
+        status = pidfd.exit_status(handle)
+        if status is None:
+            with contextlib.suppress(ProcessGone, ValueError):
+                stat = self.observer.proc.stat(session.leader.pid)
+                if stat.id == session.leader and stat.dead:
+                    status = stat.exit_status
+        if status is None:
+            return UNKNOWN_CAUSE
+        cause = Cause.of_status(status)
+        if cause.kind is CauseKind.SIGNAL and cause.code == 9 and self._was_oom_killed(session):
+            return replace(cause, kind=CauseKind.OOM)
+        return cause
+
+    def _was_oom_killed(self, session: Session) -> bool:
+        """Say whether the OOM killer took the leader: nothing else tells its SIGKILL from another.
+
+        Its cgroup's counter must have risen since we last looked, by more than the members that vanished meanwhile.
+        """
+        if session.oom_kills is None:
+            return False
+        now = self.observer.oom_kills_in(session)
+        vanished = sum(1 for id_ in session.kept if id_ in self._kept and pidfd.has_exited(self._kept[id_]))
+        return now is not None and now - session.oom_kills > vanished
+
+    def _amend_cause(self, entry: Entry) -> None:
+        """Ask again why the leader died, where the kernel did not tell at once."""
+        session, handle = entry.session, self._leaders.get(entry.session.id)
+        if session.cause is UNKNOWN_CAUSE and handle is not None:
+            self.entries[session.id] = replace(
+                entry, session=replace(session, cause=self._cause(session, handle))
+            )
+
+    def _page_flags(self, session_id: str) -> int:
+        told = self.page_of(session_id)
+        return told.flags if told is not None else 0
+
+    def page_of(self, session_id: str) -> wire.Page | None:
+        """Return what a session's page says now, None where it has none or says nonsense."""
+        descriptor = self._pages.get(session_id)
+        if descriptor is not None:
+            with contextlib.suppress(wire.WireError, OSError):
+                return page.read_page(descriptor)
+        return None
+
+    # -- looking -----------------------------------------------------------------------------
+
+    def judge(self, session: Session, snapshot: Any) -> Family:
+        """Return who belongs to ``session``."""
+        return decide.judge(session, snapshot, self.policy)
+
+    def look_at_living(self, *, note_usage: bool = False) -> dict[str, Family]:
+        """Look who belongs to the sessions whose leaders live, and keep in mind those whom only descent tells."""
+        living = [entry.session for entry in self.entries.values() if entry.died_at_s is None]
+        for session in living:
+            self._drop_reused(session.id)
+        snapshot = self.observer.look_at_all(self.entries[session.id].session for session in living)
+        if note_usage:
+            self.observer.note_usage(snapshot)
+        families = {}
+        for session in living:
+            family = self.judge(self.entries[session.id].session, snapshot)
+            self._apply(session.id, ledger.Looked(family, time.monotonic(), 0.0))
+            self._hold_kept(session.id)
+            self._refresh_oom(session.id)
+            families[session.id] = family
+        self._end_idle()
+        return families
+
+    def _refresh_oom(self, session_id: str) -> None:
+        """Take the counter as it stands while the leader lives: whoever was killed so far, it was not the leader."""
+        entry = self.entries[session_id]
+        count = self.observer.oom_kills_in(entry.session)
+        if count != entry.session.oom_kills:
+            self.entries[session_id] = replace(entry, session=replace(entry.session, oom_kills=count))
+
+    def _end_idle(self) -> None:
+        """Take sessions off the record that their living leaders ended and that left no worker."""
+        for session_id, entry in list(self.entries.items()):
+            if entry.session.ending and entry.died_at_s is None and not entry.workers:
+                log.info("ended session=%s name=%r, no worker is left", session_id, entry.session.name)
+                self.record(report.session_event("ended", entry.session))
+                self._forget(session_id)
+
+    def _drop_reused(self, session_id: str) -> None:
+        """Forget members whose pidfd says that they are dead: their pid may be somebody else's."""
+        entry = self.entries[session_id]
+        alive = frozenset(
+            id_
+            for id_ in entry.session.kept
+            if id_ not in self._kept or not pidfd.has_exited(self._kept[id_])
+        )
+        self.entries[session_id] = replace(entry, session=entry.session.keeping(alive))
+
+    def _hold_kept(self, session_id: str) -> None:
+        for id_ in self.entries[session_id].session.kept:
+            if id_ not in self._kept:
+                with contextlib.suppress(ProcessGone):
+                    self._kept[id_] = pidfd.open_pidfd(id_, self.observer.proc)
+        if len(self._kept) > 2 * sum(len(entry.session.kept) for entry in self.entries.values()):
+            self._release_kept()
+
+    def _release_kept(self) -> None:
+        wanted = {id_ for entry in self.entries.values() for id_ in entry.session.kept}
+        for id_ in set(self._kept) - wanted:
+            os.close(self._kept.pop(id_))
+
+    # -- carrying out ------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Do all that is due now; what others wait for first, bookkeeping afterwards."""
+        self._collect_exits()
+        for _ in range(_MAX_TURNS):  # a bound, not a plan: each turn needs something to have become due
+            now_s = time.monotonic()
+            due = [
+                (session_id, action)
+                for session_id, entry in list(self.entries.items())
+                for action in decide.decide(entry, self.policy, now_s)
+            ]
+            if not due:
+                break
+            for session_id, action in due:
+                if session_id in self.entries:
+                    self._do(session_id, action)
+            self._collect_exits()
+        self._finish_helper()
+        self._start_helper()
+        self._save()
+
+    def next_deadline(self) -> float | None:
+        """Return the monotonic second at which ``step()`` has something to do, None when nothing is due."""
+        due = ledger.next_deadline(self.entries.values(), self.policy.tracker_grace_s)
+        if self._helper is not None:
+            due = self._helper[2] if due is None else min(due, self._helper[2])
+        return due
+
+    def _do(self, session_id: str, action: decide.Action) -> None:
+        match action:
+            case decide.Look():
+                self._look(session_id, quick=action.quick)
+            case decide.Send():
+                self._send(session_id, action)
+            case decide.Reclaim():
+                self._ask_reclaim(session_id)
+            case decide.Conclude():
+                self._conclude(session_id)
+            case decide.Forget():
+                self._forget(session_id)
+
+    def _look(self, session_id: str, *, quick: bool) -> None:
+        started_s = time.monotonic()
+        entry = self.entries[session_id]
+        session = entry.session
+        snapshot = self.observer.look_quick(session) if quick else self.observer.look(session)
+        family = self.judge(session, snapshot)
+        for id_ in family.members:
+            if id_ not in entry.targets:
+                self._hold(id_)
+        self.observer.release()
+        now_s = time.monotonic()
+        self._apply(session_id, ledger.Looked(family, now_s, now_s - started_s))
+        if quick and family.members and not self.policy.dry_run:
+            self._measure_shm(session, family)
+
+    def _hold(self, id_: ProcessId) -> None:
+        if self._reaper.holds(id_):
+            return
+        handle = self.observer.claim(id_)
+        if handle is None and id_ in self._kept:
+            handle = os.dup(self._kept[id_])
+        handle = self._reaper.take(id_, handle)
+        if handle is not None:
+            self._poller.watch(handle, functools.partial(self._note_exit, id_))
+
+    def _measure_shm(self, session: Session, family: Family) -> None:
+        """Note which nameless segments the members have mapped, while they can still be asked, and what all of it takes."""
+        names = shm.shared_names(session.uid)
+        mapped: frozenset[str] = frozenset()
+        if names:
+            for id_ in family.members:
+                with contextlib.suppress(ProcessGone, OSError):
+                    mapped |= shm.mapped_names(self.observer.proc.mapped_paths(id_.pid, id_.pid), names)
+        self._mapped[session.id] = mapped
+        if self.observer.shares_our_namespaces(session):
+            held = shm.held_bytes(session.leader.pid, mapped, session.uid)
+            self._apply(session.id, ledger.ShmMeasured(held))
+
+    def _send(self, session_id: str, send: decide.Send) -> None:
+        id_ = send.member.process.id
+        outcome = self._reaper.send(id_, send.signal)
+        if outcome is Outcome.GONE:
+            self._exited.add(id_)
+        self._apply(
+            session_id,
+            ledger.Signalled(id_, send.event, send.signal, send.due_s, denied=outcome is Outcome.DENIED),
+        )
+        entry = self.entries[session_id]
+        level = logging.WARNING if outcome is Outcome.DENIED else logging.INFO
+        log.log(
+            level, "%s %s pid=%d session=%s name=%r framework=%r cause=%s: %s",
+            "could not send" if outcome is Outcome.DENIED else "sent", SIGNAL_NAMES[send.signal], id_.pid, session_id,
+            entry.session.name, send.member.framework, report.cause_words(entry.session.cause),
+            "; ".join(send.member.evidence),
+        )  # fmt: skip
+        target = entry.targets.get(id_)
+        if send.stage is Stage.STUCK and target is not None and target.retries == 1:
+            log.error("stuck pid=%d session=%s: SIGKILL does not end it (state D?)", id_.pid, session_id)
+            self.record(
+                report.session_event("stuck", entry.session, processes=[report.process_record(target)])
+            )
+
+    def _note_exit(self, id_: ProcessId) -> None:
+        self._exited.add(id_)
+
+    def _collect_exits(self) -> None:
+        """Note whose pidfds became readable, all in one go: a session's workers end together."""
+        while self._exited:
+            gone, self._exited = frozenset(self._exited), set()
+            now_s = time.monotonic()
+            for id_ in gone:
+                if self._reaper.holds(id_):
+                    self._poller.unwatch(self._reaper.handle(id_))
+                    self._reaper.drop(id_)
+            for session_id, entry in self.entries.items():
+                if not gone.isdisjoint(entry.targets):
+                    self.entries[session_id] = ledger.apply(entry, ledger.Exited(gone, now_s))
+
+    def _conclude(self, session_id: str) -> None:
+        entry = self.entries[session_id]
+        self._amend_cause(entry)
+        entry = self.entries[session_id]
+        event = report.end_event(entry, dry_run=self.policy.dry_run)
+        freed = report.freed_by(entry, dry_run=self.policy.dry_run)
+        ended = sum(1 for target in entry.targets.values() if target.stage is Stage.GONE and target.signals)
+        log.info(
+            "%s session=%s name=%r uid=%d cause=%s processes=%d ended=%d spared=%d latency_s=%s freed_bytes=%d%s",
+            event["kind"], session_id, entry.session.name, entry.session.uid, report.cause_words(entry.session.cause),
+            len(entry.targets), ended, len(entry.left_alone), event["latency_s"], freed.rss_bytes + freed.shm_bytes,
+            " dry_run" if self.policy.dry_run else "",
+        )  # fmt: skip
+        self.record(event)
+        self.store.add_total("reaped", ended)
+        self.store.add_total("freed_bytes", freed.rss_bytes + freed.shm_bytes)
+        self._apply(session_id, ledger.Concluded())
+
+    def _forget(self, session_id: str) -> None:
+        entry = self.entries.pop(session_id)
+        handle = self._leaders.pop(session_id, None)
+        if handle is not None:
+            self._poller.unwatch(handle)
+            os.close(handle)
+        descriptor = self._pages.pop(session_id, None)
+        if descriptor is not None:
+            os.close(descriptor)
+        self._mapped.pop(session_id, None)
+        self._unsaved.discard(session_id)
+        self.store.forget(session_id)
+        wanted = {id_ for other in self.entries.values() for id_ in other.targets}
+        for id_ in entry.targets:
+            if id_ not in wanted and self._reaper.holds(id_):
+                self._poller.unwatch(self._reaper.handle(id_))
+                self._reaper.drop(id_)
+        self._release_kept()
+
+    # -- reclaiming --------------------------------------------------------------------------
+
+    def _ask_reclaim(self, session_id: str) -> None:
+        entry = self.entries[session_id]
+        self._apply(session_id, ledger.ReclaimStarted())
+        wanted = (
+            self.policy.reclaim_shm and entry.targets and self.observer.shares_our_namespaces(entry.session)
+        )
+        if not wanted:
+            self._apply(session_id, ledger.Reclaimed(Freed()))
+            return
+        self._to_reclaim.append(reclaim.Claim(entry.session, self._mapped.get(session_id, frozenset())))
+
+    def _start_helper(self) -> None:
+        if self._helper is None and self._to_reclaim:
+            claims, self._to_reclaim = self._to_reclaim, []
+            started = helper.start_helper(reclaim.reclaim_work(claims, self.observer.proc.root))
+            self._helper = (started, claims, time.monotonic() + _HELPER_S)
+            self._poller.watch(started.pidfd, lambda: None)
+
+    def _finish_helper(self) -> None:
+        if self._helper is None:
+            return
+        running, claims, deadline_s = self._helper
+        if not pidfd.has_exited(running.pidfd):
+            if time.monotonic() < deadline_s:
+                return
+            log.warning("gave up reclaiming for %d sessions: it took more than %g s", len(claims), _HELPER_S)
+        self._poller.unwatch(running.pidfd)
+        helper.finish_helper(running)
+        self._helper = None
+        for claim in claims:
+            entry = self.entries.get(claim.session.id)
+            if entry is None:
+                continue
+            left = shm.held_bytes(claim.session.leader.pid, claim.mapped, claim.session.uid)
+            freed = Freed(shm_bytes=max(0, entry.shm_held_bytes - left))
+            self._apply(claim.session.id, ledger.Reclaimed(freed))
+        self.step()
+
+    # -- the record --------------------------------------------------------------------------
+
+    def record(self, event: dict[str, Any]) -> None:
+        """Put an event into the history and tell who waits for one."""
+        self.store.add_event({"at": _now_utc(), **event}, time.time())
+        self.on_event()
+
+    def _apply(self, session_id: str, happening: Happening) -> None:
+        before = self.entries[session_id]
+        after = ledger.apply(before, happening)
+        self.entries[session_id] = after
+        if after.session != before.session:
+            self._unsaved.add(session_id)
+
+    def _save(self) -> None:
+        for session_id in self._unsaved:
+            if session_id in self.entries:
+                self.store.save(self.entries[session_id].session)
+        self._unsaved.clear()
+
+    def close(self) -> None:
+        """Put everything on record and let go; what is being ended goes on being ended by the next daemon."""
+        self._save()
+        if self._helper is not None:
+            helper.finish_helper(self._helper[0])
+        self.store.close()
+
+
+def _now_utc() -> str:
+    return (
+        datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    )
+
+
+def count_stuck(entries: Iterable[Entry]) -> int:
+    """Return how many processes outlived SIGKILL."""
+    return sum(len(entry.stuck()) for entry in entries)

@@ -1,0 +1,18 @@
+"""The control command: it asks the daemon over its socket, prints what it hears and signals nobody itself.
+
+Imports nothing: ``reaperctl --help`` and ``reaperctl ping`` are to answer at once.
+"""
+
+from __future__ import annotations
+
+DONE, FAILED, USAGE, NO_DAEMON, NOT_ALLOWED = range(5)
+INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+
+class CommandError(Exception):
+    """What ends a command early: a sentence for people, and the exit code."""
+
+    def __init__(self, message: str, code: int = FAILED) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,80 @@
+"""The ``config`` commands: check a file, show what the daemon uses, print what is built in."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from typing import Any
+
+from reaperd.ctl import DONE, USAGE, CommandError
+from reaperd.ctl.terminal import put, put_json
+from reaperd.ctl.text import plain
+
+
+def check(options: Namespace) -> int:
+    """Check a configuration file and its drop-ins, and name every fault in them."""
+    from reaperd.config import ConfigError
+    from reaperd.config_files import read_config
+
+    path = options.file or config_file()
+    faults: list[str] = []
+    try:
+        read_config(path, required=bool(options.file))
+    except ConfigError as error:
+        faults = [plain(fault) for fault in error.faults]
+    if options.json:
+        put_json({"ok": not faults, "file": path, "faults": faults})
+    elif faults:
+        put(faults)
+    elif os.path.exists(path):
+        put(f"{plain(path)}: no faults")
+    else:
+        put(f"{plain(path)} does not exist: the built-in settings apply")
+    return USAGE if faults else DONE
+
+
+def config_file() -> str:
+    """Return the file that ``reaperd`` would read when it is started by this user without ``--config``."""
+    asked = os.environ.get("REAPER_CONFIG")
+    if asked:
+        return asked
+    return (
+        "/etc/reaper/reaper.toml" if os.geteuid() == 0 else os.path.expanduser("~/.config/reaper/reaper.toml")
+    )
+
+
+def show(options: Namespace) -> int:
+    """Print the settings that the running daemon uses."""
+    from reaperd.ctl.link import Link
+
+    return _put_toml(str(Link.of(options).ask("config").get("toml", "")), as_json=options.json)
+
+
+def default(options: Namespace) -> int:
+    """Print the built-in settings, for which no daemon is needed."""
+    from reaperd.config import Config, render_config
+
+    return _put_toml(render_config(Config()), as_json=options.json)
+
+
+def _put_toml(text: str, *, as_json: bool) -> int:
+    if as_json:
+        put_json(_document(text))
+    elif sys.stdout is not None and sys.stdout.isatty():
+        put(plain(line) for line in text.splitlines())
+    else:  # what is redirected into a file must be the same text
+        put(text.removesuffix("\n"))
+    return DONE
+
+
+def _document(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        found: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise CommandError(f"cannot read the daemon's settings: {error}") from None
+    return found

@@ -1,0 +1,84 @@
+"""The commands that read the event stream: ``events``, and ``stop``, which waits for the event it caused."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from typing import Any
+
+from reaperd.ctl import DONE, FAILED, render
+from reaperd.ctl.link import Link, follow, next_after
+from reaperd.ctl.terminal import look_of_stdout, put, put_now, tell
+from reaperd.ctl.text import plain
+from reaperd.ctl.units import list_of, rfc3339, text_of
+
+_ENDS = ("reaped", "ended")  # the kinds of event that end a session
+
+
+def events(options: Namespace) -> int:
+    """Print what happened, a line an event; with --follow go on until interrupted."""
+    link, look = Link.of(options), look_of_stdout()
+    link.ask("ping")  # settles at once which daemon is followed, or that there is none
+    asked = {"session": options.session} if options.session else {}
+    if options.since:
+        asked["since"] = rfc3339(options.since)
+    elif options.follow:
+        asked["since"] = rfc3339(datetime.now(timezone.utc))
+    found = follow(link, on_lost=tell, **asked) if options.follow else _so_far(link, asked)
+    none = True
+    for one in found:
+        none = False
+        line = json.dumps(one) if options.json else render.event(one, look)
+        if options.follow:
+            put_now(line)
+        else:
+            put(line)
+    if none and not options.json:
+        put(render.NO_EVENTS)
+    return DONE
+
+
+def _so_far(link: Link, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the events there are."""
+    after = 0
+    while found := list_of(reply := link.ask("events", after=after, **asked), "events"):
+        yield from found
+        after = next_after(reply, after)
+
+
+def stop(options: Namespace) -> int:
+    """End a session and wait until the daemon says what became of it."""
+    link = Link.of(options)
+    link.ask("ping")  # settles which daemon is meant: a request that is lost must not go to the next one
+    began = time.monotonic()
+    reply = link.ask("stop", session=options.session)
+    session = text_of(reply, "session") or options.session
+    happened = follow(
+        link,
+        after=reply.get("after", 0),
+        on_lost=tell,
+        until=began + options.wait,
+        session=session,
+    )
+    for one in happened:
+        if text_of(one, "kind") in _ENDS:
+            return _report(one, session)
+    tell(
+        f"session {session} was told to stop, but was not gone after {options.wait:g} s; "
+        "`reaperctl ps` shows what is left of it"
+    )
+    return FAILED
+
+
+def _report(one: dict[str, Any], session: str) -> int:
+    name = plain(text_of(one, "name"))
+    who = f"{name} ({session})" if name else session
+    put(f"stopped {plain(who)}: {render.what_happened(one) or 'it had no workers'}")
+    left = render.remaining(one)
+    if not left:
+        return DONE
+    put(f"still there: {', '.join(map(str, left))}; the daemon goes on trying, see `reaperctl ps`")
+    return FAILED

@@ -1,0 +1,130 @@
+"""Which daemon a command speaks to, and what its refusals mean for the exit code."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from agent import client, wire
+from reaperd.ctl import FAILED, NO_DAEMON, NOT_ALLOWED, USAGE, CommandError
+from reaperd.ctl.units import list_of, number_of
+
+_CODES = {"not-allowed": NOT_ALLOWED, "bad-request": USAGE, "ambiguous-session": USAGE}
+_POLL_S = 5  # how long one question about events stays open: a daemon that died is noticed no later
+_RETRY_S = 0.5
+
+
+class NoDaemonError(CommandError):
+    """No daemon answered on any socket: why, and what would help."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason}. {advice}", NO_DAEMON)
+        self.reason = reason
+        self.advice = advice
+
+
+def sockets_of(options: Namespace) -> list[str]:
+    """Return the sockets that the global options allow, in the order to try them."""
+    if options.system:
+        return [client.SYSTEM_SOCKET]
+    if options.user:
+        directory = client.user_runtime_directory()
+        if os.path.lexists(directory) and not client.is_private(directory):
+            raise NoDaemonError(
+                f"will not speak to a daemon in {directory}: the directory is not yours alone",
+                "Make it yours with mode 0700, or use --system",
+            )
+        return [os.path.realpath(client.user_socket())]
+    return client.candidate_sockets(options.socket)
+
+
+class Link:
+    """One daemon: the first that answers among ``sockets``, and from then on no other."""
+
+    def __init__(self, sockets: list[str], *, timeout_s: float) -> None:
+        self._sockets = sockets
+        self._timeout_s = timeout_s
+        self.socket = ""  # the one that answered
+
+    @classmethod
+    def of(cls, options: Namespace) -> Link:
+        """Return the link that the global options ask for; nothing is opened yet."""
+        return cls(sockets_of(options), timeout_s=options.timeout)
+
+    def ask(self, op: str, *, wait_s: int = 0, **fields: Any) -> dict[str, Any]:
+        """Return the daemon's reply; raise NoDaemonError when none answers, CommandError when it refuses.
+
+        ``wait_s`` is how long the daemon itself may hold the answer back, in whole seconds.
+        """
+        message = {"op": op, **fields, **({"wait_s": wait_s} if wait_s else {})}
+        reasons = []
+        for path in [self.socket] if self.socket else self._sockets:
+            try:
+                reply = client.request(path, message, timeout_s=self._timeout_s + wait_s)
+            except client.Unreachable as error:
+                reasons.append(str(error))
+            except wire.WireError as error:
+                raise CommandError(str(error), _CODES.get(error.kind, FAILED)) from None
+            else:
+                self.socket = path
+                return reply
+        raise _no_daemon(reasons, self.socket or self._sockets[0])
+
+
+def _no_daemon(reasons: list[str], socket: str) -> NoDaemonError:
+    tried = "; ".join(dict.fromkeys(reasons))
+    if "pyzmq cannot be imported" in tried:
+        return NoDaemonError(f"cannot ask any daemon: {tried}", "Install it with `pip install pyzmq`")
+    return NoDaemonError(f"no daemon answers: {tried}", how_to_start(socket))
+
+
+def how_to_start(socket: str) -> str:
+    """Return the command that starts a daemon on ``socket``."""
+    if socket == client.SYSTEM_SOCKET:
+        if os.geteuid() == 0:
+            systemd = os.path.isdir("/run/systemd/system")
+            return "Start one with `systemctl start reaperd`" if systemd else "Start one with `reaperd`"
+        return "Start your own with `reaperd`, or have an administrator start the system's"
+    if socket == os.path.realpath(client.user_socket()) and os.geteuid() != 0:
+        return "Start your own with `reaperd`"
+    return f"Start one there with `reaperd --socket {socket}`"
+
+
+def follow(
+    link: Link, *, after: int = 0, on_lost: Callable[[str], None], until: float | None = None, **fields: Any
+) -> Iterator[dict[str, Any]]:
+    """Yield each event newer than ``after`` as it comes, through restarts of the daemon, until the monotonic ``until``.
+
+    ``on_lost`` is given a sentence when the daemon stops answering and one when it is back.
+    """
+    lost = False
+    while until is None or time.monotonic() < until:
+        wait_s = _POLL_S if until is None else min(_POLL_S, math.ceil(until - time.monotonic()))
+        try:
+            reply = link.ask("events", after=after, wait_s=wait_s, **fields)
+        except NoDaemonError as error:
+            if not link.socket:
+                raise  # it never was there
+            if not lost:
+                on_lost(f"{error.reason}; waiting for it to come back")
+            lost = True
+            time.sleep(_RETRY_S)
+            continue
+        if lost:
+            on_lost("the daemon is back")
+            lost = False
+        yield from list_of(reply, "events")
+        after = next_after(reply, after)
+
+
+def next_after(reply: dict[str, Any], after: int) -> int:
+    """Return the number after which to ask next: a long history comes in several replies."""
+    events = list_of(reply, "events")
+    last = number_of(events[-1] if events else reply, "seq" if events else "last")
+    if last is None:
+        return after
+    return 0 if last < after else int(last)  # less: a daemon that lost its history counts anew

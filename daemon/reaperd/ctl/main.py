@@ -1,0 +1,277 @@
+"""``reaperctl``: the command line, and the exit code of whatever came of it.
+
+Imports next to nothing, so that ``--help`` is instant; a command's own modules come when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from reaperd import __version__
+from reaperd.ctl import DONE, FAILED, INTERRUPTED, PIPE_CLOSED, CommandError
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+_LONGEST_S = 1_000_000
+_DESCRIPTION = """\
+See and steer reaperd, the daemon that ends the training workers which a dead script left behind."""
+
+_EPILOG = """\
+exit codes:
+  0  done
+  1  failed, or something remains
+  2  wrong usage, or a bad configuration
+  3  no daemon answers
+  4  not allowed
+
+Which daemon: the one on --socket or $REAPER_SOCKET, else your own if it answers, else the system's.
+Sessions and processes of your own uid are yours to act on; root and the admins act on all.
+Times are UTC. Set NO_COLOR to do without colours."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; what is expected to go wrong becomes one sentence on stderr."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        _discard_output()
+        return PIPE_CLOSED
+    except CommandError as failure:
+        return _fail(str(failure), failure.code)
+    except OSError as error:  # a full disk under stdout, a file that cannot be read
+        _discard_output()
+        what = f"{error.filename}: " if isinstance(error.filename, str) else ""
+        return _fail(f"{what}{error.strerror or error}", FAILED)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")  # a name may hold what the locale cannot show
+    try:
+        options = parse(argv)
+    except SystemExit as error:  # argparse has printed --help, --version or a usage message
+        return error.code if isinstance(error.code, int) else DONE
+    return _dispatch(options)
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    """Run the command; one branch a module, so that none is imported for another's sake."""
+    command, _, action = options.command.partition(" ")
+    if (
+        command == "doctor"
+    ):  # must work where `agent` is somebody else's module and the others could not be imported
+        from reaperd.ctl.doctor import doctor
+
+        return doctor(options)
+    if command == "config":
+        from reaperd.ctl import config
+
+        return {"check": config.check, "show": config.show, "default": config.default}[action](options)
+    try:
+        from reaperd.ctl import commands
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "agent":
+            raise
+        raise CommandError(
+            f"cannot import Reaper's `agent` module: {error}. `reaperctl doctor` says more"
+        ) from None
+    if command in ("events", "stop"):
+        from reaperd.ctl import events
+
+        return {"events": events.events, "stop": events.stop}[command](options)
+    return {"status": commands.status, "ps": commands.ps, "ping": commands.ping}[command](options)
+
+
+def _fail(message: str, code: int) -> int:
+    from reaperd.ctl.terminal import tell
+
+    tell(message)
+    return code
+
+
+def _discard_output() -> None:
+    """Point stdout at nothing, or Python would try to flush it once more at exit and complain."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose usage errors also say where to read on, and quote arguments safely."""
+
+    def error(self, message: str) -> NoReturn:
+        from reaperd.ctl.text import plain
+
+        self.exit(2, f"{self.prog}: {plain(message)}\nTry `{self.prog} --help`.\n")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of one command line; its ``command`` is a key of COMMANDS."""
+    parser = _parser()
+    options = parser.parse_args(
+        argv, argparse.Namespace(user=False, system=False, socket=None, timeout=5.0, json=False)
+    )
+    if options.user + options.system + (options.socket is not None) > 1:
+        parser.error("--user, --system and --socket exclude each other")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = _common_options()
+    parser = _Parser(
+        prog="reaperctl",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"reaperctl {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    for name, help_text, extend in _COMMANDS:
+        _add_command(commands, name, name, help_text, extend)
+    config = commands.add_parser(
+        "config", help="check or print settings", parents=[common], allow_abbrev=False
+    )
+    actions = config.add_subparsers(metavar="check|show|default", required=True, title="actions")
+    for name, help_text, extend in _CONFIG_ACTIONS:
+        _add_command(actions, name, f"config {name}", help_text, extend)
+    return parser
+
+
+def _common_options() -> _Parser:
+    """Return the options that go before and after the command: absent ones must not undo what stood before it."""
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    group = common.add_argument_group("which daemon")
+    group.add_argument("--user", action="store_true", help="only your own daemon")
+    group.add_argument("--system", action="store_true", help="only the system's daemon")
+    group.add_argument("--socket", metavar="PATH", type=_path, help="only the daemon on this socket")
+    group.add_argument(
+        "--timeout", metavar="S", type=_seconds, help="seconds to wait for an answer (default 5)"
+    )
+    return common
+
+
+def _add_command(
+    group: Any, name: str, command: str, help_text: str, extend: Callable[[argparse.ArgumentParser], None]
+) -> None:
+    parser: argparse.ArgumentParser = group.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        parents=[_common_options()],
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=command)
+    extend(parser)
+
+
+def _reads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON: one document")
+
+
+def _status_options(parser: argparse.ArgumentParser) -> None:
+    _reads(parser)
+    parser.add_argument("--check", action="store_true", help="exit 1 if processes are stuck or quarantined")
+
+
+def _events_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON: one line an event")
+    parser.add_argument("--follow", "-f", action="store_true", help="go on with new events until interrupted")
+    parser.add_argument(
+        "--since",
+        metavar="WHEN",
+        type=_when,
+        help="a UTC time (2026-01-31, 2026-01-31T12:00:00Z) or an age (10min, 2h, 3d); "
+        "the default is the whole history, and with --follow now",
+    )
+    parser.add_argument("--session", metavar="S", type=_some_text, help="only those of this session")
+
+
+def _stop_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "session",
+        metavar="SESSION",
+        type=_some_text,
+        help="its id, its name, or the beginning of either if that is unique",
+    )
+    parser.add_argument(
+        "--wait", metavar="S", type=_seconds, default=60.0, help="seconds to wait for its end (default 60)"
+    )
+
+
+def _check_options(parser: argparse.ArgumentParser) -> None:
+    _reads(parser)
+    parser.add_argument("file", metavar="FILE", nargs="?", help="default: the file that reaperd would read")
+
+
+_COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
+    ("status", "print what the daemon is doing", _status_options),
+    ("ps", "print the sessions and their workers as a tree", _reads),
+    ("events", "print what happened: sessions that began, ended and were reaped", _events_options),
+    ("stop", "end a session: its leader, then what that leaves behind", _stop_options),
+    ("ping", "ask the daemon whether it is there", _reads),
+    ("doctor", "check whether this machine lets Reaper do its work, and say what to do if not", _reads),
+)
+_CONFIG_ACTIONS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
+    ("check", "check a configuration file and name every fault; exit 2 if there is one", _check_options),
+    ("show", "print the settings that the running daemon uses", _reads),
+    ("default", "print the built-in settings; needs no daemon", _reads),
+)
+
+
+# -- values ---------------------------------------------------------------------------------------
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= _LONGEST_S:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of seconds from 0 up to {_LONGEST_S}, got {text!r:.40}"
+        )
+    return value
+
+
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("must be a path")
+    return text
+
+
+def _some_text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def _when(text: str) -> datetime:
+    from datetime import datetime, timezone
+
+    from reaperd.ctl.units import parse_when
+
+    try:
+        return parse_when(text, datetime.now(timezone.utc))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: {error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Text that came from processes and users, made safe for a terminal and cut to its columns.
+
+Pure. ``plain()`` is the only door: a name or command line may hold escape sequences, newlines and bidi controls.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any, NamedTuple
+
+from reaperd.ctl.units import text_of
+
+LONGEST_TEXT = 2000  # characters of one field that are looked at at all
+_COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+
+
+class Look(NamedTuple):
+    """What the reader's terminal can show; ``width`` is None where lines may be of any length."""
+
+    width: int | None = None
+    colour: bool = False
+    unicode: bool = False
+
+    def paint(self, text: str, colour: str) -> str:
+        """Return ``text`` in a colour, where there are any. Pad first: escapes take no columns."""
+        return f"\033[{_COLOURS[colour]}m{text}\033[0m" if self.colour and text and colour else text
+
+    def choose(self, fancy: str, ascii_only: str) -> str:
+        """Return the first where the terminal can show it."""
+        return fancy if self.unicode else ascii_only
+
+
+def plain(text: str) -> str:
+    """Return ``text`` with all that could move a cursor, colour, hide, reorder or break a line written out.
+
+    That is whatever Unicode calls control, format (bidi controls among them), surrogate, private, unassigned,
+    or a separator other than the space: ``str.isprintable``.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else _written_out(c) for c in text)
+
+
+def _written_out(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that was no UTF-8, as os.fsdecode() carries it
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def columns(text: str) -> int:
+    """Return how many columns of a terminal ``text`` (a plain one) takes."""
+    if text.isascii():
+        return len(text)
+    return sum(_columns_of(character) for character in text)
+
+
+def _columns_of(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
+
+
+def cut(text: str, width: int, look: Look) -> str:
+    """Return ``text`` in at most ``width`` columns, with an ellipsis where something was left out."""
+    if columns(text) <= width:
+        return text
+    ellipsis = look.choose("…", "...")[: max(width, 0)]
+    room = width - len(ellipsis)
+    kept = []
+    for character in text:
+        room -= _columns_of(character)
+        if room < 0:
+            break
+        kept.append(character)
+    return "".join(kept) + ellipsis
+
+
+def field(source: Any, key: str) -> str:
+    """Return the text under ``key``, safe for a terminal; "" where there is none."""
+    return plain(text_of(source, key)[:LONGEST_TEXT])
+
+
+def command_line(argv: Any) -> str:
+    """Return an argv as a person would type it, the program without its directory; "" for one that is not shown."""
+    if not isinstance(argv, list) or not argv:
+        return ""
+    words = [plain(word[:LONGEST_TEXT]) for word in argv[:100] if isinstance(word, str)]
+    if words and words[0].startswith("/"):
+        words[0] = words[0].rpartition("/")[2] or words[0]
+    return " ".join(f"'{word}'" if not word or " " in word else word for word in words)

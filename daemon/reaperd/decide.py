@@ -1,0 +1,119 @@
+"""Who dies, who is spared, and what is to be done now. Pure: facts and rules in, a plan out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reaperd import lineage
+from reaperd.escalation import NEXT, SIGNAL, Event, Stage
+from reaperd.ledger import GROWTH_LIMIT, Entry, Phase, Target, tracker_due_s
+from reaperd.model import Family, Member, ProcessId, Session, Snapshot
+from reaperd.policy import Policy
+
+FREEZE_S = 0.005  # from SIGSTOP to SIGKILL: all of a growing session must hold still first
+LATE_GRACE_S = 0.2  # the least that a worker found late gets between SIGTERM and SIGKILL
+KILL_WAIT_S = 1.0  # how long SIGKILL may take to show before a process counts as stuck
+MAX_RETRY_S = 32.0
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """See again who belongs to the session; ``quick`` where only those can matter whom the leader just left."""
+
+    quick: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a signal to one process; its new stage is over at ``due_s``."""
+
+    member: Member
+    event: Event
+    stage: Stage
+    signal: int
+    due_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaim:
+    """Free what the dead held in /dev/shm and in temporary directories."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conclude:
+    """Write the session's last event; nothing more is done for it, save for stuck processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Take the session off the record."""
+
+
+Action = Look | Send | Reclaim | Conclude | Forget
+
+
+def judge(session: Session, snapshot: Snapshot, policy: Policy) -> Family:
+    """Return who belongs to ``session`` and may be ended, and who is left alone and why."""
+    return lineage.family(session, snapshot, policy.protection)
+
+
+def decide(entry: Entry, policy: Policy, now_s: float) -> list[Action]:
+    """Return what is to be done for one session now."""
+    if entry.died_at_s is None:
+        return _stop_leader(entry, policy, now_s)
+    if entry.look_due_s is not None and entry.look_due_s <= now_s:
+        return [Look(quick=entry.looks == 0)]
+    if policy.dry_run:
+        return [Forget()] if entry.concluded else [Conclude()]
+    actions: list[Action] = list(_signals(entry, policy, now_s))
+    if not actions and entry.phase is Phase.RECLAIMING and not entry.reclaim_asked:
+        actions.append(Reclaim())
+    if entry.phase is Phase.FINISHED:
+        if not entry.concluded:
+            actions.append(Conclude())
+        elif not entry.stuck():
+            actions.append(Forget())
+    return actions
+
+
+def _stop_leader(entry: Entry, policy: Policy, now_s: float) -> list[Action]:
+    target = entry.leader_target
+    if target is None or target.due_s > now_s:
+        return []
+    return [_send(target, Event.DUE, now_s, now_s + policy.grace_s)]
+
+
+def _signals(entry: Entry, policy: Policy, now_s: float) -> list[Send]:
+    """Return the signals that are due; what multiplies is frozen before it is killed: frozen, it forks no more."""
+    if now_s < entry.signal_from_s:
+        return []
+    kill_at_s = max(entry.signal_from_s + policy.grace_s, now_s + LATE_GRACE_S)
+    multiplying = entry.growth >= GROWTH_LIMIT
+    sends = []
+    for target in entry.targets.values():
+        if target.stage is Stage.GONE:
+            continue
+        if target.stage is Stage.TRUSTED:
+            if entry.phase is Phase.TRACKERS and tracker_due_s(entry, policy.tracker_grace_s) <= now_s:
+                sends.append(_send(target, Event.DUE, now_s, kill_at_s))
+        elif multiplying and target.stage in (Stage.FOUND, Stage.ASKED):
+            sends.append(_send(target, Event.MULTIPLIED, now_s, kill_at_s))
+        elif target.due_s <= now_s:
+            sends.append(_send(target, Event.DUE, now_s, kill_at_s))
+    return sends
+
+
+def _send(target: Target, event: Event, now_s: float, kill_at_s: float) -> Send:
+    stage = NEXT[target.stage, event]
+    due_s = {
+        Stage.ASKED: kill_at_s,
+        Stage.FROZEN: now_s + FREEZE_S,
+        Stage.KILLED: now_s + KILL_WAIT_S,
+        Stage.STUCK: now_s + min(2.0**target.retries, MAX_RETRY_S),
+    }[stage]
+    return Send(target.member, event, stage, SIGNAL[stage], due_s)
+
+
+def target_ids(entry: Entry) -> frozenset[ProcessId]:
+    """Return the processes of ``entry`` whose end is awaited."""
+    return frozenset(id_ for id_, target in entry.targets.items() if target.stage is not Stage.GONE)

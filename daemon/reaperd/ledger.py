@@ -1,0 +1,326 @@
+"""All that the core remembers, and how each thing that happens changes it. Pure.
+
+A session's phase is derived from what is known of its processes and stored nowhere:
+watched (the leader lives) -> reaping (workers are being ended) -> trackers (they end by themselves, or are ended)
+-> reclaiming (what the dead held is freed) -> concluded, where only stuck processes keep a session on record.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from reaperd.escalation import NEXT, Event, Stage
+from reaperd.model import Cause, Family, Freed, Member, ProcessId, Role, Session
+
+# Seconds until the next look, by the number of looks in a row that changed nothing.
+SPACING_S = (0.002, 0.01, 0.05, 0.5)
+QUIET_LOOKS = 3
+# Looks that find new members although all known ones were signalled, before we freeze what multiplies.
+GROWTH_LIMIT = 2
+DONE = (Stage.GONE, Stage.STUCK)
+_NOTHING: Mapping[ProcessId, Target] = MappingProxyType({})
+
+
+class Phase(enum.Enum):
+    """Where a session stands."""
+
+    WATCHED = "watched"
+    REAPING = "reaping"
+    TRACKERS = "trackers"
+    RECLAIMING = "reclaiming"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A process that is being ended."""
+
+    member: Member
+    stage: Stage
+    due_s: float  # when its stage is over; meaningless for GONE
+    retries: int = 0
+    signals: tuple[int, ...] = ()
+    gone_at_s: float | None = None
+    denied: bool = False
+
+    @property
+    def tracker(self) -> bool:
+        """Whether it guards shared memory, and goes last."""
+        return self.member.role is Role.TRACKER
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One session on record. All times are monotonic seconds."""
+
+    session: Session
+    died_at_s: float | None = None
+    signal_from_s: float = 0.0  # no signal earlier: a clean exit leaves its workers some time
+    look_due_s: float | None = None
+    looks: int = 0
+    quiet_looks: int = 0
+    growth: int = 0
+    changed_at_s: float = 0.0  # when a worker was last found or seen to end
+    targets: Mapping[ProcessId, Target] = field(default_factory=lambda: _NOTHING)
+    left_alone: Mapping[ProcessId, str] = field(default_factory=dict)
+    workers: int = 0  # when last looked at; while the leader lives
+    leader_target: Target | None = None  # set while somebody has the leader stopped
+    reclaim_asked: bool = False
+    reclaimed: Freed | None = None
+    shm_held_bytes: int = 0
+    concluded: bool = False
+
+    @property
+    def workers_done(self) -> bool:
+        """Whether every worker found is gone or stuck, and looking again found no other."""
+        return self.quiet_looks >= QUIET_LOOKS and all(
+            t.tracker or t.stage in DONE for t in self.targets.values()
+        )
+
+    @property
+    def phase(self) -> Phase:
+        """Where the session stands."""
+        if self.died_at_s is None:
+            return Phase.WATCHED
+        if not self.workers_done:
+            return Phase.REAPING
+        if not all(target.stage in DONE for target in self.targets.values()):
+            return Phase.TRACKERS
+        return Phase.FINISHED if self.reclaimed is not None else Phase.RECLAIMING
+
+    def stuck(self) -> list[Target]:
+        """Return the targets that outlived SIGKILL."""
+        return [target for target in self.targets.values() if target.stage is Stage.STUCK]
+
+
+Ledger = Mapping[str, Entry]
+
+
+# -- what happens ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderDied:
+    """A leader's pidfd became readable."""
+
+    cause: Cause
+    at_s: float
+    signal_from_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """Somebody looked who belongs to the session."""
+
+    family: Family
+    at_s: float
+    took_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """Members' pidfds became readable."""
+
+    processes: frozenset[ProcessId]
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Signalled:
+    """A signal was sent, or refused."""
+
+    process: ProcessId
+    event: Event
+    signal: int
+    due_s: float
+    denied: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """Somebody wants the leader ended."""
+
+    leader: Member
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Unregistered:
+    """The leader ended its session and lives on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaimed:
+    """What the dead held in /dev/shm and in temporary directories is freed, or freeing it was given up."""
+
+    freed: Freed
+
+
+@dataclass(frozen=True, slots=True)
+class ReclaimStarted:
+    """A helper has begun to free what the dead held."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShmMeasured:
+    """How many bytes in /dev/shm the session held when its leader died."""
+
+    held_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Concluded:
+    """The session's last event was written."""
+
+
+Happening = (
+    LeaderDied
+    | Looked
+    | Exited
+    | Signalled
+    | StopAsked
+    | Unregistered
+    | Reclaimed
+    | ReclaimStarted
+    | ShmMeasured
+    | Concluded
+)
+
+
+def apply(entry: Entry, happening: Happening) -> Entry:
+    """Return the entry after ``happening``."""
+    match happening:
+        case LeaderDied():
+            return _leader_died(entry, happening)
+        case Looked():
+            return _looked(entry, happening)
+        case Exited():
+            return _exited(entry, happening)
+        case Signalled():
+            return _signalled(entry, happening)
+        case StopAsked():
+            return replace(entry, leader_target=Target(happening.leader, Stage.FOUND, happening.at_s))
+        case Unregistered():
+            return replace(entry, session=replace(entry.session, ending=True))
+        case Reclaimed():
+            return replace(entry, reclaimed=happening.freed)
+        case ReclaimStarted():
+            return replace(entry, reclaim_asked=True)
+        case ShmMeasured():
+            return replace(entry, shm_held_bytes=happening.held_bytes)
+        case Concluded():
+            return replace(entry, concluded=True)
+
+
+def _leader_died(entry: Entry, died: LeaderDied) -> Entry:
+    if entry.died_at_s is not None:
+        return entry
+    return replace(
+        entry,
+        session=replace(entry.session, cause=died.cause),
+        died_at_s=died.at_s,
+        signal_from_s=died.signal_from_s,
+        look_due_s=died.at_s,
+        changed_at_s=died.at_s,
+        leader_target=None,
+    )
+
+
+def _looked(entry: Entry, looked: Looked) -> Entry:
+    unmarked = frozenset(member.process.id for member in looked.family.members.values() if not member.marked)
+    if entry.died_at_s is None:
+        workers = sum(member.role is Role.WORKER for member in looked.family.members.values())
+        session = entry.session.keeping(unmarked)
+        return replace(entry, session=session, left_alone=looked.family.left_alone, workers=workers)
+    new = [member for id_, member in looked.family.members.items() if id_ not in entry.targets]
+    new_workers = [member for member in new if member.role is Role.WORKER]
+    growth = entry.growth + bool(new_workers and entry.looks and looked.at_s >= entry.signal_from_s)
+    targets = dict(entry.targets)
+    for member in new:
+        stage = Stage.TRUSTED if member.role is Role.TRACKER else Stage.FOUND
+        targets[member.process.id] = Target(member, stage, max(looked.at_s, entry.signal_from_s))
+    quiet = 0 if new_workers else entry.quiet_looks + 1
+    changed = replace(
+        entry,
+        session=entry.session.keeping(entry.session.kept | unmarked),
+        targets=targets,
+        left_alone={**entry.left_alone, **looked.family.left_alone},
+        looks=entry.looks + 1,
+        quiet_looks=quiet,
+        growth=growth,
+        changed_at_s=looked.at_s if new_workers else entry.changed_at_s,
+    )
+    if changed.workers_done:
+        return replace(changed, look_due_s=None)
+    spacing = SPACING_S[min(quiet, len(SPACING_S) - 1)]
+    # A look that takes long on a crowded machine must not become all that we do.
+    return replace(changed, look_due_s=looked.at_s + max(spacing, 2 * looked.took_s))
+
+
+def _exited(entry: Entry, exited: Exited) -> Entry:
+    gone = {
+        id_: replace(
+            target, stage=NEXT[target.stage, Event.EXITED], gone_at_s=target.gone_at_s or exited.at_s
+        )
+        for id_, target in entry.targets.items()
+        if id_ in exited.processes
+    }
+    if not gone:
+        return entry
+    changed = replace(entry, targets={**entry.targets, **gone})
+    if all(target.tracker for target in gone.values()):
+        return changed
+    # A worker may have forked in its last moment: begin to look again.
+    due = exited.at_s + SPACING_S[0]
+    return replace(
+        changed,
+        quiet_looks=0,
+        changed_at_s=exited.at_s,
+        look_due_s=due if entry.look_due_s is None else min(due, entry.look_due_s),
+    )
+
+
+def _signalled(entry: Entry, signalled: Signalled) -> Entry:
+    if entry.leader_target is not None and signalled.process == entry.session.leader:
+        return replace(entry, leader_target=_advance(entry.leader_target, signalled))
+    target = entry.targets.get(signalled.process)
+    if target is None or target.stage is Stage.GONE:
+        return entry
+    return replace(entry, targets={**entry.targets, signalled.process: _advance(target, signalled)})
+
+
+def _advance(target: Target, signalled: Signalled) -> Target:
+    stage = NEXT[target.stage, signalled.event]
+    return replace(
+        target,
+        stage=stage,
+        due_s=signalled.due_s,
+        retries=target.retries + (stage is Stage.STUCK),
+        signals=target.signals if signalled.denied else (*target.signals, signalled.signal),
+        denied=signalled.denied,
+    )
+
+
+def next_deadline(entries: Iterable[Entry], tracker_grace_s: float) -> float | None:
+    """Return the earliest monotonic second at which something is due, None when nothing is."""
+    due = [deadline for entry in entries if (deadline := _deadline(entry, tracker_grace_s)) is not None]
+    return min(due, default=None)
+
+
+def tracker_due_s(entry: Entry, tracker_grace_s: float) -> float:
+    """Return when trackers that have not ended by themselves are killed."""
+    return max(entry.changed_at_s, entry.signal_from_s) + tracker_grace_s
+
+
+def _deadline(entry: Entry, tracker_grace_s: float) -> float | None:
+    if entry.died_at_s is None:
+        return entry.leader_target.due_s if entry.leader_target is not None else None
+    due = [t.due_s for t in entry.targets.values() if t.stage not in (Stage.GONE, Stage.TRUSTED)]
+    if entry.look_due_s is not None:
+        due.append(entry.look_due_s)
+    if entry.phase is Phase.TRACKERS:
+        due.append(tracker_due_s(entry, tracker_grace_s))
+    return min(due, default=None)

@@ -1,0 +1,50 @@
+"""The session page as a stranger's process offers it: opened without trust, read with pread(2), never mapped.
+
+Mapping it would let its owner end us: a truncated file is a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+
+from agent import wire
+
+_F_GET_SEALS = 1034  # linux/fcntl.h
+_SEALS = 0x2 | 0x4 | 0x10  # SHRINK, GROW, FUTURE_WRITE
+_FLAGS = (
+    os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+)  # a FIFO or a terminal can bear the same name
+_ATTEMPTS = 16
+
+
+def open_page(path: str, *, uid: int) -> int:
+    """Return a descriptor for the page at ``path``; OSError, or WireError ``bad-page`` for what is no page of ``uid``."""
+    descriptor = os.open(path, _FLAGS)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink or found.st_size != wire.PAGE_BYTES:
+            raise wire.WireError("bad-page", "the session page is no memfd of the right size")
+        if found.st_uid != uid:
+            raise wire.WireError("bad-page", f"the session page belongs to uid {found.st_uid}")
+        if fcntl.fcntl(descriptor, _F_GET_SEALS) & _SEALS != _SEALS:
+            raise wire.WireError("bad-page", "the session page is not sealed")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_page(descriptor: int) -> wire.Page:
+    """Return what the page says; TornPage when it never holds still, WireError when it is broken."""
+    for _ in range(_ATTEMPTS):
+        before = os.pread(descriptor, wire.PAGE_BYTES, 0)
+        if (
+            os.pread(descriptor, 64, 0) == before[:64]
+        ):  # the sequence is in the header: nothing was written meanwhile
+            try:
+                return wire.parse_page(before)
+            except wire.TornPage:
+                continue
+    raise wire.TornPage("torn-page", "the page never held still")

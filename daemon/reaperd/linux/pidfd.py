@@ -1,0 +1,89 @@
+"""pidfd_open(2) and what a pidfd can do: wait, signal, tell how a process ended.
+
+A pidfd stands for one process for ever; a pid does not. Nothing in Reaper signals a pid.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import socket
+import struct
+
+from reaperd.linux.procfs import ProcessGone, ProcFS
+from reaperd.model import ProcessId
+
+_SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
+_PIDFD_GET_INFO = (
+    3 << 30 | 64 << 16 | 0xFF << 8 | 11
+)  # _IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info), linux/pidfd.h
+_PIDFD_INFO_EXIT = 1 << 3  # Linux 6.15
+_INFO = struct.Struct("=QQ11Ii")
+
+
+def open_pid(pid: int) -> int:
+    """Return a pidfd for whoever has ``pid`` now; ProcessGone when nobody has."""
+    try:
+        return os.pidfd_open(pid)
+    except (ProcessLookupError, ValueError):
+        raise ProcessGone(str(pid)) from None
+    except OSError as error:
+        # EINVAL: the pid is a thread's; ENODATA: it is being reaped. Neither is a process to hold.
+        if error.errno in (22, 61):
+            raise ProcessGone(str(pid)) from None
+        raise
+
+
+def open_pidfd(target: ProcessId, proc: ProcFS) -> int:
+    """Return a pidfd for exactly ``target``; ProcessGone if it has exited.
+
+    Open first, then compare: a start time read after pidfd_open(2) that still matches means that ``target`` held the
+    pid all along, so the descriptor is its.
+    """
+    pidfd = open_pid(target.pid)
+    try:
+        if proc.stat(target.pid).id != target:
+            raise ProcessGone(str(target.pid))
+    except BaseException:
+        os.close(pidfd)
+        raise
+    return pidfd
+
+
+def peer_pidfd(connection: socket.socket) -> int | None:
+    """Return a pidfd for the process that connected, None where the kernel has no SO_PEERPIDFD."""
+    try:
+        return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except ProcessLookupError:
+        raise ProcessGone("the peer") from None
+    except OSError:
+        return None
+
+
+def has_exited(pidfd: int) -> bool:
+    """Say whether the process is dead, waited for or not."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def send_signal(pidfd: int, number: int) -> None:
+    """Send a signal; ProcessGone when the process was waited for already, PermissionError as kill(2)."""
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        raise ProcessGone("pidfd") from None
+
+
+def exit_status(pidfd: int) -> int | None:
+    """Return the wait status of a process that its parent has waited for, None before that or on Linux < 6.15."""
+    buffer = bytearray(_INFO.size)
+    struct.pack_into("=Q", buffer, 0, _PIDFD_INFO_EXIT)
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, buffer)
+    except OSError:
+        return None
+    mask, *_, status = _INFO.unpack(buffer)
+    return int(status) if mask & _PIDFD_INFO_EXIT else None

@@ -1,0 +1,247 @@
+"""/proc/PID: what one process is, has and started (proc(5)). ``parse_*`` is pure; ``ProcFS`` asks the kernel.
+
+A process that ends while it is read is an outcome (ProcessGone), and so is one that may not be read (None).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from reaperd.model import Namespaces, ProcessId
+
+PF_FORKNOEXEC = 0x40  # linux/sched.h
+PAGE_BYTES = os.sysconf("SC_PAGESIZE")
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_GONE = (FileNotFoundError, ProcessLookupError)  # gone before open(2), or before read(2)
+_MAX_BYTES = 8 * 1024 * 1024  # beyond what execve(2) takes as arguments and environment by default
+
+
+class ProcessGone(Exception):
+    """The process has exited."""
+
+
+class Stat(NamedTuple):
+    """What /proc/PID/stat says."""
+
+    id: ProcessId
+    comm: str
+    state: str
+    ppid: int
+    flags: int
+    cpu_ticks: int
+    threads: int
+    rss_bytes: int
+    exit_status: int  # as wait(2) gives it; 0 for who may not see it
+
+    @property
+    def forked(self) -> bool:
+        """Whether the process has not exec'ed since it was forked."""
+        return bool(self.flags & PF_FORKNOEXEC)
+
+    @property
+    def dead(self) -> bool:
+        """Whether no thread runs any more: a zombie main thread alone is not the end."""
+        return self.state in "ZX" and self.threads <= 1
+
+
+def parse_stat(data: bytes) -> Stat:
+    """Return the fields of /proc/PID/stat; ValueError when it is none.
+
+    The name stands in brackets and may hold anything, brackets and newlines included: the last ") " ends it.
+    """
+    head, bracket, tail = data.rpartition(b") ")
+    pid, opening, comm = head.partition(b" (")
+    fields = tail.split()
+    if not bracket or not opening or len(fields) < 50:
+        raise ValueError(f"not a stat line: {data[:80]!r}")
+    return Stat(
+        id=ProcessId(int(pid), int(fields[19])),
+        comm=comm.decode("utf-8", "replace"),
+        state=fields[0].decode("ascii"),
+        ppid=int(fields[1]),
+        flags=int(fields[6]),
+        cpu_ticks=int(fields[11]) + int(fields[12]),
+        threads=int(fields[17]),
+        rss_bytes=int(fields[21]) * PAGE_BYTES,
+        exit_status=int(fields[49]),
+    )
+
+
+def parse_uid(status: bytes) -> int | None:
+    """Return the uid in the text of /proc/PID/status when real, effective and saved uid are one, else None."""
+    at = status.find(b"\nUid:")
+    uids = status[at + 5 :].split(b"\n", 1)[0].split()[:3] if at >= 0 else []
+    return int(uids[0]) if len(uids) == 3 and uids[0] == uids[1] == uids[2] else None
+
+
+def parse_gid(status: bytes) -> int | None:
+    """Return the real gid in the text of /proc/PID/status."""
+    at = status.find(b"\nGid:")
+    gids = status[at + 5 :].split(b"\n", 1)[0].split() if at >= 0 else []
+    return int(gids[0]) if gids else None
+
+
+def parse_innermost_pid(status: bytes) -> int | None:
+    """Return the last pid in ``NSpid:`` in the text of /proc/PID/status."""
+    at = status.find(b"\nNSpid:")
+    pids = status[at + 7 :].split(b"\n", 1)[0].split() if at >= 0 else []
+    return int(pids[-1]) if pids else None
+
+
+def environment_value(environ: bytes, variable: str) -> str:
+    """Return what ``variable`` is in the text of /proc/PID/environ; "" where it is not set."""
+    needle = variable.encode() + b"="
+    if not environ.startswith(needle):
+        at = environ.find(b"\0" + needle)
+        if at < 0:
+            return ""
+        environ = environ[at + 1 :]
+    return environ[len(needle) :].split(b"\0", 1)[0].decode("ascii", "replace")
+
+
+def parse_memfd_link(link: str) -> str:
+    """Return the name of the memfd that a link in /proc/PID/fd or a path in maps names; "" for anything else."""
+    if link.startswith("/memfd:"):
+        return link[7:].removesuffix(" (deleted)")
+    return ""
+
+
+def parse_mapped_paths(maps: bytes) -> Iterator[str]:
+    """Yield the paths in the text of /proc/PID/maps, repeated as they stand there."""
+    for line in maps.split(b"\n"):
+        parts = line.split(None, 5)
+        if len(parts) == 6:
+            yield parts[5].decode("utf-8", "surrogateescape")
+
+
+class ProcFS:
+    """One mount of /proc."""
+
+    def __init__(self, root: str = "/proc") -> None:
+        self.root = root
+
+    def listing(self) -> list[tuple[int, int]]:
+        """Return (pid, inode) of every process; the inode changes when a pid is given to another process."""
+        with os.scandir(self.root) as entries:
+            return [(int(entry.name), entry.inode()) for entry in entries if entry.name.isdigit()]
+
+    def stat(self, pid: int) -> Stat:
+        """Return what ``pid`` is; ProcessGone when there is no such process."""
+        return parse_stat(self._read(f"{pid}/stat"))
+
+    def status(self, pid: int) -> bytes:
+        """Return the text of /proc/PID/status."""
+        return self._read(f"{pid}/status")
+
+    def environ(self, pid: int, task: int) -> bytes | None:
+        """Return the environment that ``pid`` was exec'ed with (a fork keeps its parent's), None if unreadable.
+
+        ``task`` is a living thread: what a zombie main thread had is still to be read below the others.
+        """
+        return self._read_permitted(f"{pid}/task/{task}/environ")
+
+    def argv(self, pid: int, task: int) -> tuple[str, ...]:
+        """Return the command line; empty for a kernel thread, a zombie or one that may not be read."""
+        text = self._read_permitted(f"{pid}/task/{task}/cmdline") or b""
+        return (
+            tuple(word.decode("utf-8", "replace") for word in text.rstrip(b"\0").split(b"\0")) if text else ()
+        )
+
+    def cgroup(self, pid: int) -> str:
+        """Return the text of /proc/PID/cgroup."""
+        return self._read(f"{pid}/cgroup").decode("utf-8", "surrogateescape")
+
+    def children(self, pid: int) -> list[int]:
+        """Return the pids of the children of every thread of ``pid`` (needs CONFIG_PROC_CHILDREN)."""
+        found: list[int] = []
+        for task in self.tasks(pid):
+            try:
+                found += map(int, self._read(f"{pid}/task/{task}/children").split())
+            except ProcessGone:
+                continue
+        return found
+
+    def tasks(self, pid: int) -> list[int]:
+        """Return the thread ids of ``pid``; empty when it is gone."""
+        try:
+            return [int(name) for name in os.listdir(f"{self.root}/{pid}/task")]
+        except _GONE:
+            return []
+
+    def living_task(self, stat: Stat) -> int:
+        """Return a thread whose memory can be read: the main one, else another that has not exited."""
+        pid = stat.id.pid
+        if stat.state not in "ZX":
+            return pid
+        for task in self.tasks(pid):
+            try:
+                if parse_stat(self._read(f"{pid}/task/{task}/stat")).state not in "ZX":
+                    return task
+            except ProcessGone:
+                continue
+        return pid
+
+    def descriptor(self, pid: int, task: int, number: int) -> str:
+        """Return what descriptor ``number`` of ``pid`` links to; "" when it has none or may not be read."""
+        try:
+            return os.readlink(f"{self.root}/{pid}/task/{task}/fd/{number}")
+        except OSError:
+            return ""
+
+    def descriptors(self, pid: int, task: int) -> dict[int, str]:
+        """Return what every descriptor of ``pid`` links to; empty when it may not be read."""
+        try:
+            numbers = os.listdir(f"{self.root}/{pid}/task/{task}/fd")
+        except OSError:
+            return {}
+        return {int(number): self.descriptor(pid, task, int(number)) for number in numbers}
+
+    def mapped_paths(self, pid: int, task: int) -> list[str]:
+        """Return the paths that ``pid`` has mapped; empty when they may not be read."""
+        return list(parse_mapped_paths(self._read_permitted(f"{pid}/task/{task}/maps") or b""))
+
+    def descriptor_path(self, pid: int, number: int) -> str:
+        """Return the path through which descriptor ``number`` of ``pid`` can be opened anew."""
+        return f"{self.root}/{pid}/fd/{number}"
+
+    def namespaces(self, pid: int) -> Namespaces:
+        """Return where ``pid`` lives."""
+
+        def link(name: str) -> str:
+            try:
+                return os.readlink(f"{self.root}/{pid}/ns/{name}")
+            except OSError:
+                return ""
+
+        return Namespaces(link("pid"), link("mnt"), link("time"))
+
+    def boot_id(self) -> str:
+        """Return the id of this boot (random(4))."""
+        return self._read("sys/kernel/random/boot_id").decode().strip()
+
+    def _read_permitted(self, name: str) -> bytes | None:
+        try:
+            return self._read(name)
+        except PermissionError:
+            return None
+
+    def _read(self, name: str) -> bytes:
+        try:
+            descriptor = os.open(f"{self.root}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        except _GONE:
+            raise ProcessGone(name) from None
+        try:
+            # /proc gives a page at a time: only an empty read is the end.
+            data = os.read(descriptor, 4096)
+            if len(data) < 1024:
+                return data
+            chunks = [data]
+            while data and len(chunks) * 65536 < _MAX_BYTES:
+                chunks.append(data := os.read(descriptor, 65536))
+            return b"".join(chunks)
+        except _GONE:
+            raise ProcessGone(name) from None
+        finally:
+            os.close(descriptor)

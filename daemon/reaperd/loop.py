@@ -1,0 +1,327 @@
+"""The daemon's one loop: waits for leaders, workers, requests and signals, and for nothing while nothing is due."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import pwd
+import signal
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from reaperd import __version__
+from reaperd.config import Config, ConfigError, render_config, without_effect
+from reaperd.core import Core
+from reaperd.gate_link import GateLink
+from reaperd.linux.procfs import ProcFS
+from reaperd.linux.systemd import Notifier
+from reaperd.observer import Observer
+from reaperd.policy import Policy
+from reaperd.poller import Poller
+from reaperd.reaper import Reaper
+from reaperd.server import Facts, Server
+from reaperd.store import Store
+
+log = logging.getLogger(__name__)
+
+_PRUNE_EVERY_S = 6 * 3600.0
+_BACKLOG = 1024
+
+
+class StartError(Exception):
+    """The daemon cannot start; the text says what, where and what would help."""
+
+
+class Daemon:
+    """One running daemon."""
+
+    def __init__(
+        self,
+        *,
+        mode: str,
+        socket_path: str,
+        state_dir: str,
+        config_path: str,
+        read_config: Callable[[], Config],
+    ) -> None:
+        self._mode = mode
+        self._socket_path = os.path.realpath(socket_path)
+        self._state_dir = state_dir
+        self._config_path = config_path
+        self._read_config = read_config
+        self._config = read_config()
+        self._signals: set[int] = set()
+        self._notifier = Notifier(os.environ, os.getpid())
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; StartError, or ConfigError, when that cannot begin."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_single_instance(self._socket_path, private=self._mode == "user"))
+            listener = stack.enter_context(_listening(self._socket_path, private=self._mode == "user"))
+            self._begin(listener)
+            stack.callback(self._end)
+            stack.enter_context(self._signals_caught())
+            self._serve()
+
+    def _begin(self, listener: socket.socket) -> None:
+        _make_directory(self._state_dir)
+        _raise_descriptor_limit()
+        proc = ProcFS()
+        observer = Observer(proc)
+        self._untouchable = frozenset((0, 1, os.getpid(), *observer.adopters(os.getpid())))
+        self._poller = Poller()
+        self._reaper = Reaper(proc, self._untouchable)
+        self._store = Store(self._state_dir, observer.boot_id)
+        self._core = Core(
+            observer,
+            self._reaper,
+            self._store,
+            self._poller,
+            policy=self._policy(),
+            socket_path=self._socket_path,
+        )
+        self._link = GateLink(listener, self._socket_path, self._poller, self._on_request)
+        self._server = Server(self._core, self._link, self._facts())
+        self._tell_without_effect()
+        log.info(
+            "started version=%s pid=%d mode=%s socket=%s config=%s%s",
+            __version__, os.getpid(), self._mode, self._socket_path, self._config_path,
+            " dry_run" if self._config.kill.dry_run else "",
+        )  # fmt: skip
+        self._core.record({"kind": "started", "version": __version__, "session": None, "uid": None})
+        self._core.recover()
+        self._core.sweep(all_of_them=True)
+        self._core.step()
+        self._link.start(time.monotonic())
+        self._scan_due_s = time.monotonic() + self._config.scan.interval_s
+        self._prune_due_s = 0.0
+        self._notifier.send(f"READY=1\nSTATUS={len(self._core.entries)} sessions")
+        self._watchdog_due_s = 0.0
+
+    def _end(self) -> None:
+        self._notifier.send("STOPPING=1")
+        self._core.record({"kind": "stopped", "session": None, "uid": None})
+        self._link.stop()
+        self._core.close()
+        log.info("stopped sessions=%d", len(self._core.entries))
+
+    def _serve(self) -> None:
+        while not self._signals & {signal.SIGTERM, signal.SIGINT}:
+            self._poller.wait(self._timeout_s())
+            if signal.SIGHUP in self._signals:
+                self._signals.discard(signal.SIGHUP)
+                self._reload()
+            self._core.step()
+            self._do_due(time.monotonic())
+
+    def _on_request(self, peer: Any, to: Any, message: dict[str, Any]) -> None:
+        self._server.answer(peer, to, message)
+
+    # -- time --------------------------------------------------------------------------------
+
+    def _timeout_s(self) -> float | None:
+        due = [self._scan_due_s]
+        due += [
+            deadline
+            for deadline in (
+                self._core.next_deadline(),
+                self._server.next_deadline(),
+                self._link.restart_at_s,
+                self._watchdog_due_s if self._notifier.watchdog_s is not None else None,
+            )
+            if deadline is not None
+        ]
+        return max(0.0, min(due) - time.monotonic())
+
+    def _do_due(self, now_s: float) -> None:
+        if self._link.restart_at_s is not None and self._link.restart_at_s <= now_s:
+            self._link.start(now_s)
+            # Who tried to register while there was no gate is known by its page.
+            self._core.sweep(all_of_them=True)
+            self._core.step()
+        if self._scan_due_s <= now_s:
+            self._scan_due_s = now_s + self._config.scan.interval_s
+            self._core.sweep(all_of_them=False)
+            self._core.look_at_living(note_usage=True)
+            self._core.step()
+        deadline = self._server.next_deadline()
+        if deadline is not None and deadline <= now_s:
+            self._server.answer_waiters()
+        if self._prune_due_s <= now_s:
+            self._prune_due_s = now_s + _PRUNE_EVERY_S
+            self._store.prune(self._config.history.keep_s)
+        if self._notifier.watchdog_s is not None and self._watchdog_due_s <= now_s:
+            self._watchdog_due_s = now_s + self._notifier.watchdog_s
+            self._notifier.send(f"WATCHDOG=1\nSTATUS={len(self._core.entries)} sessions")
+
+    # -- signals and settings ----------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _signals_caught(self) -> Iterator[None]:
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+
+        def drain() -> None:
+            with contextlib.suppress(BlockingIOError):
+                self._signals.update(reader.recv(4096))
+
+        signal.set_wakeup_fd(writer.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, _noted_by_wakeup_fd)
+        self._poller.watch(reader.fileno(), drain)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(-1)
+            reader.close()
+            writer.close()
+
+    def _reload(self) -> None:
+        self._notifier.send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            config = self._read_config()
+        except ConfigError as error:
+            for fault in error.faults:
+                log.error("kept the old settings: %s", fault)
+            self._core.record({"kind": "reload", "session": None, "uid": None, "faults": list(error.faults)})
+        else:
+            self._config = config
+            set_log_level(config)
+            self._core.policy = self._policy()
+            self._server.facts = self._facts()
+            self._scan_due_s = time.monotonic() + config.scan.interval_s
+            log.info("reloaded config=%s", self._config_path)
+            self._tell_without_effect()
+            self._core.record({"kind": "reload", "session": None, "uid": None, "faults": []})
+        self._notifier.send("READY=1")
+
+    def _tell_without_effect(self) -> None:
+        for name in without_effect(self._config):
+            log.warning("%s has no effect yet", name)
+
+    def _policy(self) -> Policy:
+        kill, protect = self._config.kill, self._config.protect
+        return Policy(
+            grace_s=kill.grace_s,
+            exit_grace_s=kill.exit_grace_s,
+            tracker_grace_s=kill.tracker_grace_s,
+            reclaim_shm=kill.reclaim_shm,
+            dry_run=kill.dry_run,
+            untouchable=self._untouchable,
+            protected_uids=_uids(protect.users, "[protect] users"),
+            protected_names=frozenset(protect.names),
+            protected_units=frozenset(protect.units),
+        )
+
+    def _facts(self) -> Facts:
+        sessions = self._config.sessions
+        return Facts(
+            mode=self._mode,
+            config_path=self._config_path,
+            config_toml=render_config(self._config, show_secrets=False),
+            max_workers=sessions.max_workers,
+            max_per_uid=sessions.max_per_uid,
+            admins=_uids(self._config.access.admins, "[access] admins"),
+            dry_run=self._config.kill.dry_run,
+        )
+
+
+def set_log_level(config: Config) -> None:
+    """Log from the configured level on."""
+    logging.getLogger().setLevel(config.daemon.log_level.upper())
+
+
+def _noted_by_wakeup_fd(number: int, frame: object) -> None:
+    """Do nothing: signal.set_wakeup_fd() has written the number into the loop's socket."""
+
+
+def _uids(names: tuple[str, ...], where: str) -> frozenset[int]:
+    found = set()
+    for name in names:
+        try:
+            found.add(int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid)
+        except KeyError:
+            log.warning("%s: there is no user %r, ignoring", where, name)
+    return frozenset(found)
+
+
+# -- the socket -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _single_instance(path: str, *, private: bool) -> Iterator[None]:
+    """Hold ``<socket>.lock``: a second ZeroMQ bind would silently take the socket away from the first."""
+    _make_directory(os.path.dirname(path), private=private)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(f"{path}.lock", flags, 0o600)
+    except OSError as error:
+        raise StartError(f"cannot create {path}.lock: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+        os.close(descriptor)
+        raise StartError(f"another reaperd (pid {holder or 'unknown'}) already serves {path}") from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _listening(path: str, *, private: bool) -> Iterator[socket.socket]:
+    """Bind the socket; it stays the core's through all lives of the gate."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise StartError(f"cannot listen on {path}: something that is no socket is in its place")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        # Made private first: nobody may connect before the mode is right.
+        previous = os.umask(0o177)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(previous)
+        os.chmod(path, 0o600 if private else 0o666)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        hint = " (a socket path has at most 107 bytes)" if len(os.fsencode(path)) > 107 else ""
+        raise StartError(f"cannot listen on {path}: {error.strerror or error}{hint}") from None
+    except StartError:
+        listener.close()
+        raise
+    try:
+        yield listener
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        listener.close()
+
+
+def _make_directory(path: str, *, private: bool = True) -> None:
+    try:
+        os.makedirs(path, mode=0o700 if private else 0o755, exist_ok=True)
+        found = os.stat(path)
+    except OSError as error:
+        raise StartError(f"cannot create the directory {path}: {error.strerror}") from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise StartError(f"cannot use {path}: it is no directory")
+
+
+def _raise_descriptor_limit() -> None:
+    """Take as many descriptors as are allowed: a pidfd for each process that is to be ended."""
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,146 @@
+"""The facts that everything else is decided on: who a process is, who belongs to what, and why. Pure values only."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+# signal(7), the same numbers on x86, ARM, RISC-V and POWER.
+SIGKILL, SIGTERM, SIGCONT, SIGSTOP = 9, 15, 18, 19
+SIGNAL_NAMES = {SIGKILL: "SIGKILL", SIGTERM: "SIGTERM", SIGCONT: "SIGCONT", SIGSTOP: "SIGSTOP"}
+
+
+class ProcessId(NamedTuple):
+    """A process for as long as the machine runs: a pid alone is given to somebody else one day."""
+
+    pid: int
+    start_ticks: int  # field 22 of /proc/PID/stat, clock ticks (10 ms) since boot
+
+
+class Role(enum.Enum):
+    """What a member does for its session: a tracker guards shared memory and goes last."""
+
+    WORKER = "worker"
+    TRACKER = "tracker"
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process as it was found."""
+
+    id: ProcessId
+    ppid: int
+    uid: int | None  # None where real, effective and saved uid differ, or could not be read
+    comm: str = ""
+    forked: bool = False  # has not exec'ed since its parent forked it: its command line is the parent's
+    dead: bool = False  # a zombie without any other thread
+    argv: tuple[str, ...] = ()  # empty for a forked process
+    lineage: tuple[str, ...] = ()  # the session ids in REAPER_LINEAGE
+    pages: frozenset[str] = frozenset()  # the sessions whose page it holds
+    spared: frozenset[str] = frozenset()  # the sessions that it is meant to outlive
+    cgroup: str = "/"
+    rss_bytes: int = 0
+    cpu_ticks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The processes that mattered at one instant, by pid."""
+
+    processes: Mapping[int, Process] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Namespaces:
+    """Where a leader lives, as the links in /proc/PID/ns read; empty where they could not be read."""
+
+    pid: str = ""
+    mnt: str = ""
+    time: str = ""
+
+
+class CauseKind(enum.Enum):
+    """How a leader ended."""
+
+    EXIT = "exit"
+    SIGNAL = "signal"
+    OOM = "oom"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a leader is dead; ``code`` is its exit code or the signal's number, None where unknown."""
+
+    kind: CauseKind
+    code: int | None = None
+    core_dumped: bool = False
+    clean: bool = False  # its interpreter ended in good order, so what it left gets exit_grace
+
+    @classmethod
+    def of_status(cls, status: int) -> Cause:
+        """Return the cause that a wait status tells (wait(2))."""
+        if number := status & 0x7F:
+            return cls(CauseKind.SIGNAL, number, core_dumped=bool(status & 0x80))
+        return cls(CauseKind.EXIT, status >> 8 & 0xFF)
+
+
+UNKNOWN_CAUSE = Cause(CauseKind.UNKNOWN)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What one leader started, as it was found at registration or adoption."""
+
+    id: str
+    name: str
+    uid: int
+    gid: int
+    leader: ProcessId
+    started_at_utc: str
+    page_fd: int = -1  # the page's descriptor number in the leader; -1: it has none
+    cgroup: str | None = "/"  # None: never learned, so no environment stamp counts
+    adopters: frozenset[int] = frozenset(
+        (1,)
+    )  # init and the leader's ancestors: who may inherit its children
+    namespaces: Namespaces = Namespaces()
+    oom_counter: str = ""  # the file that counts OOM kills in the leader's memory cgroup
+    oom_kills: int | None = None  # what it said when last looked at
+    kept: frozenset[ProcessId] = frozenset()  # members without a mark of their own
+    cause: Cause | None = None  # set once the leader is dead
+    temp_dirs: tuple[str, ...] = ()  # where joblib may have put memmapped arrays, /dev/shm apart
+    ending: bool = False  # the leader has unregistered: what it starts from now on is not the session's
+
+    def keeping(self, members: frozenset[ProcessId]) -> Session:
+        """Return the session with ``members`` as those that only descent tells."""
+        return self if members == self.kept else replace(self, kept=members)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A process of a session, and how that is known, in words that a person can check."""
+
+    process: Process
+    role: Role
+    framework: str
+    evidence: tuple[str, ...]
+    marked: bool  # carries a mark of its own; else only descent tells
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Who belongs to a session at one instant, and who looks like it but is left alone, with the reason."""
+
+    members: Mapping[ProcessId, Member]
+    left_alone: Mapping[ProcessId, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """Memory given back to the machine, in bytes."""
+
+    rss_bytes: int = 0
+    shm_bytes: int = 0
+    gpu_bytes: int = 0

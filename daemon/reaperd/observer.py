@@ -1,0 +1,399 @@
+"""What is there: reads /proc into snapshots, finds session pages, takes down who a leader is. Decides nothing, signals nobody.
+
+While a snapshot of a dead leader's survivors is taken, a pidfd is opened for each process before anything of it is
+read: whatever the evidence says then holds for exactly the process that a signal would reach.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from agent import wire
+from reaperd.linux import cgroup, page, pidfd
+from reaperd.linux.procfs import (
+    TICKS_PER_S,
+    ProcessGone,
+    ProcFS,
+    Stat,
+    environment_value,
+    parse_gid,
+    parse_innermost_pid,
+    parse_memfd_link,
+    parse_uid,
+)
+from reaperd.model import Process, ProcessId, Session, Snapshot
+
+_MAX_ANCESTORS = 200
+# Pages of processes that are no longer new are looked for in one of so many scans: nearly all register by message.
+_SWEEP_TURNS = 16
+_USAGE_S = 1.0  # CPU shares are told over no less than that, where there is a choice
+
+
+class FoundPage(NamedTuple):
+    """A session page, and a process that holds it."""
+
+    page: wire.Page
+    holder: Stat
+    uid: int
+    gid: int
+    descriptor: int  # ours, to be closed by whoever takes the page on
+
+
+class Stray(NamedTuple):
+    """A process whose environment names a session."""
+
+    session: str
+    holder: Stat
+    uid: int
+    gid: int
+    cgroup: str
+
+
+class Usage(NamedTuple):
+    """What a process takes of the machine."""
+
+    cpu_percent: float  # of one core, since the last scan; since its start where it is new
+    rss_bytes: int
+
+
+class Observer:
+    """Reads one /proc."""
+
+    def __init__(self, proc: ProcFS) -> None:
+        self.proc = proc
+        self.boot_id = proc.boot_id()
+        self._held: dict[ProcessId, int] = {}
+        self._cpu: dict[ProcessId, tuple[float, int]] = {}  # monotonic seconds and CPU ticks at the last scan
+        self._known: set[tuple[int, int]] = set()
+        self._turn = 0
+
+    # -- snapshots ---------------------------------------------------------------------------
+
+    def look_quick(self, session: Session) -> Snapshot:
+        """Return the processes that can be what a leader just left, found through those who adopted them.
+
+        That is a fraction of the work of reading everything, and complete for all that has a parent among them.
+        """
+        processes: dict[int, Process] = {}
+        pending = [id_.pid for id_ in session.kept]
+        for adopter in session.adopters:
+            pending += self._children(adopter)
+        while pending:
+            pid = pending.pop()
+            if pid in processes:
+                continue
+            process = self._read(pid, session)
+            if process is None:
+                continue
+            processes[pid] = process
+            # Whoever carries no mark is followed too: its children may be a worker's that lost its environment.
+            if process.ppid not in session.adopters or _marked(process, session):
+                pending += self._children(pid)
+        return self._whole(processes)
+
+    def look(self, session: Session) -> Snapshot:
+        """Return every process that can belong to ``session``."""
+        processes: dict[int, Process] = {}
+        for pid, _ in self.proc.listing():
+            process = self._read(pid, session)
+            if process is not None:
+                processes[pid] = process
+        return self._whole(processes)
+
+    def look_at_all(self, sessions: Iterable[Session]) -> Snapshot:
+        """Return every process that can belong to one of ``sessions``, whose leaders live."""
+        oldest: dict[int, int] = {}
+        page_fds: set[int] = set()
+        for session in sessions:
+            ticks = session.leader.start_ticks
+            oldest[session.uid] = min(ticks, oldest.get(session.uid, ticks))
+            page_fds.add(session.page_fd)
+        processes: dict[int, Process] = {}
+        if oldest:
+            for pid, _ in self.proc.listing():
+                process = self._read_candidate(pid, oldest, page_fds, hold=False)
+                if process is not None:
+                    processes[pid] = process
+        return self._whole(processes)
+
+    def _read(self, pid: int, session: Session) -> Process | None:
+        oldest = {session.uid: session.leader.start_ticks}
+        return self._read_candidate(pid, oldest, {session.page_fd}, hold=session.cause is not None)
+
+    def _read_candidate(
+        self, pid: int, oldest: dict[int, int], page_fds: set[int], *, hold: bool
+    ) -> Process | None:
+        """Return what ``pid`` is, None when it is gone, dead, or of no uid in ``oldest``, or started earlier than that."""
+        handle = self._open_handle(pid) if hold else -1
+        try:
+            stat = self.proc.stat(pid)
+            if stat.dead or stat.id.start_ticks < min(oldest.values()):
+                return None
+            uid = parse_uid(self.proc.status(pid))
+            if uid is None or stat.id.start_ticks < oldest.get(uid, stat.id.start_ticks + 1):
+                return None
+            process = self._describe(stat, uid, page_fds)
+        except (ProcessGone, PermissionError, ValueError):
+            return None
+        else:
+            if handle >= 0:
+                if process.id in self._held:
+                    os.close(handle)
+                else:
+                    self._held[process.id] = handle
+                handle = -1
+            return process
+        finally:
+            if handle >= 0:
+                os.close(handle)
+
+    def _describe(self, stat: Stat, uid: int, page_fds: set[int]) -> Process:
+        pid = stat.id.pid
+        task = self.proc.living_task(stat)
+        # Reading the memory of a process in state D can block for as long as it does: its marks are read next time.
+        blocked = stat.state == "D"
+        environ = b"" if blocked else self.proc.environ(pid, task) or b""
+        names = self._memfd_names(pid, task, page_fds, blocked=blocked) if stat.forked else set()
+        pages = {name[len(wire.PAGE_PREFIX) :] for name in names if name.startswith(wire.PAGE_PREFIX)}
+        spared = {name[len(wire.SPARED_PREFIX) :] for name in names if name.startswith(wire.SPARED_PREFIX)}
+        spared.update(wire.parse_lineage(environment_value(environ, wire.SPARED_VARIABLE)))
+        return Process(
+            id=stat.id,
+            ppid=stat.ppid,
+            uid=uid,
+            comm=stat.comm,
+            forked=stat.forked,
+            argv=() if stat.forked or blocked else self.proc.argv(pid, task),
+            lineage=wire.parse_lineage(environment_value(environ, wire.LINEAGE_VARIABLE)),
+            pages=frozenset(pages),
+            spared=frozenset(spared),
+            cgroup=wire.parse_cgroup(self.proc.cgroup(pid)),
+            rss_bytes=stat.rss_bytes,
+            cpu_ticks=stat.cpu_ticks,
+        )
+
+    def _memfd_names(self, pid: int, task: int, page_fds: set[int], *, blocked: bool) -> set[str]:
+        """Return the names of our marks in a forked process: at the leader's descriptor, among all, else mapped."""
+        for number in page_fds:
+            name = parse_memfd_link(self.proc.descriptor(pid, task, number)) if number >= 0 else ""
+            if name.startswith(wire.PAGE_PREFIX):
+                return {name}
+        links = self.proc.descriptors(pid, task).values()
+        names = {name for name in map(parse_memfd_link, links) if _is_mark(name)}
+        if not names and not blocked:
+            paths = self.proc.mapped_paths(pid, task)
+            names = {name for name in map(parse_memfd_link, paths) if _is_mark(name)}
+        return names
+
+    def _whole(self, processes: dict[int, Process]) -> Snapshot:
+        """Return the snapshot, with a parent link only where the parent is still who it was when it was read.
+
+        A pid that was given to another process in the middle of the pass would else pass its children off as a
+        member's. Only the young can be such children.
+        """
+        young = time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_PER_S - 10 * TICKS_PER_S
+        for pid, process in processes.items():
+            if process.id.start_ticks < young or process.ppid not in processes:
+                continue
+            try:
+                same = self.proc.stat(process.ppid).id == processes[process.ppid].id
+            except ProcessGone:
+                same = True  # it ended after the pass had seen it; nobody has its pid
+            if not same:
+                processes[pid] = replace(process, ppid=0)
+        return Snapshot(processes)
+
+    def _children(self, pid: int) -> list[int]:
+        try:
+            return self.proc.children(pid)
+        except (ProcessGone, PermissionError):
+            return []
+
+    # -- handles -----------------------------------------------------------------------------
+
+    def _open_handle(self, pid: int) -> int:
+        try:
+            return pidfd.open_pid(pid)
+        except ProcessGone:
+            return -1
+        except OSError as error:
+            if error.errno in (
+                errno.EMFILE,
+                errno.ENFILE,
+            ):  # the reaper opens it later, comparing start times
+                return -1
+            raise
+
+    def claim(self, process_id: ProcessId) -> int | None:
+        """Return the pidfd that was opened before ``process_id`` was read; it is the caller's to close from now on."""
+        return self._held.pop(process_id, None)
+
+    def release(self) -> None:
+        """Close the pidfds that nobody claimed."""
+        while self._held:
+            os.close(self._held.popitem()[1])
+
+    # -- who is a leader ---------------------------------------------------------------------
+
+    def adopters(self, pid: int) -> frozenset[int]:
+        """Return init and the ancestors of ``pid``: those who can inherit what it leaves (PR_SET_CHILD_SUBREAPER)."""
+        found = {1}
+        try:
+            for _ in range(_MAX_ANCESTORS):
+                pid = self.proc.stat(pid).ppid
+                if pid <= 1:
+                    break
+                found.add(pid)
+        except ProcessGone:
+            pass
+        return frozenset(found)
+
+    def descendants(self, leader: ProcessId) -> Iterator[int]:
+        """Yield the pids below ``leader`` as they stand now."""
+        pending, seen = self._children(leader.pid), {leader.pid}
+        while pending:
+            pid = pending.pop()
+            if pid not in seen:
+                seen.add(pid)
+                pending += self._children(pid)
+                yield pid
+
+    def look_below(self, session: Session) -> Snapshot:
+        """Return the leader and all that stands below it now: what was started before it registered, too."""
+        processes: dict[int, Process] = {}
+        for pid in (session.leader.pid, *self.descendants(session.leader)):
+            process = self._read(pid, session)
+            if process is not None:
+                processes[pid] = process
+        return self._whole(processes)
+
+    def owner(self, pid: int) -> tuple[int | None, int | None]:
+        """Return uid and gid of ``pid``, None where its ids are mixed."""
+        status = self.proc.status(pid)
+        return parse_uid(status), parse_gid(status)
+
+    def cgroup_path(self, pid: int) -> str:
+        """Return the cgroup that tells ``pid``'s session from others; "/" tells nothing."""
+        return wire.parse_cgroup(self.proc.cgroup(pid))
+
+    def oom_kills_in(self, session: Session) -> int | None:
+        """Return the OOM kills counted in the memory cgroup that ``session``'s leader was in when it registered."""
+        return cgroup.oom_kills(session.oom_counter) if session.oom_counter else None
+
+    def oom_counter(self, pid: int) -> str:
+        """Return the file that counts OOM kills where ``pid`` runs, "" where none does."""
+        return cgroup.counter_file(self.proc.cgroup(pid))
+
+    def leader(self, session: Session) -> Process | None:
+        """Return the leader as it is now, None when it is dead."""
+        process = self._read(session.leader.pid, session)
+        return process if process is not None and process.id == session.leader else None
+
+    def namespaced_pid(self, pid: int) -> int | None:
+        """Return the pid that ``pid`` has in its own, innermost pid namespace (the last field of NSpid)."""
+        return parse_innermost_pid(self.proc.status(pid))
+
+    def same_ticks(self, process_id: ProcessId, told_ticks: int) -> bool:
+        """Say whether a start time that ``process_id`` told of itself is right; not comparable across time namespaces."""
+        if self.proc.namespaces(process_id.pid).time != self.proc.namespaces(os.getpid()).time:
+            return True
+        return process_id.start_ticks == told_ticks
+
+    def could_be_orphan(self, holder: ProcessId, leader: ProcessId) -> bool:
+        """Say whether ``holder`` can have been left by a dead ``leader`` that it names.
+
+        Only where pids and times mean here what they mean to ``holder``, and where that leader is really dead.
+        """
+        theirs, ours = self.proc.namespaces(holder.pid), self.proc.namespaces(os.getpid())
+        if (theirs.pid, theirs.time) != (ours.pid, ours.time) or holder.start_ticks < leader.start_ticks:
+            return False
+        try:
+            stat = self.proc.stat(leader.pid)
+        except ProcessGone:
+            return True
+        return stat.id != leader or stat.dead
+
+    def shares_our_namespaces(self, session: Session) -> bool:
+        """Say whether the pids and paths of ``session`` mean here what they mean there."""
+        ours = self.proc.namespaces(os.getpid())
+        return session.namespaces.pid == ours.pid and session.namespaces.mnt == ours.mnt
+
+    # -- pages -------------------------------------------------------------------------------
+
+    def sweep(self, *, all_of_them: bool) -> Iterator[FoundPage | Stray]:
+        """Yield what marks new processes carry, and a part of the others in turn (all of them, when asked to)."""
+        listing = self.proc.listing()
+        self._turn = (self._turn + 1) % _SWEEP_TURNS
+        for key in listing:
+            if all_of_them or key not in self._known or key[0] % _SWEEP_TURNS == self._turn:
+                yield from self._marks_of(key[0])
+        self._known = set(listing)
+
+    def _marks_of(self, pid: int) -> Iterator[FoundPage | Stray]:
+        try:
+            stat = self.proc.stat(pid)
+            if stat.dead:
+                return
+            task = self.proc.living_task(stat)
+            environ = b"" if stat.state == "D" else self.proc.environ(pid, task) or b""
+            lineage = wire.parse_lineage(environment_value(environ, wire.LINEAGE_VARIABLE))
+            if lineage:
+                uid, gid = self.owner(pid)
+                for session_id in lineage if uid is not None and gid is not None else ():
+                    yield Stray(session_id, stat, uid or 0, gid or 0, self.cgroup_path(pid))
+            for number, link in self.proc.descriptors(pid, task).items():
+                if parse_memfd_link(link).startswith(wire.PAGE_PREFIX):
+                    found = self._open_page(stat, number)
+                    if found is not None:
+                        yield found
+        except (ProcessGone, PermissionError, ValueError):
+            return
+
+    def _open_page(self, stat: Stat, number: int) -> FoundPage | None:
+        uid, gid = self.owner(stat.id.pid)
+        if uid is None or gid is None:
+            return None
+        try:
+            descriptor = page.open_page(self.proc.descriptor_path(stat.id.pid, number), uid=uid)
+        except (OSError, wire.WireError):
+            return None
+        try:
+            return FoundPage(page.read_page(descriptor), stat, uid, gid, descriptor)
+        except wire.WireError:
+            os.close(descriptor)
+            return None
+
+    # -- figures for people ------------------------------------------------------------------
+
+    def usage(self, process: Process) -> Usage:
+        """Return what ``process`` takes of the machine."""
+        now_s = time.monotonic()
+        seen_s, seen_ticks = self._cpu.get(process.id, (0.0, 0))
+        if not seen_s or now_s - seen_s < 0.05:
+            age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - process.id.start_ticks / TICKS_PER_S
+            seen_s, seen_ticks = now_s - max(age_s, 1 / TICKS_PER_S), 0
+        busy_s = (process.cpu_ticks - seen_ticks) / TICKS_PER_S
+        return Usage(100 * max(busy_s, 0.0) / (now_s - seen_s), process.rss_bytes)
+
+    def note_usage(self, snapshot: Snapshot) -> None:
+        """Remember CPU times for the next ``usage()``; the one before last is kept while the last is too young."""
+        now_s = time.monotonic()
+        self._cpu = {
+            process.id: self._cpu[process.id]
+            if process.id in self._cpu and now_s - self._cpu[process.id][0] < _USAGE_S
+            else (now_s, process.cpu_ticks)
+            for process in snapshot.processes.values()
+        }
+
+
+def _is_mark(name: str) -> bool:
+    return name.startswith((wire.PAGE_PREFIX, wire.SPARED_PREFIX))
+
+
+def _marked(process: Process, session: Session) -> bool:
+    return session.id in process.lineage or session.id in process.pages or process.id in session.kept

@@ -1,0 +1,35 @@
+"""The validated rules that decisions are made by. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reaperd.model import Process
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a dead leader's session is ended, and who is never touched."""
+
+    grace_s: float = 5.0  # from SIGTERM to SIGKILL
+    exit_grace_s: float = 10.0  # what a clean exit leaves before SIGTERM
+    tracker_grace_s: float = 10.0  # what trackers get once the workers are gone
+    reclaim_shm: bool = True
+    dry_run: bool = False
+    untouchable: frozenset[int] = frozenset((1,))  # pids: init, the daemon, its helpers and its ancestors
+    protected_uids: frozenset[int] = frozenset()
+    protected_names: frozenset[str] = frozenset()
+    protected_units: frozenset[str] = frozenset()
+
+    def protection(self, process: Process) -> str | None:
+        """Return why ``process`` must never be signalled, in words; None when nothing protects it."""
+        if process.id.pid in self.untouchable:
+            return "is init, the daemon itself or one of the daemon's ancestors"
+        if process.uid in self.protected_uids:
+            return f"belongs to uid {process.uid}, which [protect] users names"
+        for name in (process.comm, process.argv[0].rpartition("/")[2] if process.argv else ""):
+            if name and name in self.protected_names:
+                return f"is called {name!r}, which [protect] names has"
+        for unit in self.protected_units.intersection(process.cgroup.split("/")):
+            return f"runs in {unit}, which [protect] units names"
+        return None

@@ -1,0 +1,82 @@
+"""Frees what a dead session still holds by name: run in a helper, as the session's own user.
+
+As root it only learns which names a living process still uses; it removes as the user, so nothing can be
+removed that the user could not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from reaperd.linux import helper, shm
+from reaperd.linux.procfs import ProcessGone, ProcFS
+from reaperd.model import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What to free: names that carry the leader's pid, and ``mapped`` names in /dev/shm that only members had mapped."""
+
+    session: Session
+    mapped: frozenset[str]
+
+
+def reclaim_work(claims: list[Claim], proc_root: str) -> Callable[[], dict[str, int]]:
+    """Return the work of one helper: it frees all ``claims`` and returns the bytes freed outside /dev/shm, by session."""
+    return lambda: _reclaim_all(claims, ProcFS(proc_root))
+
+
+def _reclaim_all(claims: list[Claim], proc: ProcFS) -> dict[str, int]:
+    found = {claim.session.id: _find(claim) for claim in claims}
+    names = frozenset(name for entries in found.values() for _, name in entries)
+    used = _used_names(proc, names) if names else frozenset()
+    return {claim.session.id: _remove_as_owner(claim, found[claim.session.id], used) for claim in claims}
+
+
+def _find(claim: Claim) -> list[tuple[str, str]]:
+    """Return (directory, name) of what is there and was made after the leader started."""
+    since_s = shm.started_at_s(claim.session.leader.start_ticks)
+    found = []
+    for directory in dict.fromkeys((shm.SHM, *claim.session.temp_dirs)):
+        mapped = claim.mapped if directory == shm.SHM else frozenset()
+        with contextlib.suppress(OSError), shm.open_directory(os.path.realpath(directory)) as opened:
+            for name in shm.candidates(opened, claim.session.leader.pid, mapped):
+                if shm.made_after(opened, name, since_s):
+                    found.append((os.path.realpath(directory), name))
+    return found
+
+
+def _used_names(proc: ProcFS, names: frozenset[str]) -> frozenset[str]:
+    """Return those of ``names`` that a living process has mapped or open, at whatever place it sees them."""
+    used: set[str] = set()
+    for pid, _ in proc.listing():
+        try:
+            paths = proc.mapped_paths(pid, pid)
+        except ProcessGone:
+            continue
+        for path in (*paths, *proc.descriptors(pid, pid).values()):
+            used |= names.intersection(path.split("/"))
+    return frozenset(used)
+
+
+def _remove_as_owner(claim: Claim, entries: list[tuple[str, str]], used: frozenset[str]) -> int:
+    """Remove in a child of this helper that is the user, for a user's rights can't be given back."""
+    wanted = [(directory, name) for directory, name in entries if name not in used]
+    if not wanted:
+        return 0
+    child = helper.start_helper(lambda: _remove(wanted, claim.session.uid, claim.session.gid))
+    os.set_blocking(child.reader, True)
+    result = helper.finish_helper(child)
+    return result if isinstance(result, int) else 0
+
+
+def _remove(entries: list[tuple[str, str]], uid: int, gid: int) -> int:
+    helper.become(uid, gid)
+    freed = 0
+    for directory, name in entries:
+        with contextlib.suppress(OSError), shm.open_directory(directory) as opened:
+            freed += shm.remove(opened, name, uid)
+    return freed

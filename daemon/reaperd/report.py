@@ -1,0 +1,140 @@
+"""What people and programs are told: events, sessions and status as JSON-ready values. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from agent import wire
+from reaperd.escalation import Stage
+from reaperd.ledger import Entry, Phase, Target
+from reaperd.model import SIGNAL_NAMES, Cause, CauseKind, Freed, Member, ProcessId, Session
+
+_RESULTS = {Stage.GONE: "killed", Stage.STUCK: "stuck"}
+
+
+def cause_words(cause: Cause | None) -> str:
+    """Return a cause for a log line."""
+    if cause is None or cause.kind is CauseKind.UNKNOWN:
+        return "unknown"
+    return f"{cause.kind.value}:{cause.code}" + ("+core" if cause.core_dumped else "")
+
+
+def cause_record(cause: Cause | None) -> dict[str, Any] | None:
+    """Return a cause as it stands in an event."""
+    if cause is None:
+        return None
+    record: dict[str, Any] = {"kind": cause.kind.value, "code": cause.code}
+    if cause.core_dumped:
+        record["core_dumped"] = True
+    return record
+
+
+def session_event(kind: str, session: Session, **more: Any) -> dict[str, Any]:
+    """Return an event about a session; its time is added when it is stored."""
+    return {
+        "kind": kind,
+        "session": session.id,
+        "name": session.name,
+        "uid": session.uid,
+        "leader": {"pid": session.leader.pid, "start_ticks": session.leader.start_ticks},
+        "cause": cause_record(session.cause),
+        **more,
+    }
+
+
+def end_event(entry: Entry, *, dry_run: bool) -> dict[str, Any]:
+    """Return the one event that tells how a session ended and what was done about what it left."""
+    targets = entry.targets.values()
+    gone_at_s = [t.gone_at_s for t in targets if t.gone_at_s is not None and not t.tracker]
+    latency_s = max(gone_at_s) - entry.died_at_s if gone_at_s and entry.died_at_s is not None else None
+    touched = dry_run or any(target.signals for target in targets)
+    freed = freed_by(entry, dry_run=dry_run)
+    more: dict[str, Any] = {
+        "processes": [process_record(target, dry_run=dry_run) for target in targets],
+        "spared": [{"pid": id_.pid, "reason": reason} for id_, reason in entry.left_alone.items()],
+        "latency_s": None if latency_s is None else round(latency_s, 6),
+        "freed": {"rss_bytes": freed.rss_bytes, "shm_bytes": freed.shm_bytes, "gpu_bytes": freed.gpu_bytes},
+    }
+    if dry_run:
+        more["dry_run"] = True
+    return session_event("reaped" if touched and targets else "ended", entry.session, **more)
+
+
+def freed_by(entry: Entry, *, dry_run: bool = False) -> Freed:
+    """Return the memory that the end of a session gave back."""
+    gone = [] if dry_run else [t for t in entry.targets.values() if t.stage is Stage.GONE and t.signals]
+    shm_bytes = entry.reclaimed.shm_bytes if entry.reclaimed is not None else 0
+    return Freed(rss_bytes=sum(t.member.process.rss_bytes for t in gone), shm_bytes=shm_bytes)
+
+
+def process_record(target: Target, *, dry_run: bool = False) -> dict[str, Any]:
+    """Return what an event says of one process."""
+    member = target.member
+    signals = [SIGNAL_NAMES[number] for number in target.signals]
+    result = "kept" if dry_run else _RESULTS.get(target.stage, "kept")
+    if target.stage is Stage.GONE and not signals:
+        result = "exited"
+    return {
+        "pid": member.process.id.pid,
+        "role": member.role.value,
+        "framework": member.framework,
+        "signal": signals[-1] if signals else None,
+        "signals": signals,
+        "result": "denied" if target.denied and target.stage is not Stage.GONE else result,
+        "evidence": list(member.evidence),
+    }
+
+
+def session_record(
+    entry: Entry,
+    members: Mapping[ProcessId, Member],
+    usage: Mapping[ProcessId, tuple[float, int]],
+    *,
+    leader_cmdline: list[str] | None,
+    progress: wire.Progress | None,
+) -> dict[str, Any]:
+    """Return what ``ps`` says of one session; the command line is None for who may not see it."""
+    session = entry.session
+    return {
+        "id": session.id,
+        "name": session.name,
+        "uid": session.uid,
+        "state": _state(entry),
+        "phase": entry.phase.value,
+        "started_at": session.started_at_utc,
+        "leader": {
+            "pid": session.leader.pid,
+            "start_ticks": session.leader.start_ticks,
+            "cmdline": leader_cmdline,
+        },
+        "progress": None if progress is None else _progress_record(progress),
+        "workers": [
+            {
+                "pid": id_.pid,
+                "start_ticks": id_.start_ticks,
+                "role": member.role.value,
+                "framework": member.framework,
+                "cpu_percent": round(usage[id_][0], 1) if id_ in usage else None,
+                "rss_bytes": usage[id_][1] if id_ in usage else member.process.rss_bytes,
+                "evidence": list(member.evidence),
+            }
+            for id_, member in members.items()
+        ],
+        "spared": [{"pid": id_.pid, "reason": reason} for id_, reason in entry.left_alone.items()],
+    }
+
+
+def _progress_record(progress: wire.Progress) -> dict[str, Any]:
+    done, total = (_whole(number) for number in (progress.done, progress.total))
+    return {"done": done, "total": total, "message": progress.message}
+
+
+def _whole(number: float | None) -> float | int | None:
+    return int(number) if number is not None and number == int(number) else number
+
+
+def _state(entry: Entry) -> str:
+    if entry.concluded:
+        return "ended"
+    return "running" if entry.phase is Phase.WATCHED and not entry.session.ending else "ending"

@@ -1,0 +1,116 @@
+"""Another user can neither end a session nor read what its processes are called with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+from harness import NOBODY, Daemon, Leader, broken_promise
+
+StartLeader = Callable[..., Leader]
+
+pytestmark = pytest.mark.needs_root
+
+SECRET = "a-name-that-only-its-owner-may-read"
+
+
+def test_another_user_cannot_stop_a_session(daemon: Daemon, start_leader: StartLeader) -> None:
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
+    done = daemon.ctl("stop", leader.session, uid=NOBODY)
+    assert done.returncode == 4, done.stderr
+    assert "Traceback" not in done.stderr
+    assert leader.still_alive([leader.pid, *leader.family.workers]) == [leader.pid, *leader.family.workers]
+    leader.kill9()
+    assert broken_promise(leader) == ""
+    daemon.wait_end(leader.session)
+
+
+@pytest.mark.parametrize("how", ["a unique prefix", "its name"])
+def test_another_user_s_prefix_or_name_stops_nothing(
+    how: str, daemon: Daemon, start_leader: StartLeader
+) -> None:
+    leader = start_leader("kin.py", "subprocess", "--name", "mine", socket=daemon.socket)
+    done = daemon.ctl("stop", leader.session[:10] if how == "a unique prefix" else "mine", uid=NOBODY)
+    assert done.returncode in (1, 4), done.stderr  # it may not even learn that there is such a session
+    assert leader.still_alive([leader.pid]) == [leader.pid]
+    leader.kill9()
+    daemon.wait_end(leader.session)
+
+
+def test_another_user_sees_no_command_lines(daemon: Daemon, start_leader: StartLeader) -> None:
+    leader = start_leader("pools.py", "executor", "--idle", "--method", "spawn", socket=daemon.socket)
+    mine = next(s for s in daemon.ask("ps") if s["id"] == leader.session)
+    assert any("executor" in word for word in mine["leader"]["cmdline"])
+    done = daemon.ctl("ps", "--json", uid=NOBODY)
+    assert done.returncode == 0, done.stderr
+    theirs = [s for s in json.loads(done.stdout) if s["id"] == leader.session]
+    assert all(s["leader"]["cmdline"] is None for s in theirs)
+    for command in (("ps",), ("ps", "--json"), ("events", "--json"), ("status", "--json")):
+        assert "multiprocessing.spawn" not in daemon.ctl(*command, uid=NOBODY).stdout
+        assert "--method" not in daemon.ctl(*command, uid=NOBODY).stdout
+    leader.kill9()
+    assert broken_promise(leader) == ""
+    daemon.wait_end(leader.session)
+    assert "multiprocessing.spawn" not in daemon.ctl("events", "--json", uid=NOBODY).stdout
+
+
+def test_a_user_stops_a_session_of_its_own_and_root_sees_it_all(
+    daemon: Daemon, start_leader: StartLeader
+) -> None:
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket, uid=NOBODY)
+    (session,) = daemon.ask("ps")
+    assert session["uid"] == NOBODY
+    assert session["leader"]["cmdline"]
+    (own,) = daemon.ask("ps", uid=NOBODY)
+    assert own["leader"]["cmdline"] == session["leader"]["cmdline"]
+    done = daemon.ctl("stop", leader.session, uid=NOBODY)
+    assert done.returncode == 0, done.stderr
+    assert leader.wait_all_gone(0) == []
+    leader.wait_dead(0)
+    event = daemon.wait_end(leader.session)
+    assert (event["cause"]["kind"], event["cause"]["code"]) == ("signal", signal.SIGTERM)
+
+
+def test_root_stops_the_session_of_a_user(daemon: Daemon, start_leader: StartLeader) -> None:
+    leader = start_leader("kin.py", "stubborn", socket=daemon.socket, uid=NOBODY)
+    done = daemon.ctl("stop", leader.session)
+    assert done.returncode == 0, done.stderr
+    assert leader.wait_all_gone(0) == []
+    daemon.wait_end(leader.session)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_session_of_another_user_is_reaped(method: str, daemon: Daemon, start_leader: StartLeader) -> None:
+    arguments = ("executor", "--idle", "--method", method)
+    leader = start_leader("pools.py", *arguments, socket=daemon.socket, uid=NOBODY)
+    leader.kill9()
+    assert broken_promise(leader) == ""
+    event = daemon.wait_end(leader.session)
+    assert event["uid"] == NOBODY
+
+
+def test_a_user_s_page_cannot_claim_the_processes_of_root(
+    daemon: Daemon, start_leader: StartLeader, run: str
+) -> None:
+    """A user forges a stamp that names root's session: its own process bears it, and is nobody's."""
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
+    stamp = {"REAPER_LINEAGE": leader.session}
+    forger = start_leader("kin.py", "subprocess", socket=daemon.socket, uid=NOBODY, env=stamp)
+    everyone = [leader.pid, *leader.family.workers]
+    forger.kill9()
+    assert broken_promise(forger) == ""
+    daemon.wait_end(forger.session)
+    assert leader.still_alive(everyone) == everyone
+    leader.kill9()
+    assert broken_promise(leader) == ""
+    daemon.wait_end(leader.session)
+
+
+def test_the_socket_is_for_everyone_and_the_state_for_root_alone(daemon: Daemon) -> None:
+    assert os.stat(daemon.socket).st_mode & 0o777 == 0o666
+    assert os.stat(os.path.dirname(daemon.socket)).st_mode & 0o777 == 0o755
+    assert os.stat(daemon.state).st_mode & 0o077 == 0
+    assert daemon.ctl("ping", uid=NOBODY).returncode == 0

@@ -1,0 +1,179 @@
+"""Who lives on when a leader is reaped: what was spared, and all that only looks like family."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from harness import (
+    NOBODY,
+    Cgroup,
+    Daemon,
+    Leader,
+    alive,
+    as_user,
+    broken_promise,
+    end_process,
+    entering,
+    parent_of,
+    test_environment,
+)
+
+StartLeader = Callable[..., Leader]
+StartProcess = Callable[..., "subprocess.Popen[bytes]"]
+
+SLEEPER = ["sleep", "100"]
+# Says its pid once it is what it will be, and lets go of stdout.
+JOB = ["sh", "-c", "echo $$; exec sleep 100 >/dev/null"]
+
+
+def reap(daemon: Daemon, leader: Leader) -> None:
+    """SIGKILL the leader and return once its session is over."""
+    leader.kill9()
+    assert broken_promise(leader) == ""
+    daemon.wait_end(leader.session)
+
+
+def stamp_of(leader: Leader) -> dict[str, str]:
+    """Return what a process has in its environment that copied it from a worker of ``leader``."""
+    assert leader.family.lineage is not None
+    return {"REAPER_LINEAGE": leader.family.lineage}
+
+
+def left_alone(daemon: Daemon, session: str) -> str:
+    """Return the event that closed ``session`` as text: it must name those who were left alone."""
+    return json.dumps(daemon.wait_end(session))
+
+
+def test_spared_processes_and_what_they_start_outlive_the_leader(
+    daemon: Daemon, start_leader: StartLeader
+) -> None:
+    leader = start_leader("kin.py", "spared", socket=daemon.socket)
+    spared = leader.spared
+    assert len(spared) == 5
+    assert len(leader.family.workers) == 2
+    session = daemon.session_of(leader.pid)
+    assert session is not None
+    assert not {worker["pid"] for worker in session["workers"]} & set(spared)
+    reap(daemon, leader)
+    assert leader.still_alive(spared) == spared
+    leader.end_spared()
+
+
+@pytest.mark.parametrize("parent", ["waits", "leaves", "subreaper"])
+def test_spared_processes_outlive_the_leader_whoever_adopts_them(
+    parent: str, daemon: Daemon, start_leader: StartLeader
+) -> None:
+    leader = start_leader("kin.py", "spared", socket=daemon.socket, parent=parent)
+    reap(daemon, leader)
+    assert leader.still_alive(leader.spared) == leader.spared
+    leader.end_spared()
+
+
+def test_unrelated_processes_live_on(
+    daemon: Daemon, start_leader: StartLeader, start_process: StartProcess
+) -> None:
+    before = start_process(SLEEPER)
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
+    after = start_process([sys.executable, "-c", "import time; time.sleep(100)"])
+    reap(daemon, leader)
+    assert alive(before.pid)
+    assert alive(after.pid)
+
+
+def test_another_session_lives_on(daemon: Daemon, start_leader: StartLeader) -> None:
+    one = start_leader("pools.py", "executor", "--idle", "--method", "spawn", socket=daemon.socket)
+    other = start_leader("pools.py", "executor", "--idle", "--method", "spawn", socket=daemon.socket)
+    reap(daemon, one)
+    everyone = [other.pid, *other.family.everyone]
+    assert other.still_alive(everyone) == everyone
+    reap(daemon, other)
+
+
+def test_a_process_with_the_stamp_whose_parent_is_not_of_the_family_lives_on(
+    daemon: Daemon, start_leader: StartLeader, start_process: StartProcess
+) -> None:
+    """A queue system's own daemon starts jobs with the environment that the submitter had."""
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
+    script = f'env REAPER_LINEAGE="$STAMP" {shlex.join(JOB)} & wait'
+    queue = start_process(["sh", "-c", script], STAMP=stamp_of(leader)["REAPER_LINEAGE"])
+    assert queue.stdout is not None
+    job = int(queue.stdout.readline())
+    assert parent_of(job) == queue.pid
+    reap(daemon, leader)
+    assert alive(queue.pid)
+    assert alive(job)
+    assert str(job) in left_alone(daemon, leader.session)
+    end_process(job)
+
+
+def orphan(run: str, command: list[str], **more: str) -> int:
+    """Start ``command``, which ends in JOB, as a child of init, and return its pid."""
+    done = subprocess.run(
+        ["sh", "-c", '"$@" &', "orphan", *command],
+        env=test_environment(run, **more),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.needs_root
+def test_a_process_of_another_user_with_a_copied_stamp_lives_on(
+    daemon: Daemon, start_leader: StartLeader, run: str
+) -> None:
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
+    other = orphan(run, as_user(NOBODY, JOB), **stamp_of(leader))
+    reap(daemon, leader)
+    assert alive(other)
+    end_process(other)
+
+
+@pytest.mark.needs_root
+@pytest.mark.parametrize("where", ["its own cgroup", "the root cgroup"])
+def test_a_queued_job_in_another_cgroup_lives_on(
+    where: str,
+    daemon: Daemon,
+    start_leader: StartLeader,
+    run: str,
+    unified_cgroup: Callable[[str], Cgroup],
+) -> None:
+    """The job is a child of init and bears the leader's whole environment: only the cgroup tells it apart."""
+    groups = [unified_cgroup("leader")] if where == "its own cgroup" else []
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket, groups=groups)
+    job = orphan(run, entering([unified_cgroup("job")], JOB), **stamp_of(leader))
+    assert parent_of(job) == 1
+    reap(daemon, leader)
+    assert alive(job)
+    assert str(job) in left_alone(daemon, leader.session)
+
+
+@pytest.mark.needs_root
+def test_workers_in_a_cgroup_below_the_leader_s_are_reaped(
+    daemon: Daemon, start_leader: StartLeader, run: str, unified_cgroup: Callable[[str], Cgroup]
+) -> None:
+    group = unified_cgroup("leader")
+    below = group.below("worker")
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket, groups=[group])
+    for pid in leader.family.workers:
+        below.write("cgroup.procs", str(pid))
+    assert below.pids() == sorted(leader.family.workers)
+    reap(daemon, leader)
+
+
+def test_unregister_lets_everything_live_while_the_leader_does(
+    daemon: Daemon, start_leader: StartLeader
+) -> None:
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
+    leader.ask("unregister")
+    event = daemon.wait_end(leader.session)
+    assert event["kind"] == "ended"
+    assert daemon.session_of(leader.pid) is None
+    assert leader.still_alive([leader.pid, *leader.family.workers]) == [leader.pid, *leader.family.workers]
+    leader.end_family()

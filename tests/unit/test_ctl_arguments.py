@@ -1,0 +1,144 @@
+"""The command line of reaperctl: what is accepted where, and what is refused with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import datetime, timezone
+
+import pytest
+
+from reaperd.ctl import main
+
+COMMANDS = [
+    ["status"],
+    ["ps"],
+    ["events"],
+    ["stop", "risk"],
+    ["ping"],
+    ["doctor"],
+    ["config", "check"],
+    ["config", "show"],
+    ["config", "default"],
+]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Return what is said on stderr of a command line that must be refused."""
+    with pytest.raises(SystemExit) as left:
+        main.parse(words)
+    assert left.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+@pytest.mark.parametrize("before", [True, False])
+def test_global_options_go_before_and_after_the_command(words: list[str], before: bool) -> None:
+    options = ["--socket", "/x", "--timeout", "2.5"]
+    parsed = main.parse([*options, *words] if before else [*words, *options])
+    assert (parsed.socket, parsed.timeout) == ("/x", 2.5)
+
+
+def test_an_option_before_the_command_is_not_undone_by_its_absence_after() -> None:
+    parsed = main.parse(["--user", "config", "show"])
+    assert (parsed.user, parsed.system, parsed.socket, parsed.timeout) == (True, False, None, 5.0)
+
+
+def test_the_last_of_two_values_wins() -> None:
+    assert main.parse(["--timeout", "1", "ping", "--timeout", "2"]).timeout == 2.0
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_command_is_known_by_its_whole_name(words: list[str]) -> None:
+    assert main.parse(words).command == " ".join(word for word in words if word != "risk")
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] != "stop"])
+def test_every_reading_command_takes_json(words: list[str]) -> None:
+    assert main.parse([*words, "--json"]).json is True
+    assert main.parse(words).json is False
+
+
+@pytest.mark.parametrize(
+    "options", [["--user", "--system"], ["--user", "--socket", "/x"], ["--system", "--socket", "/x"]]
+)
+def test_a_daemon_is_chosen_in_one_way_only(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    first, *rest = options
+    assert "exclude each other" in refused(capsys, first, "ping", *rest)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon", "", "1e9"])
+def test_a_timeout_is_a_positive_number(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    assert "must be a number of seconds" in refused(capsys, "ping", f"--timeout={value}")
+
+
+@pytest.mark.parametrize("value", ["", "a\0b"])
+def test_a_socket_is_a_path(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    assert "must be a path" in refused(capsys, "ping", f"--socket={value}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["config"],
+        ["stop"],
+        ["stop", ""],
+        ["stop", "a", "b"],
+        ["frobnicate"],
+        ["ping", "--jso"],
+        ["cleanup"],
+    ],
+)
+def test_a_wrong_command_line_says_where_to_read_on(
+    capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert "--help" in refused(capsys, *words)
+
+
+def test_a_usage_error_never_echoes_an_escape_sequence(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["\x1b[2J"], ["ping", "--\x1b]0;x\x07"], ["events", "--since", "\x1b[2J\u202e"]):
+        said = refused(capsys, *words)
+        assert "\x1b" not in said
+        assert "\u202e" not in said
+
+
+def test_since_becomes_a_moment() -> None:
+    parsed = main.parse(["events", "--since", "2026-01-31T12:00:00Z"])
+    assert parsed.since == datetime(2026, 1, 31, 12, tzinfo=timezone.utc)
+
+
+def test_since_of_nonsense_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "not a time" in refused(capsys, "events", "--since", "whenever")
+
+
+def test_events_follow_from_now_and_want_no_session_unless_told() -> None:
+    parsed = main.parse(["events", "-f"])
+    assert (parsed.follow, parsed.since, parsed.session) == (True, None, None)
+
+
+def test_stop_waits_a_minute_unless_told() -> None:
+    assert main.parse(["stop", "risk"]).wait == 60.0
+    assert main.parse(["stop", "risk", "--wait", "5"]).wait == 5.0
+
+
+def test_help_names_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main.parse(["--help"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    for line in (
+        "0  done",
+        "1  failed, or something remains",
+        "2  wrong usage",
+        "3  no daemon",
+        "4  not allowed",
+    ):
+        assert line in said
+
+
+def test_parsing_leaves_no_option_unset() -> None:
+    wanted = {"user", "system", "socket", "timeout", "json", "command"}
+    for words in COMMANDS:
+        parsed = main.parse(words)
+        assert isinstance(parsed, argparse.Namespace)
+        assert wanted <= set(vars(parsed))

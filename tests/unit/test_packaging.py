@@ -1,0 +1,95 @@
+"""The systemd units: systemd itself finds nothing to say about them, and they agree with what the daemon does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+PACKAGING = Path(__file__).resolve().parents[2] / "packaging" / "systemd"
+UNITS = [
+    pytest.param("reaperd.service", "--system", id="system"),
+    pytest.param("user/reaperd.service", "--user", id="user"),
+]
+
+
+def settings(unit: str) -> list[tuple[str, str]]:
+    lines = (PACKAGING / unit).read_text("utf-8").splitlines()
+    return [
+        (key, value)
+        for key, mark, value in (line.partition("=") for line in lines)
+        if mark and key[:1] != "#"
+    ]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed here")
+@pytest.mark.parametrize(("unit", "manager"), UNITS)
+def test_systemd_has_nothing_to_say_about_the_unit(unit: str, manager: str, tmp_path: Path) -> None:
+    # verify wants the program to exist, and leaves with 0 on a key that it does not know: its stderr is what counts.
+    text = (
+        (PACKAGING / unit)
+        .read_text("utf-8")
+        .replace("/usr/local/bin/reaperd", shutil.which("true") or "/bin/true")
+    )
+    copy = tmp_path / "reaperd.service"
+    copy.write_text(text, "utf-8")
+    done = subprocess.run(
+        ["systemd-analyze", manager, "verify", copy],
+        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed here")
+def test_a_key_that_systemd_does_not_know_is_noticed(tmp_path: Path) -> None:
+    copy = tmp_path / "reaperd.service"
+    copy.write_text("[Service]\nExecStart=/bin/true\nRestrictAddresFamilies=AF_UNIX\n")
+    done = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True, check=False)
+    assert "RestrictAddresFamilies" in done.stderr
+
+
+@pytest.mark.parametrize(("unit", "manager"), UNITS)
+def test_a_bad_configuration_is_never_tried_again_and_no_failure_uses_up_the_starts(
+    unit: str, manager: str
+) -> None:
+    found = settings(unit)
+    for wanted in (
+        ("Type", "notify"),
+        ("NotifyAccess", "main"),
+        ("Restart", "on-failure"),
+        ("RestartPreventExitStatus", "2"),
+        ("StartLimitIntervalSec", "0"),
+        ("KillMode", "mixed"),
+    ):
+        assert wanted in found
+
+
+def test_the_system_unit_makes_no_mount_namespace() -> None:
+    # The daemon reclaims only what a session saw on the same mounts as the daemon itself does.
+    namespacing = {
+        *(
+            "ProtectSystem",
+            "ProtectHome",
+            "ProtectProc",
+            "ProcSubset",
+            "ProtectControlGroups",
+            "ProtectHostname",
+        ),
+        *("ProtectKernelTunables", "ProtectKernelModules", "ProtectKernelLogs", "RootDirectory", "RootImage"),
+        *("PrivateTmp", "PrivateDevices", "PrivateMounts", "PrivateUsers", "PrivateNetwork", "PrivateIPC"),
+        *(
+            "ReadWritePaths",
+            "ReadOnlyPaths",
+            "InaccessiblePaths",
+            "BindPaths",
+            "TemporaryFileSystem",
+            "DynamicUser",
+        ),
+    }
+    assert not namespacing & {key for key, _ in settings("reaperd.service")}
