@@ -17,10 +17,11 @@ from typing import Any
 
 from agent import wire
 from reaperd import decide, ledger, reclaim, report
+from reaperd.causes import read_cause
 from reaperd.escalation import Stage
 from reaperd.ledger import Entry, Happening
-from reaperd.linux import helper, page, pidfd, shm
-from reaperd.linux.procfs import ProcessGone, environment_value
+from reaperd.linux import page, pidfd, shm
+from reaperd.linux.procfs import ProcessGone
 from reaperd.model import (
     SIGNAL_NAMES,
     UNKNOWN_CAUSE,
@@ -33,15 +34,15 @@ from reaperd.model import (
     Role,
     Session,
 )
-from reaperd.observer import FoundPage, Observer, Stray
+from reaperd.observer import Observer
 from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.reaper import Outcome, Reaper
+from reaperd.reclaimer import Reclaimer
 from reaperd.store import Store
 
 log = logging.getLogger(__name__)
 
-_HELPER_S = 30.0  # then a helper that hangs on a dead file system is ended
 _MAX_TURNS = 1000
 
 
@@ -55,7 +56,6 @@ class Core:
         store: Store,
         poller: Poller,
         policy: Policy,
-        socket_path: str,
     ) -> None:
         self.observer = observer
         self.store = store
@@ -64,7 +64,6 @@ class Core:
         self.on_event: Callable[[], None] = lambda: None
         self._reaper = reaper
         self._poller = poller
-        self._socket_path = socket_path
         self._leaders: dict[str, int] = {}  # pidfds
         self._pages: dict[str, int] = {}  # our own descriptors of the session pages
         self._kept: dict[ProcessId, int] = {}  # pidfds of members that only descent tells
@@ -73,8 +72,7 @@ class Core:
             str, frozenset[str]
         ] = {}  # names in /dev/shm that a dead session's members had mapped
         self._unsaved: set[str] = set()
-        self._helper: tuple[helper.Helper, list[reclaim.Claim], float] | None = None
-        self._to_reclaim: list[reclaim.Claim] = []
+        self._reclaimer = Reclaimer(poller, observer.proc.root, self._reclaimed)
 
     # -- taking sessions on ------------------------------------------------------------------
 
@@ -92,118 +90,6 @@ class Core:
         family = self.judge(session, self.observer.look_below(session))
         self._apply(session.id, ledger.Looked(family, time.monotonic(), 0.0))
         self._hold_kept(session.id)
-
-    def describe_leader(self, session: Session) -> Session:
-        """Return ``session`` with what only the living leader tells."""
-        pid = session.leader.pid
-        proc = self.observer.proc
-        try:
-            environ = proc.environ(pid, pid) or b""
-        except ProcessGone:
-            environ = b""
-        folders = [environment_value(environ, name) for name in ("JOBLIB_TEMP_FOLDER", "TMPDIR")]
-        session = replace(session, oom_counter=self.observer.oom_counter(pid))
-        return replace(
-            session,
-            cgroup=self.observer.cgroup_path(pid),
-            adopters=self.observer.adopters(pid),
-            namespaces=proc.namespaces(pid),
-            oom_kills=self.observer.oom_kills_in(session),
-            temp_dirs=tuple(folder for folder in (*folders, "/tmp") if os.path.isabs(folder)),  # noqa: S108
-        )
-
-    def recover(self) -> None:
-        """Take on again what was on record when the last daemon ended."""
-        for session in self.store.sessions():
-            if session.id in self.entries:
-                continue
-            if session.cause is not None:
-                self.take_on(session, None, None)
-                continue
-            try:
-                handle = pidfd.open_pidfd(session.leader, self.observer.proc)
-            except ProcessGone:
-                log.info("leader died unseen session=%s pid=%d", session.id, session.leader.pid)
-                self.take_on(session, None, None)
-                continue
-            self.take_on(session, handle, self._open_page(session))
-
-    def _open_page(self, session: Session) -> int | None:
-        if session.page_fd < 0:
-            return None
-        path = self.observer.proc.descriptor_path(session.leader.pid, session.page_fd)
-        with contextlib.suppress(OSError, wire.WireError):
-            return page.open_page(path, uid=session.uid)
-        return None
-
-    def sweep(self, *, all_of_them: bool) -> None:
-        """Adopt sessions that no message told of: by their pages, and by environments whose leader is dead."""
-        for found in self.observer.sweep(all_of_them=all_of_them):
-            if isinstance(found, FoundPage):
-                if not self._adopt_by_page(found):
-                    os.close(found.descriptor)
-            else:
-                self._adopt_stray(found)
-
-    def _adopt_by_page(self, found: FoundPage) -> bool:
-        seen, holder = found.page, found.holder
-        entry = self.entries.get(seen.id)
-        if (
-            entry is not None
-            or self._socket_path not in seen.sockets
-            or seen.boot_id != self.observer.boot_id
-        ):
-            return False
-        ids = self.observer.namespaced_pid(holder.id.pid)
-        if ids == seen.pid and self.observer.same_ticks(holder.id, seen.start_ticks):
-            session = Session(seen.id, seen.name, found.uid, found.gid, holder.id, _now_utc(), seen.page_fd)
-            try:
-                handle = pidfd.open_pidfd(holder.id, self.observer.proc)
-                session = self.describe_leader(session)
-            except ProcessGone:
-                return False
-            ended = bool(seen.flags & wire.ENDED)
-            self.take_on(replace(session, ending=ended), handle, found.descriptor)
-            self._note_adopted(session, "its leader lives")
-            return True
-        leader = ProcessId(seen.pid, seen.start_ticks)
-        if self.observer.could_be_orphan(holder.id, leader):
-            session = Session(seen.id, seen.name, found.uid, found.gid, leader, _now_utc(), seen.page_fd)
-            self._adopt_dead(session, self.observer.cgroup_path(holder.id.pid))
-        return False
-
-    def _adopt_stray(self, stray: Stray) -> None:
-        """Take on a session whose dead leader only an environment names."""
-        if stray.session in self.entries:
-            return
-        told = wire.SessionId.parse(stray.session)
-        if wire.place_of(self._socket_path, stray.cgroup) != told.place:
-            return  # another daemon's, or carried into another cgroup
-        leader = ProcessId(told.pid, told.start_ticks)
-        if self.observer.could_be_orphan(stray.holder.id, leader):
-            session = Session(stray.session, "", stray.uid, stray.gid, leader, _now_utc())
-            self._adopt_dead(session, stray.cgroup)
-
-    def _adopt_dead(self, session: Session, cgroup: str) -> None:
-        place = wire.SessionId.parse(session.id).place
-        known = cgroup if wire.place_of(self._socket_path, cgroup) == place else None
-        ours = self.observer.proc.namespaces(os.getpid())
-        session = replace(
-            session, cgroup=known, namespaces=ours, adopters=self.observer.adopters(os.getpid()), temp_dirs=("/tmp",)  # noqa: S108
-        )  # fmt: skip
-        self.take_on(session, None, None)
-        self._note_adopted(session, "its leader died unseen")
-
-    def _note_adopted(self, session: Session, how: str) -> None:
-        log.info(
-            "adopted session=%s name=%r pid=%d uid=%d: %s",
-            session.id,
-            session.name,
-            session.leader.pid,
-            session.uid,
-            how,
-        )
-        self.record(report.session_event("registered", session, adopted=True))
 
     # -- the leader ends ---------------------------------------------------------------------
 
@@ -227,7 +113,7 @@ class Core:
         handle = self._leaders[session_id]
         self._poller.unwatch(handle)
         session = self.entries[session_id].session
-        cause = self._cause(session, handle)
+        cause = self._read_cause(session, handle)
         flags = self._page_flags(session_id)
         if flags & wire.ENDED and not session.ending:
             self._apply(session_id, ledger.Unregistered())
@@ -243,38 +129,18 @@ class Core:
         self._drop_reused(session_id)
         self._apply(session_id, ledger.LeaderDied(cause, now_s, now_s + wait_s))
 
-    def _cause(self, session: Session, handle: int) -> Cause:
-        """Return why a leader is dead; its parent may have waited for it or not."""
-        status = pidfd.exit_status(handle)
-        if status is None:
-            with contextlib.suppress(ProcessGone, ValueError):
-                stat = self.observer.proc.stat(session.leader.pid)
-                if stat.id == session.leader and stat.dead:
-                    status = stat.exit_status
-        if status is None:
-            return UNKNOWN_CAUSE
-        cause = Cause.of_status(status)
-        if cause.kind is CauseKind.SIGNAL and cause.code == 9 and self._was_oom_killed(session):
-            return replace(cause, kind=CauseKind.OOM)
-        return cause
+    def _read_cause(self, session: Session, handle: int) -> Cause:
+        def vanished() -> int:
+            return sum(1 for id_ in session.kept if id_ in self._kept and pidfd.has_exited(self._kept[id_]))
 
-    def _was_oom_killed(self, session: Session) -> bool:
-        """Say whether the OOM killer took the leader: nothing else tells its SIGKILL from another.
-
-        Its cgroup's counter must have risen since we last looked, by more than the members that vanished meanwhile.
-        """
-        if session.oom_kills is None:
-            return False
-        now = self.observer.oom_kills_in(session)
-        vanished = sum(1 for id_ in session.kept if id_ in self._kept and pidfd.has_exited(self._kept[id_]))
-        return now is not None and now - session.oom_kills > vanished
+        return read_cause(session, handle, self.observer, vanished)
 
     def _amend_cause(self, entry: Entry) -> None:
         """Ask again why the leader died, where the kernel did not tell at once."""
         session, handle = entry.session, self._leaders.get(entry.session.id)
         if session.cause is UNKNOWN_CAUSE and handle is not None:
             self.entries[session.id] = replace(
-                entry, session=replace(session, cause=self._cause(session, handle))
+                entry, session=replace(session, cause=self._read_cause(session, handle))
             )
 
     def _page_flags(self, session_id: str) -> int:
@@ -369,16 +235,15 @@ class Core:
                 if session_id in self.entries:
                     self._do(session_id, action)
             self._collect_exits()
-        self._finish_helper()
-        self._start_helper()
+        if self._reclaimer.step():
+            self.step()
         self._save()
 
     def next_deadline(self) -> float | None:
         """Return the monotonic second at which ``step()`` has something to do, None when nothing is due."""
         due = ledger.next_deadline(self.entries.values(), self.policy.tracker_grace_s)
-        if self._helper is not None:
-            due = self._helper[2] if due is None else min(due, self._helper[2])
-        return due
+        waiting = self._reclaimer.deadline_s
+        return waiting if due is None else due if waiting is None else min(due, waiting)
 
     def _do(self, session_id: str, action: decide.Action) -> None:
         match action:
@@ -513,46 +378,22 @@ class Core:
     def _ask_reclaim(self, session_id: str) -> None:
         entry = self.entries[session_id]
         self._apply(session_id, ledger.ReclaimStarted())
-        wanted = (
-            self.policy.reclaim_shm and entry.targets and self.observer.shares_our_namespaces(entry.session)
-        )
-        if not wanted:
+        if self.policy.reclaim_shm and entry.targets and self.observer.shares_our_namespaces(entry.session):
+            self._reclaimer.ask(reclaim.Claim(entry.session, self._mapped.get(session_id, frozenset())))
+        else:
             self._apply(session_id, ledger.Reclaimed(Freed()))
-            return
-        self._to_reclaim.append(reclaim.Claim(entry.session, self._mapped.get(session_id, frozenset())))
 
-    def _start_helper(self) -> None:
-        if self._helper is None and self._to_reclaim:
-            claims, self._to_reclaim = self._to_reclaim, []
-            started = helper.start_helper(reclaim.reclaim_work(claims, self.observer.proc.root))
-            self._helper = (started, claims, time.monotonic() + _HELPER_S)
-            self._poller.watch(started.pidfd, lambda: None)
-
-    def _finish_helper(self) -> None:
-        if self._helper is None:
-            return
-        running, claims, deadline_s = self._helper
-        if not pidfd.has_exited(running.pidfd):
-            if time.monotonic() < deadline_s:
-                return
-            log.warning("gave up reclaiming for %d sessions: it took more than %g s", len(claims), _HELPER_S)
-        self._poller.unwatch(running.pidfd)
-        helper.finish_helper(running)
-        self._helper = None
-        for claim in claims:
-            entry = self.entries.get(claim.session.id)
-            if entry is None:
-                continue
-            left = shm.held_bytes(claim.session.leader.pid, claim.mapped, claim.session.uid)
-            freed = Freed(shm_bytes=max(0, entry.shm_held_bytes - left))
-            self._apply(claim.session.id, ledger.Reclaimed(freed))
-        self.step()
+    def _reclaimed(self, session_id: str, held_bytes: int) -> None:
+        entry = self.entries.get(session_id)
+        if entry is not None:
+            freed = Freed(shm_bytes=max(0, entry.shm_held_bytes - held_bytes))
+            self._apply(session_id, ledger.Reclaimed(freed))
 
     # -- the record --------------------------------------------------------------------------
 
     def record(self, event: dict[str, Any]) -> None:
         """Put an event into the history and tell who waits for one."""
-        self.store.add_event({"at": _now_utc(), **event}, time.time())
+        self.store.add_event({"at": now_utc(), **event}, time.time())
         self.on_event()
 
     def _apply(self, session_id: str, happening: Happening) -> None:
@@ -571,12 +412,12 @@ class Core:
     def close(self) -> None:
         """Put everything on record and let go; what is being ended goes on being ended by the next daemon."""
         self._save()
-        if self._helper is not None:
-            helper.finish_helper(self._helper[0])
+        self._reclaimer.close()
         self.store.close()
 
 
-def _now_utc() -> str:
+def now_utc() -> str:
+    """Return the time as people are told it: RFC 3339, UTC, milliseconds."""
     return (
         datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from reaperd import __version__
+from reaperd.adoption import Adoption
 from reaperd.config import Config, ConfigError, render_config, without_effect
 from reaperd.core import Core
 from reaperd.gate_link import GateLink
@@ -83,8 +84,8 @@ class Daemon:
             self._store,
             self._poller,
             policy=self._policy(),
-            socket_path=self._socket_path,
         )
+        self._adoption = Adoption(self._core, self._socket_path)
         self._link = GateLink(listener, self._socket_path, self._poller, self._on_request)
         self._server = Server(self._core, self._link, self._facts())
         self._tell_without_effect()
@@ -94,8 +95,8 @@ class Daemon:
             " dry_run" if self._config.kill.dry_run else "",
         )  # fmt: skip
         self._core.record({"kind": "started", "version": __version__, "session": None, "uid": None})
-        self._core.recover()
-        self._core.sweep(all_of_them=True)
+        self._adoption.recover()
+        self._adoption.sweep(all_of_them=True)
         self._core.step()
         self._link.start(time.monotonic())
         self._scan_due_s = time.monotonic() + self._config.scan.interval_s
@@ -142,11 +143,11 @@ class Daemon:
         if self._link.restart_at_s is not None and self._link.restart_at_s <= now_s:
             self._link.start(now_s)
             # Who tried to register while there was no gate is known by its page.
-            self._core.sweep(all_of_them=True)
+            self._adoption.sweep(all_of_them=True)
             self._core.step()
         if self._scan_due_s <= now_s:
             self._scan_due_s = now_s + self._config.scan.interval_s
-            self._core.sweep(all_of_them=False)
+            self._adoption.sweep(all_of_them=False)
             self._core.look_at_living(note_usage=True)
             self._core.step()
         deadline = self._server.next_deadline()

@@ -12,7 +12,8 @@ from typing import Any
 
 from agent import wire
 from reaperd import __version__, report
-from reaperd.core import Core, count_stuck
+from reaperd.adoption import describe_leader
+from reaperd.core import Core, count_stuck, now_utc
 from reaperd.gate_link import GateLink, Peer, Return
 from reaperd.ledger import Entry
 from reaperd.linux import page, pidfd
@@ -111,7 +112,7 @@ class Server:
             session = self._describe(peer, session_id, name, start_ticks, page_fd)
             if not self._is_new(session):
                 return self._registered(session_id)
-            session = self._core.describe_leader(session)
+            session = describe_leader(session, self._core.observer)
             descriptor = self._open_page(session)
             if pidfd.has_exited(handle):  # what was read may be the next owner's of the pid
                 raise wire.WireError("gone", "you have exited")
@@ -137,10 +138,7 @@ class Server:
             raise wire.WireError("bad-request", "start_ticks: that is not when you started")
         if peer.pid in self._core.policy.untouchable:
             raise wire.WireError("not-allowed", "the daemon, its ancestors and init cannot be sessions")
-        started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-        return Session(
-            session_id, name, peer.uid, peer.gid, leader, started.replace("+00:00", "Z"), page_fd=page_fd
-        )
+        return Session(session_id, name, peer.uid, peer.gid, leader, now_utc(), page_fd=page_fd)
 
     def _is_new(self, session: Session) -> bool:
         """Say whether the session is to be taken on; registering twice is granted, another's session is refused."""

@@ -175,7 +175,9 @@ def daemon(options: Namespace) -> Finding:
 
 def state_directory() -> Finding:
     """Where a daemon of this user keeps its state."""
-    path = "/var/lib/reaper" if os.geteuid() == 0 else os.path.expanduser("~/.local/state/reaper")
+    from reaperd.paths import default_paths
+
+    path = default_paths().state
     found = path
     while not os.path.isdir(found) and os.path.dirname(found) != found:
         found = os.path.dirname(found)

@@ -13,6 +13,7 @@ from reaperd.ctl.terminal import look_of_stdout, put, put_json
 def ping(options: Namespace) -> int:
     """Ask the daemon whether it is there."""
     link = Link.of(options)
+    link.ask("ping")  # finds the daemon, and imports what the first question imports
     began = time.monotonic()
     reply = link.ask("ping")
     latency_s = time.monotonic() - began

@@ -16,11 +16,13 @@ def check(options: Namespace) -> int:
     """Check a configuration file and its drop-ins, and name every fault in them."""
     from reaperd.config import ConfigError
     from reaperd.config_files import read_config
+    from reaperd.paths import default_paths
 
-    path = options.file or config_file()
+    asked = options.file or os.environ.get("REAPER_CONFIG")
+    path = asked or default_paths().config
     faults: list[str] = []
     try:
-        read_config(path, required=bool(options.file))
+        read_config(path, required=bool(asked))
     except ConfigError as error:
         faults = [plain(fault) for fault in error.faults]
     if options.json:
@@ -32,16 +34,6 @@ def check(options: Namespace) -> int:
     else:
         put(f"{plain(path)} does not exist: the built-in settings apply")
     return USAGE if faults else DONE
-
-
-def config_file() -> str:
-    """Return the file that ``reaperd`` would read when it is started by this user without ``--config``."""
-    asked = os.environ.get("REAPER_CONFIG")
-    if asked:
-        return asked
-    return (
-        "/etc/reaper/reaper.toml" if os.geteuid() == 0 else os.path.expanduser("~/.config/reaper/reaper.toml")
-    )
 
 
 def show(options: Namespace) -> int:

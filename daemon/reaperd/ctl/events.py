@@ -22,7 +22,7 @@ def events(options: Namespace) -> int:
     """Print what happened, a line an event; with --follow go on until interrupted."""
     link, look = Link.of(options), look_of_stdout()
     link.ask("ping")  # settles at once which daemon is followed, or that there is none
-    asked = {"session": options.session} if options.session else {}
+    asked = {}
     if options.since:
         asked["since"] = rfc3339(options.since)
     elif options.follow:
@@ -30,6 +30,8 @@ def events(options: Namespace) -> int:
     found = follow(link, on_lost=tell, **asked) if options.follow else _so_far(link, asked)
     none = True
     for one in found:
+        if options.session and not _is_of(one, options.session):
+            continue
         none = False
         line = json.dumps(one) if options.json else render.event(one, look)
         if options.follow:
@@ -39,6 +41,12 @@ def events(options: Namespace) -> int:
     if none and not options.json:
         put(render.NO_EVENTS)
     return DONE
+
+
+def _is_of(one: Any, session: str) -> bool:
+    """Say whether an event is of the session meant; names are looked at here, for the ended ones only events know."""
+    found = text_of(one, "session")
+    return bool(found) and (found.startswith(session) or text_of(one, "name") == session)
 
 
 def _so_far(link: Link, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -200,7 +200,12 @@ def _events_options(parser: argparse.ArgumentParser) -> None:
         help="a UTC time (2026-01-31, 2026-01-31T12:00:00Z) or an age (10min, 2h, 3d); "
         "the default is the whole history, and with --follow now",
     )
-    parser.add_argument("--session", metavar="S", type=_some_text, help="only those of this session")
+    parser.add_argument(
+        "--session",
+        metavar="S",
+        type=_some_text,
+        help="only those of the session with this id or name, or whose id begins so",
+    )
 
 
 def _stop_options(parser: argparse.ArgumentParser) -> None:
@@ -208,7 +213,7 @@ def _stop_options(parser: argparse.ArgumentParser) -> None:
         "session",
         metavar="SESSION",
         type=_some_text,
-        help="its id, its name, or the beginning of either if that is unique",
+        help="its id, its name, or the beginning of its id if that is unique",
     )
     parser.add_argument(
         "--wait", metavar="S", type=_seconds, default=60.0, help="seconds to wait for its end (default 60)"

@@ -253,6 +253,18 @@ def what_happened(one: Any) -> str:
     return ", ".join(fact for fact in (*facts, field(one, "message")) if fact)
 
 
+def _of_kind(fields: dict[str, Any]) -> list[str]:
+    """Return what only one kind of event has to say."""
+    kind = text_of(fields, "kind")
+    if kind == "registered":
+        adopted = "adopted" if fields.get("adopted") is True else ""
+        return [f"leader {_whole(fields.get('leader'), 'pid')}", adopted]
+    if kind == "reload":
+        faults = "; ".join(plain(fault) for fault in list_of(fields, "faults") if isinstance(fault, str))
+        return [f"kept the old settings: {faults}" if faults else "settings reloaded"]
+    return [f"reaperd {field(fields, 'version')}"] if kind == "started" else []
+
+
 def _processes(one: Any) -> str:
     processes, latency = list_of(one, "processes"), number_of(one, "latency_s")
     if not processes:
@@ -302,7 +314,7 @@ def status(found: Any, socket: str, look: Look) -> list[str]:
         ("orphans", str(count_of(found, "orphans"))),
         (
             "reaped",
-            f"{count_of(found, 'reaped_total')} so far, {size(number_of(found, 'freed_bytes_total'))} freed",
+            f"{plural(count_of(found, 'reaped_total'), 'process')} so far, {size(number_of(found, 'freed_bytes_total'))} freed",
         ),
     ]
     lines = [look.paint(heading, "bold"), *(f"  {name:<9} {text}" for name, text in rows)]

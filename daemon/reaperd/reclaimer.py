@@ -1,0 +1,64 @@
+"""Queues what dead sessions hold by name and has one helper at a time free it, all that wait in one go."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from reaperd import reclaim
+from reaperd.linux import helper, pidfd, shm
+from reaperd.poller import Poller
+
+log = logging.getLogger(__name__)
+
+_LONGEST_S = 30.0  # then a helper that hangs on a dead file system is ended
+
+
+class Reclaimer:
+    """Owns the helper process that reclaims."""
+
+    def __init__(self, poller: Poller, proc_root: str, on_done: Callable[[str, int], None]) -> None:
+        """``on_done`` is called with a session id and the bytes of /dev/shm that the session holds still."""
+        self._poller = poller
+        self._proc_root = proc_root
+        self._on_done = on_done
+        self._queue: list[reclaim.Claim] = []
+        self._claims: list[reclaim.Claim] = []
+        self._helper: helper.Helper | None = None
+        self.deadline_s: float | None = None
+
+    def ask(self, claim: reclaim.Claim) -> None:
+        """Have ``claim`` freed as soon as a helper is at hand."""
+        self._queue.append(claim)
+
+    def step(self) -> bool:
+        """Note a helper that is done and start the next; True when something was done."""
+        finished = self._finish()
+        if self._helper is None and self._queue:
+            self._claims, self._queue = self._queue, []
+            self._helper = helper.start_helper(reclaim.reclaim_work(self._claims, self._proc_root))
+            self.deadline_s = time.monotonic() + _LONGEST_S
+            self._poller.watch(self._helper.pidfd, lambda: None)
+        return finished
+
+    def _finish(self) -> bool:
+        if self._helper is None or self.deadline_s is None:
+            return False
+        if not pidfd.has_exited(self._helper.pidfd):
+            if time.monotonic() < self.deadline_s:
+                return False
+            log.warning("gave up reclaiming for %d sessions after %g s", len(self._claims), _LONGEST_S)
+        self.close()
+        claims, self._claims = self._claims, []
+        for claim in claims:
+            session = claim.session
+            self._on_done(session.id, shm.held_bytes(session.leader.pid, claim.mapped, session.uid))
+        return True
+
+    def close(self) -> None:
+        """End the helper."""
+        if self._helper is not None:
+            self._poller.unwatch(self._helper.pidfd)
+            helper.finish_helper(self._helper)
+        self._helper = self.deadline_s = None
