@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 HERE = Path(__file__).resolve().parent
 MARK = "REAPER_DEMO"  # in the environment of all that a search starts: how the demo itself finds it again
 MIB = 2**20
-WIDTH = 100
+WIDTH = 80
 WORKERS = 2
 LOOK_S = 3.0  # how long the survivors are watched when there is no Reaper
 
@@ -290,17 +290,22 @@ def show_cause(cause: dict[str, Any] | None) -> str:
 
 
 def show_event(event: dict[str, Any]) -> None:
-    say(
-        f"   What Reaper did (reaperctl events): the script died of {show_cause(event['cause'])}, so it ended"
-    )
+    """Print what the daemon did: processes that were treated alike for the same reason share a line."""
+    alike: dict[tuple[str, str], list[str]] = {}
     for process in event["processes"]:
         evidence = process["evidence"]
         reason = evidence if isinstance(evidence, str) else "; ".join(map(str, evidence))
-        line = f"     {process['pid']:<8}{process['signal'] or 'by itself'!s:<10}{reason}"
-        say(line if len(line) <= WIDTH else line[: WIDTH - 3] + "...")
+        alike.setdefault((process["signal"] or "no signal", reason), []).append(str(process["pid"]))
+    say(f"   Reaper (reaperctl events): the script died of {show_cause(event['cause'])}, so")
+    for (sent, reason), pids in alike.items():
+        text = f"{sent:<10} to {' '.join(pids)}: {reason}"
+        say(textwrap.fill(text, WIDTH, initial_indent=" " * 5, subsequent_indent=" " * 19))
     freed = event["freed"]
-    say(f"     in {milliseconds(event['latency_s'])}; freed {size(freed['rss_bytes'])} of memory", end="")
-    say(f" and {size(freed['shm_bytes'])} of shared memory")
+    say(
+        f"     all ended after {milliseconds(event['latency_s'])}; freed {size(freed['rss_bytes'])} of memory",
+        end="",
+    )
+    say(f" and {size(freed['shm_bytes'])} shared")
 
 
 def without_reaper(home: Path) -> None:
@@ -313,16 +318,16 @@ def without_reaper(home: Path) -> None:
         show_left(left, shared_memory(search.pid))
         for one in left:
             os.close(one.fd)
-    say("   joblib's workers would finish what is queued, then stay for 5 minutes more.")
-    say("   (The demo has removed them.)")
+    say("   joblib's workers finish what is queued, then stay for 5 minutes more.")
+    say("   (The demo has now removed them.)")
     say()
 
 
 def with_reaper(home: Path) -> bool:
     with daemon(home) as environment, searching(home, **environment) as search:
         before = survivors(search.others(), 1.0)
-        say(f'2. With Reaper, that is, with agent.register(name="grid-search"): SIGKILL to pid {search.pid}')
-        say("   At that moment its script leaves behind:")
+        say(f'2. With Reaper: agent.register(name="grid-search"). The script (pid {search.pid})')
+        say("   gets SIGKILL. What it leaves behind at that moment:")
         show_left(before, shared_memory(search.pid))
         killed_at = search.kill()
         ended = ends(before, killed_at, 30)
@@ -337,11 +342,8 @@ def show_check(search: Search, before: list[Survivor], ended: dict[int, float]) 
     workers = [ended.get(one.pid) for one in before if one.role == "worker"]
     times = [known for known in workers if known is not None]
     if len(times) == len(workers):
-        say(
-            f"   The kernel's word, counted from the kill: last worker gone after {milliseconds(max(times))}, ",
-            end="",
-        )
-        say(f"the trackers after {milliseconds(max(ended.values()))}.")
+        say(f"   By the kernel's word the last worker was gone {milliseconds(max(times))} after the kill,")
+        say(f"   the last process of all {milliseconds(max(ended.values()))} after it.")
     processes, memory = marked(search.mark), shared_memory(search.pid)
     say()
     say(

@@ -27,7 +27,7 @@ def describe_leader(session: Session, observer: Observer) -> Session:
     return replace(
         session,
         cgroup=observer.cgroup_path(pid),
-        adopters=observer.adopters(pid),
+        adopters=observer.ancestors(pid),
         namespaces=proc.namespaces(pid),
         oom_kills=observer.oom_kills_in(session),
         temp_dirs=tuple(folder for folder in (*folders, "/tmp") if os.path.isabs(folder)),  # noqa: S108

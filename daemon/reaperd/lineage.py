@@ -36,6 +36,7 @@ class _Search:
         self.session = session
         self.protection = protection
         self.processes = snapshot.processes
+        self.adopters = {1, *(id_.pid for id_ in session.adopters & snapshot.adopters)}
         self.members: dict[ProcessId, Member] = {}
         self.left_alone: dict[ProcessId, str] = {}
         self.children: defaultdict[int, list[Process]] = defaultdict(list)
@@ -93,7 +94,7 @@ class _Search:
     def _accept_stamped(self) -> None:
         """Accept stamped processes whose parent is one that adopts; their descendants follow."""
         for process in self.stamped.values():
-            if process.ppid in self.session.adopters and process.id not in self.members:
+            if process.ppid in self.adopters and process.id not in self.members:
                 self._accept(
                     process,
                     f"carries REAPER_LINEAGE of the session in its environment and was adopted by pid {process.ppid}",

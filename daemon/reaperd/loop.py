@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _PRUNE_EVERY_S = 6 * 3600.0
 _BACKLOG = 1024
+_LONGEST_WAIT_S = 86400.0  # epoll_wait(2) counts milliseconds in an int
 
 
 class StartError(Exception):
@@ -74,7 +75,9 @@ class Daemon:
         _raise_descriptor_limit()
         proc = ProcFS()
         observer = Observer(proc)
-        self._untouchable = frozenset((0, 1, os.getpid(), *observer.adopters(os.getpid())))
+        self._untouchable = frozenset(
+            (0, 1, os.getpid(), *(id_.pid for id_ in observer.ancestors(os.getpid())))
+        )
         self._poller = Poller()
         self._reaper = Reaper(proc, self._untouchable)
         self._store = Store(self._state_dir, observer.boot_id)
@@ -137,7 +140,7 @@ class Daemon:
             )
             if deadline is not None
         ]
-        return max(0.0, min(due) - time.monotonic())
+        return min(max(0.0, min(due) - time.monotonic()), _LONGEST_WAIT_S)
 
     def _do_due(self, now_s: float) -> None:
         if self._link.restart_at_s is not None and self._link.restart_at_s <= now_s:

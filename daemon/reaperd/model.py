@@ -50,6 +50,7 @@ class Snapshot:
     """The processes that mattered at one instant, by pid."""
 
     processes: Mapping[int, Process] = field(default_factory=dict)
+    adopters: frozenset[ProcessId] = frozenset()  # those of the sessions' adopters that still live
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,9 @@ class Session:
     started_at_utc: str
     page_fd: int = -1  # the page's descriptor number in the leader; -1: it has none
     cgroup: str | None = "/"  # None: never learned, so no environment stamp counts
-    adopters: frozenset[int] = frozenset(
-        (1,)
-    )  # init and the leader's ancestors: who may inherit its children
+    adopters: frozenset[ProcessId] = (
+        frozenset()
+    )  # its ancestors: one that is a subreaper inherits what it leaves
     namespaces: Namespaces = Namespaces()
     oom_counter: str = ""  # the file that counts OOM kills in the leader's memory cgroup
     oom_kills: int | None = None  # what it said when last looked at

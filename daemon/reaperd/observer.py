@@ -6,15 +6,16 @@ read: whatever the evidence says then holds for exactly the process that a signa
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from agent import wire
-from reaperd.linux import cgroup, page, pidfd
+from reaperd.linux import cgroup, helper, page, pidfd
 from reaperd.linux.procfs import (
     TICKS_PER_S,
     ProcessGone,
@@ -31,7 +32,15 @@ from reaperd.model import Process, ProcessId, Session, Snapshot
 _MAX_ANCESTORS = 200
 # Pages of processes that are no longer new are looked for in one of so many scans: nearly all register by message.
 _SWEEP_TURNS = 16
+_BLOCKED_READ_S = 0.05
 _USAGE_S = 1.0  # CPU shares are told over no less than that, where there is a choice
+
+
+class _Marks(TypedDict):
+    argv: list[str]
+    lineage: list[str]
+    pages: list[str]
+    spared: list[str]
 
 
 class FoundPage(NamedTuple):
@@ -80,8 +89,10 @@ class Observer:
         That is a fraction of the work of reading everything, and complete for all that has a parent among them.
         """
         processes: dict[int, Process] = {}
+        living = self._living(session.adopters)
+        adopters = {1, *(id_.pid for id_ in living)}
         pending = [id_.pid for id_ in session.kept]
-        for adopter in session.adopters:
+        for adopter in adopters:
             pending += self._children(adopter)
         while pending:
             pid = pending.pop()
@@ -92,9 +103,9 @@ class Observer:
                 continue
             processes[pid] = process
             # Whoever carries no mark is followed too: its children may be a worker's that lost its environment.
-            if process.ppid not in session.adopters or _marked(process, session):
+            if process.ppid not in adopters or _marked(process, session):
                 pending += self._children(pid)
-        return self._whole(processes)
+        return self._whole(processes, living)
 
     def look(self, session: Session) -> Snapshot:
         """Return every process that can belong to ``session``."""
@@ -103,13 +114,24 @@ class Observer:
             process = self._read(pid, session)
             if process is not None:
                 processes[pid] = process
-        return self._whole(processes)
+        return self._whole(processes, self._living(session.adopters))
+
+    def _living(self, adopters: frozenset[ProcessId]) -> frozenset[ProcessId]:
+        """Return those of ``adopters`` that are still who they were."""
+        living = set()
+        for id_ in adopters:
+            with contextlib.suppress(ProcessGone, PermissionError):
+                if self.proc.stat(id_.pid).id == id_:
+                    living.add(id_)
+        return frozenset(living)
 
     def look_at_all(self, sessions: Iterable[Session]) -> Snapshot:
         """Return every process that can belong to one of ``sessions``, whose leaders live."""
         oldest: dict[int, int] = {}
         page_fds: set[int] = set()
+        adopters: set[ProcessId] = set()
         for session in sessions:
+            adopters |= session.adopters
             ticks = session.leader.start_ticks
             oldest[session.uid] = min(ticks, oldest.get(session.uid, ticks))
             page_fds.add(session.page_fd)
@@ -119,7 +141,7 @@ class Observer:
                 process = self._read_candidate(pid, oldest, page_fds, hold=False)
                 if process is not None:
                     processes[pid] = process
-        return self._whole(processes)
+        return self._whole(processes, self._living(frozenset(adopters)))
 
     def _read(self, pid: int, session: Session) -> Process | None:
         oldest = {session.uid: session.leader.start_ticks}
@@ -153,31 +175,50 @@ class Observer:
                 os.close(handle)
 
     def _describe(self, stat: Stat, uid: int, page_fds: set[int]) -> Process:
-        pid = stat.id.pid
         task = self.proc.living_task(stat)
-        # Reading the memory of a process in state D can block for as long as it does: its marks are read next time.
-        blocked = stat.state == "D"
-        environ = b"" if blocked else self.proc.environ(pid, task) or b""
-        names = self._memfd_names(pid, task, page_fds, blocked=blocked) if stat.forked else set()
-        pages = {name[len(wire.PAGE_PREFIX) :] for name in names if name.startswith(wire.PAGE_PREFIX)}
-        spared = {name[len(wire.SPARED_PREFIX) :] for name in names if name.startswith(wire.SPARED_PREFIX)}
-        spared.update(wire.parse_lineage(environment_value(environ, wire.SPARED_VARIABLE)))
+        marks = self._read_marks(stat, task, page_fds)
         return Process(
             id=stat.id,
             ppid=stat.ppid,
             uid=uid,
             comm=stat.comm,
             forked=stat.forked,
-            argv=() if stat.forked or blocked else self.proc.argv(pid, task),
-            lineage=wire.parse_lineage(environment_value(environ, wire.LINEAGE_VARIABLE)),
-            pages=frozenset(pages),
-            spared=frozenset(spared),
-            cgroup=wire.parse_cgroup(self.proc.cgroup(pid)),
+            argv=tuple(marks["argv"]),
+            lineage=tuple(marks["lineage"]),
+            pages=frozenset(marks["pages"]),
+            spared=frozenset(marks["spared"]),
+            cgroup=wire.parse_cgroup(self.proc.cgroup(stat.id.pid)),
             rss_bytes=stat.rss_bytes,
             cpu_ticks=stat.cpu_ticks,
         )
 
-    def _memfd_names(self, pid: int, task: int, page_fds: set[int], *, blocked: bool) -> set[str]:
+    def _read_marks(self, stat: Stat, task: int, page_fds: set[int]) -> _Marks:
+        """Return what lies in the memory of a process.
+
+        Reading that of one in state D can block for as long as it does, so a helper reads it, and is left behind if it
+        does not come back.
+        """
+        pid = stat.id.pid
+        if stat.state != "D":
+            return self._read_memory(pid, task, page_fds, forked=stat.forked)
+        marks: _Marks | None = helper.run_bounded(
+            lambda: self._read_memory(pid, task, page_fds, forked=stat.forked), _BLOCKED_READ_S
+        )
+        return marks or _Marks(argv=[], lineage=[], pages=[], spared=[])
+
+    def _read_memory(self, pid: int, task: int, page_fds: set[int], *, forked: bool) -> _Marks:
+        environ = self.proc.environ(pid, task) or b""
+        names = self._memfd_names(pid, task, page_fds) if forked else set()
+        spared = {name[len(wire.SPARED_PREFIX) :] for name in names if name.startswith(wire.SPARED_PREFIX)}
+        spared.update(wire.parse_lineage(environment_value(environ, wire.SPARED_VARIABLE)))
+        return _Marks(
+            argv=[] if forked else list(self.proc.argv(pid, task)),
+            lineage=list(wire.parse_lineage(environment_value(environ, wire.LINEAGE_VARIABLE))),
+            pages=[name[len(wire.PAGE_PREFIX) :] for name in names if name.startswith(wire.PAGE_PREFIX)],
+            spared=list(spared),
+        )
+
+    def _memfd_names(self, pid: int, task: int, page_fds: set[int]) -> set[str]:
         """Return the names of our marks in a forked process: at the leader's descriptor, among all, else mapped."""
         for number in page_fds:
             name = parse_memfd_link(self.proc.descriptor(pid, task, number)) if number >= 0 else ""
@@ -185,12 +226,12 @@ class Observer:
                 return {name}
         links = self.proc.descriptors(pid, task).values()
         names = {name for name in map(parse_memfd_link, links) if _is_mark(name)}
-        if not names and not blocked:
+        if not names:
             paths = self.proc.mapped_paths(pid, task)
             names = {name for name in map(parse_memfd_link, paths) if _is_mark(name)}
         return names
 
-    def _whole(self, processes: dict[int, Process]) -> Snapshot:
+    def _whole(self, processes: dict[int, Process], adopters: frozenset[ProcessId] = frozenset()) -> Snapshot:
         """Return the snapshot, with a parent link only where the parent is still who it was when it was read.
 
         A pid that was given to another process in the middle of the pass would else pass its children off as a
@@ -206,7 +247,7 @@ class Observer:
                 same = True  # it ended after the pass had seen it; nobody has its pid
             if not same:
                 processes[pid] = replace(process, ppid=0)
-        return Snapshot(processes)
+        return Snapshot(processes, adopters)
 
     def _children(self, pid: int) -> list[int]:
         try:
@@ -240,17 +281,15 @@ class Observer:
 
     # -- who is a leader ---------------------------------------------------------------------
 
-    def adopters(self, pid: int) -> frozenset[int]:
-        """Return init and the ancestors of ``pid``: those who can inherit what it leaves (PR_SET_CHILD_SUBREAPER)."""
-        found = {1}
-        try:
-            for _ in range(_MAX_ANCESTORS):
-                pid = self.proc.stat(pid).ppid
-                if pid <= 1:
-                    break
-                found.add(pid)
-        except ProcessGone:
-            pass
+    def ancestors(self, pid: int) -> frozenset[ProcessId]:
+        """Return who stands above ``pid`` now, init apart."""
+        found: set[ProcessId] = set()
+        with contextlib.suppress(ProcessGone):
+            pid = self.proc.stat(pid).ppid
+            while pid > 1 and len(found) < _MAX_ANCESTORS:
+                stat = self.proc.stat(pid)
+                found.add(stat.id)
+                pid = stat.ppid
         return frozenset(found)
 
     def descendants(self, leader: ProcessId) -> Iterator[int]:

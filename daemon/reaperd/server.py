@@ -134,6 +134,8 @@ class Server:
     def _describe(self, peer: Peer, session_id: str, name: str, start_ticks: int, page_fd: int) -> Session:
         observer = self._core.observer
         leader = observer.proc.stat(peer.pid).id
+        if observer.namespaced_pid(peer.pid) != wire.SessionId.parse(session_id).pid:
+            raise wire.WireError("bad-session", "session: the id does not begin with your pid")
         if not observer.same_ticks(leader, start_ticks):
             raise wire.WireError("bad-request", "start_ticks: that is not when you started")
         if peer.pid in self._core.policy.untouchable:

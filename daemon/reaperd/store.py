@@ -212,7 +212,7 @@ def _session(record: dict[str, Any]) -> Session:
         started_at_utc=record["started_at"],
         page_fd=record["page_fd"],
         cgroup=record["cgroup"],
-        adopters=frozenset(record["adopters"]),
+        adopters=frozenset(ProcessId(*pair) for pair in record["adopters"]),
         namespaces=Namespaces(*record["namespaces"]),
         oom_counter=record["oom_counter"],
         oom_kills=record["oom_kills"],

@@ -395,7 +395,7 @@ def test_a_syntax_error_names_file_and_line(text, fault):
 
 
 def test_a_password_in_an_alert_url_is_never_shown():
-    secret = "mailto://ann:hunter2@example.org"  # gitleaks:allow
+    secret = "mailto://ann:hunter2@example.org"
     for urls in (f'"{secret}"', f'["", "{secret}"]', f'[["{secret}"]]', f'{{ a = "{secret}" }}'):
         assert "hunter2" not in "".join(faults_of(f"[alerts]\nurls = {urls}"))
     config = parse(f'[alerts]\nurls = ["{secret}"]')
@@ -426,6 +426,7 @@ def test_a_password_in_an_alert_url_is_never_shown():
         pytest.param(
             "[scan]\nmemory_threshold = 0x" + "f" * 300, "1048576TiB, got a number of", id="no size"
         ),
+        pytest.param(f"[scan]\nmemory_threshold = '{'9' * 5000}B'", "whole bytes", id="5000 digits in text"),
         pytest.param(
             "[sessions]\nmax_workers = 0x" + "f" * 300, "at most 1000000, got a number", id="no count"
         ),

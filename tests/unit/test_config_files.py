@@ -195,7 +195,9 @@ def test_a_name_cannot_forge_a_line_of_the_log(tmp_path):
 
 
 def test_a_path_with_a_nul_is_a_fault(tmp_path):
-    assert faults_of(f"{tmp_path}/a\0b")[0].startswith(f"cannot read {tmp_path}/a\\x00b.d: embedded null")
+    fault = faults_of(f"{tmp_path}/a\0b")[0]
+    assert fault.startswith(f"cannot read {tmp_path}/a\\x00b.d: ")
+    assert "embedded null" in fault
 
 
 def test_no_descriptor_stays_open(main):

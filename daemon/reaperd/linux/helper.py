@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -65,6 +66,27 @@ def finish_helper(helper: Helper) -> Any:
         return json.loads(data)
     except ValueError:
         return None
+
+
+def run_bounded(work: Callable[[], Any], timeout_s: float) -> Any:
+    """Return what ``work`` returns in a helper, None when it takes longer than ``timeout_s``."""
+    running = start_helper(work)
+    poller = select.poll()
+    poller.register(running.pidfd, select.POLLIN)
+    if poller.poll(timeout_s * 1000):
+        return finish_helper(running)
+    signal.pidfd_send_signal(running.pidfd, signal.SIGKILL)
+    os.close(running.pidfd)
+    os.close(running.reader)
+    # Waited for later, if ever: it may be as stuck as what it read.
+    _abandoned.append(running.pid)
+    for pid in tuple(_abandoned):
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            _abandoned.remove(pid)
+    return None
+
+
+_abandoned: list[int] = []
 
 
 def become(uid: int, gid: int) -> None:
