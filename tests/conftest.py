@@ -49,19 +49,18 @@ def pytest_runtest_makereport(
 def run(request: pytest.FixtureRequest) -> Iterator[str]:
     """The mark of every process that this test starts; nothing of it may be left when the test ends."""
     mark = uuid.uuid4().hex[:12]
-    shm, mounts, cgroups = harness.list_shm(), harness.list_mounts(), harness.list_cgroups()
+    shm, mounts = harness.list_shm(), harness.list_mounts()
     yield mark
     faults = []
     left = harness.wait_gone(harness.marked(harness.RUN_MARK, mark), LEFT_WITHIN_S)
     left += [pid for pid in harness.marked(harness.RUN_MARK, mark) if pid not in left]
     if left:
         faults.append(f"processes left behind:\n{harness.describe(left)}")
-    entries = [entry for entry in sorted(harness.list_shm() - shm) if not harness.is_of_others(entry, mark)]
-    if entries:
+    if entries := harness.shm_left_of(shm, mark, LEFT_WITHIN_S):
         faults.append(f"left in /dev/shm: {entries}")
     if harness.list_mounts() != mounts:
         faults.append(f"mounts changed: {set(harness.list_mounts()) ^ set(mounts)}")
-    if groups := harness.list_cgroups() - cgroups:
+    if groups := harness.list_cgroups(mark):
         faults.append(f"cgroups left behind: {sorted(groups)}")
     for pid in left:
         harness.end_process(pid)
@@ -105,6 +104,8 @@ def start_leader(request: pytest.FixtureRequest, run: str, scratch: Scratch) -> 
     with contextlib.ExitStack() as stack:
 
         def start(script: str, *arguments: str, up: bool = True, **settings: Any) -> Leader:
+            if harness.interpreter_for(settings.get("uid")) is None:
+                pytest.skip(f"uid {settings['uid']} may not execute any Python of this version")
             leader = Leader(scratch, run, script, *arguments, **settings)
             stack.callback(leader.close)
             _keep_log(request, f"stderr of {script} {' '.join(arguments)}", leader.read_log)

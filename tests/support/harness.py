@@ -6,6 +6,8 @@ Everything here waits on a descriptor with a deadline; nothing sleeps, and nothi
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import json
 import os
 import select
@@ -14,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +29,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 ZOO = os.path.join(ROOT, "tests", "support", "zoo")
 PARENT = os.path.join(ROOT, "tests", "support", "parent.py")
 IMPORT_PATH = os.pathsep.join([ROOT, os.path.join(ROOT, "daemon")])
-NOBODY = 65534
+SITE_PACKAGES = sysconfig.get_path("purelib")
+# Other users, who need no account. Not 65534: that uid stands for all who have none in this namespace.
+STRANGER = 61234
+NEIGHBOUR = 61235
+OVERFLOW = 65534
 
 # A process that a test started bears the first in its environment, one that a leader started bears both:
 # the scripts of the zoo keep them even where they scrub everything else.
@@ -178,14 +185,15 @@ def repeat_until(attempt: Callable[[], T | None], within_s: float, what: str) ->
 
 CGROUP_ROOTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/memory", "/sys/fs/cgroup/systemd")
 CGROUP_PREFIX = "reaper-test-"
+_IN_DELETE = 0x200  # sys/inotify.h
 
 
-def list_cgroups() -> set[str]:
-    """Return the control groups of tests and of sessions, wherever they are."""
+def list_cgroups(run: str) -> set[str]:
+    """Return the control groups that bear the mark of a test, wherever they are."""
     found: set[str] = set()
     for root in CGROUP_ROOTS:
         for directory, names, _ in os.walk(root):
-            found.update(os.path.join(directory, name) for name in names if "reaper" in name)
+            found.update(os.path.join(directory, name) for name in names if run in name)
     return found
 
 
@@ -199,6 +207,26 @@ def list_shm() -> set[str]:
         return set(os.listdir("/dev/shm"))
     except FileNotFoundError:
         return set()
+
+
+def shm_left_of(before: set[str], run: str, within_s: float) -> list[str]:
+    """Return what is new in /dev/shm since ``before`` and stays for ``within_s``, save what living strangers use.
+
+    Other tests may run at the same time, and what they killed takes its segments with it a moment later.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    end_s = time.monotonic() + within_s
+    with contextlib.closing(Descriptor(libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))) as watch:
+        if libc.inotify_add_watch(watch.number, b"/dev/shm", _IN_DELETE) < 0:
+            return []
+        poll = select.poll()
+        poll.register(watch.number, select.POLLIN)
+        while new := list_shm() - before:
+            if not poll.poll(max(0.0, end_s - time.monotonic()) * 1000):
+                return sorted(entry for entry in new if not is_of_others(entry, run))
+            with contextlib.suppress(BlockingIOError):
+                os.read(watch.number, 65536)
+    return []
 
 
 def is_of_others(entry: str, run: str) -> bool:
@@ -291,6 +319,27 @@ def entering(groups: Iterable[Cgroup], command: Sequence[str]) -> list[str]:
     return ["sh", "-c", f'{script}shift {len(words)} && exec "$@"', "enter", *words, *command]
 
 
+@functools.cache
+def interpreter_for(uid: int | None) -> str | None:
+    """Return this Python, or one of its version, that ``uid`` may execute; None where there is none."""
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for path in (sys.executable, f"/usr/bin/{name}", f"/usr/local/bin/{name}"):
+        if uid is None:
+            return path
+        # Through a shell: setpriv keeps its capabilities until its exec, so that says nothing.
+        probe = as_user(uid, ["sh", "-c", '"$0" -c "import os"', path])
+        if subprocess.run(probe, stderr=subprocess.DEVNULL, check=False).returncode == 0:
+            return path
+    return None
+
+
+def import_path_of(uid: int | None) -> dict[str, str]:
+    """Return what makes ``interpreter_for(uid)`` import the tree and its dependencies."""
+    if interpreter_for(uid) == sys.executable:
+        return {}
+    return {"PYTHONPATH": os.pathsep.join([IMPORT_PATH, SITE_PACKAGES])}
+
+
 def as_user(uid: int | None, command: Sequence[str]) -> list[str]:
     """Return a command that becomes ``uid`` (None: stays who it is), then ``command``."""
     if uid is None:
@@ -302,16 +351,20 @@ def as_user(uid: int | None, command: Sequence[str]) -> list[str]:
 
 
 class Daemon:
-    """A real ``reaperd`` on a socket and in a state directory of its own."""
+    """A real ``reaperd`` on a socket and in a state directory of its own; with ``uid``, that user's own."""
 
-    def __init__(self, scratch: Scratch, run: str, *, config: str | None = None) -> None:
+    def __init__(
+        self, scratch: Scratch, run: str, *, config: str | None = None, uid: int | None = None
+    ) -> None:
         directory = scratch.directory("d")
         self.run = run
+        self.uid = uid
         self.state = os.path.join(directory, "state")
         self.socket = os.path.join(directory, "run", "reaper.sock")
         self.log = os.path.join(directory, "log")
         self.config = os.path.join(directory, "reaper.toml")
-        os.mkdir(os.path.dirname(self.socket), 0o755 if os.geteuid() == 0 else 0o700)
+        system = os.geteuid() == 0 and uid is None
+        os.mkdir(os.path.dirname(self.socket), 0o755 if system else 0o700)
         with open(self.config, "w", encoding="utf-8") as file:
             file.write(
                 CONFIG.format(grace=GRACE_S, exit_grace=EXIT_GRACE_S, tracker_grace=TRACKER_GRACE_S)
@@ -321,6 +374,9 @@ class Daemon:
         self._notify_path = os.path.join(directory, "notify")
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._notify.bind(self._notify_path)
+        if uid is not None:
+            for path in (directory, os.path.dirname(self.socket), self.config, self._notify_path):
+                os.chown(path, uid, uid)
         self.notified: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -336,7 +392,7 @@ class Daemon:
         return self._process
 
     def environment(self) -> dict[str, str]:
-        return test_environment(self.run, NOTIFY_SOCKET=self._notify_path)
+        return test_environment(self.run, NOTIFY_SOCKET=self._notify_path, **import_path_of(self.uid))
 
     def start(self, *options: str) -> Daemon:
         """Start it and return when it says READY."""
@@ -346,7 +402,8 @@ class Daemon:
 
     def launch(self, *options: str) -> None:
         """Start it without waiting for anything."""
-        command = [sys.executable, "-m", "reaperd", "--socket", self.socket, "--state-dir", self.state]
+        command = [interpreter_for(self.uid) or sys.executable, "-m", "reaperd"]
+        command = as_user(self.uid, [*command, "--socket", self.socket, "--state-dir", self.state])
         with open(self.log, "ab") as log:
             log.write(f"--- {' '.join(command)} {' '.join(options)}\n".encode())
             log.flush()
@@ -454,13 +511,13 @@ class Daemon:
     def ctl(self, *arguments: str, uid: int | None = None) -> subprocess.CompletedProcess[str]:
         """Run ``reaperctl`` to its end."""
         return subprocess.run(
-            as_user(uid, [sys.executable, "-m", "reaperd.ctl.main", *arguments]),
+            as_user(uid, [interpreter_for(uid) or sys.executable, "-m", "reaperd.ctl.main", *arguments]),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=REPLY_WITHIN_S,
             check=False,
-            env=test_environment(self.run, REAPER_SOCKET=self.socket),
+            env=test_environment(self.run, REAPER_SOCKET=self.socket, **import_path_of(uid)),
         )
 
     def ask(self, *arguments: str, uid: int | None = None) -> Any:
@@ -578,13 +635,16 @@ class Leader:
         directory = scratch.directory("l", 0o777 if uid is not None else 0o755)
         self.mark = f"{run}.{os.path.basename(directory)}"
         self.log = os.path.join(directory, "stderr")
-        command = [sys.executable, os.path.join(ZOO, script), *arguments]
+        interpreter = interpreter_for(uid)
+        assert interpreter, f"no Python of this version can be executed by uid {uid}"
+        command = [interpreter, os.path.join(ZOO, script), *arguments]
         command = entering(groups, as_user(uid, command))
         if parent != "pytest":
             command = [sys.executable, PARENT, parent, *command]
         more = {FAMILY_MARK: self.mark, "REAPER_TEST_DIR": directory, "TMPDIR": directory, **(env or {})}
         if socket:
             more["REAPER_SOCKET"] = socket
+        more.update(import_path_of(uid))
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
                 command,

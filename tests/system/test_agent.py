@@ -349,7 +349,7 @@ def test_a_worker_that_imports_an_unguarded_main_module_does_not_become_a_leader
         import agent, json, multiprocessing, os
         session = agent.register("main")
         def work(queue):
-            queue.put([agent.register().id, os.environ["REAPER_LINEAGE"]])
+            queue.put([session.id, os.environ["REAPER_LINEAGE"]])
         if __name__ == "__main__":
             context = multiprocessing.get_context({method!r})
             queue = context.SimpleQueue()
@@ -361,6 +361,28 @@ def test_a_worker_that_imports_an_unguarded_main_module_does_not_become_a_leader
     """
     session, (inner, lineage) = answer(python(script, REAPER_SOCKET=daemon.socket))
     assert (inner, lineage) == (session, session)
+    assert len(daemon.events(kind="registered")) == 1
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_register_in_a_worker_s_own_function_returns_the_leader_s_session(
+    method: str, daemon: Daemon, python: Run
+) -> None:
+    script = f"""
+        import agent, json, multiprocessing
+        session = agent.register("main")
+        def work(queue):
+            queue.put(agent.register().id)
+        if __name__ == "__main__":
+            context = multiprocessing.get_context({method!r})
+            queue = context.SimpleQueue()
+            process = context.Process(target=work, args=(queue,))
+            process.start()
+            print(json.dumps([session.id, queue.get()]))
+            process.join()
+    """
+    session, inner = answer(python(script, REAPER_SOCKET=daemon.socket))
+    assert inner == session
     assert len(daemon.events(kind="registered")) == 1
 
 

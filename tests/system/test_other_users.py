@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 
 import pytest
-from harness import NOBODY, Daemon, Leader, broken_promise
+from harness import NEIGHBOUR, OVERFLOW, STRANGER, Daemon, Leader, broken_promise
 
+StartDaemon = Callable[..., Daemon]
 StartLeader = Callable[..., Leader]
 
 pytestmark = pytest.mark.needs_root
@@ -19,7 +21,7 @@ SECRET = "a-name-that-only-its-owner-may-read"
 
 def test_another_user_cannot_stop_a_session(daemon: Daemon, start_leader: StartLeader) -> None:
     leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
-    done = daemon.ctl("stop", leader.session, uid=NOBODY)
+    done = daemon.ctl("stop", leader.session, uid=STRANGER)
     assert done.returncode == 4, done.stderr
     assert "Traceback" not in done.stderr
     assert leader.still_alive([leader.pid, *leader.family.workers]) == [leader.pid, *leader.family.workers]
@@ -33,7 +35,7 @@ def test_another_user_s_prefix_or_name_stops_nothing(
     how: str, daemon: Daemon, start_leader: StartLeader
 ) -> None:
     leader = start_leader("kin.py", "subprocess", "--name", "mine", socket=daemon.socket)
-    done = daemon.ctl("stop", leader.session[:10] if how == "a unique prefix" else "mine", uid=NOBODY)
+    done = daemon.ctl("stop", leader.session[:10] if how == "a unique prefix" else "mine", uid=STRANGER)
     assert done.returncode in (1, 4), done.stderr  # it may not even learn that there is such a session
     assert leader.still_alive([leader.pid]) == [leader.pid]
     leader.kill9()
@@ -44,29 +46,29 @@ def test_another_user_sees_no_command_lines(daemon: Daemon, start_leader: StartL
     leader = start_leader("pools.py", "executor", "--idle", "--method", "spawn", socket=daemon.socket)
     mine = next(s for s in daemon.ask("ps") if s["id"] == leader.session)
     assert any("executor" in word for word in mine["leader"]["cmdline"])
-    done = daemon.ctl("ps", "--json", uid=NOBODY)
+    done = daemon.ctl("ps", "--json", uid=STRANGER)
     assert done.returncode == 0, done.stderr
     theirs = [s for s in json.loads(done.stdout) if s["id"] == leader.session]
     assert all(s["leader"]["cmdline"] is None for s in theirs)
     for command in (("ps",), ("ps", "--json"), ("events", "--json"), ("status", "--json")):
-        assert "multiprocessing.spawn" not in daemon.ctl(*command, uid=NOBODY).stdout
-        assert "--method" not in daemon.ctl(*command, uid=NOBODY).stdout
+        assert "multiprocessing.spawn" not in daemon.ctl(*command, uid=STRANGER).stdout
+        assert "--method" not in daemon.ctl(*command, uid=STRANGER).stdout
     leader.kill9()
     assert broken_promise(leader) == ""
     daemon.wait_end(leader.session)
-    assert "multiprocessing.spawn" not in daemon.ctl("events", "--json", uid=NOBODY).stdout
+    assert "multiprocessing.spawn" not in daemon.ctl("events", "--json", uid=STRANGER).stdout
 
 
 def test_a_user_stops_a_session_of_its_own_and_root_sees_it_all(
     daemon: Daemon, start_leader: StartLeader
 ) -> None:
-    leader = start_leader("kin.py", "subprocess", socket=daemon.socket, uid=NOBODY)
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket, uid=STRANGER)
     (session,) = daemon.ask("ps")
-    assert session["uid"] == NOBODY
+    assert session["uid"] == STRANGER
     assert session["leader"]["cmdline"]
-    (own,) = daemon.ask("ps", uid=NOBODY)
+    (own,) = daemon.ask("ps", uid=STRANGER)
     assert own["leader"]["cmdline"] == session["leader"]["cmdline"]
-    done = daemon.ctl("stop", leader.session, uid=NOBODY)
+    done = daemon.ctl("stop", leader.session, uid=STRANGER)
     assert done.returncode == 0, done.stderr
     assert leader.wait_all_gone(0) == []
     leader.wait_dead(0)
@@ -75,7 +77,7 @@ def test_a_user_stops_a_session_of_its_own_and_root_sees_it_all(
 
 
 def test_root_stops_the_session_of_a_user(daemon: Daemon, start_leader: StartLeader) -> None:
-    leader = start_leader("kin.py", "stubborn", socket=daemon.socket, uid=NOBODY)
+    leader = start_leader("kin.py", "stubborn", socket=daemon.socket, uid=STRANGER)
     done = daemon.ctl("stop", leader.session)
     assert done.returncode == 0, done.stderr
     assert leader.wait_all_gone(0) == []
@@ -85,11 +87,11 @@ def test_root_stops_the_session_of_a_user(daemon: Daemon, start_leader: StartLea
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_session_of_another_user_is_reaped(method: str, daemon: Daemon, start_leader: StartLeader) -> None:
     arguments = ("executor", "--idle", "--method", method)
-    leader = start_leader("pools.py", *arguments, socket=daemon.socket, uid=NOBODY)
+    leader = start_leader("pools.py", *arguments, socket=daemon.socket, uid=STRANGER)
     leader.kill9()
     assert broken_promise(leader) == ""
     event = daemon.wait_end(leader.session)
-    assert event["uid"] == NOBODY
+    assert event["uid"] == STRANGER
 
 
 def test_a_user_s_page_cannot_claim_the_processes_of_root(
@@ -98,7 +100,7 @@ def test_a_user_s_page_cannot_claim_the_processes_of_root(
     """A user forges a stamp that names root's session: its own process bears it, and is nobody's."""
     leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
     stamp = {"REAPER_LINEAGE": leader.session}
-    forger = start_leader("kin.py", "subprocess", socket=daemon.socket, uid=NOBODY, env=stamp)
+    forger = start_leader("kin.py", "subprocess", socket=daemon.socket, uid=STRANGER, env=stamp)
     everyone = [leader.pid, *leader.family.workers]
     forger.kill9()
     assert broken_promise(forger) == ""
@@ -113,4 +115,51 @@ def test_the_socket_is_for_everyone_and_the_state_for_root_alone(daemon: Daemon)
     assert os.stat(daemon.socket).st_mode & 0o777 == 0o666
     assert os.stat(os.path.dirname(daemon.socket)).st_mode & 0o777 == 0o755
     assert os.stat(daemon.state).st_mode & 0o077 == 0
-    assert daemon.ctl("ping", uid=NOBODY).returncode == 0
+    assert daemon.ctl("ping", uid=STRANGER).returncode == 0
+
+
+def test_a_user_s_own_daemon_reaps_its_sessions_and_is_its_alone(
+    start_daemon: StartDaemon, start_leader: StartLeader
+) -> None:
+    daemon = start_daemon(uid=STRANGER)
+    assert os.stat(daemon.socket).st_mode & 0o777 == 0o600
+    assert daemon.ask("status", uid=STRANGER)["mode"] == "user"
+    assert daemon.ctl("ping", uid=NEIGHBOUR).returncode != 0
+    leader = start_leader(
+        "pools.py", "executor", "--idle", "--method", "forkserver", socket=daemon.socket, uid=STRANGER
+    )
+    assert [s["id"] for s in daemon.ask("ps", uid=STRANGER)] == [leader.session]
+    leader.kill9()
+    assert broken_promise(leader) == ""
+    assert daemon.wait_end(leader.session)["cause"] == {"kind": "signal", "code": 9}
+
+
+def test_a_user_s_own_daemon_adopts_its_sessions_after_it_was_killed(
+    start_daemon: StartDaemon, start_leader: StartLeader
+) -> None:
+    daemon = start_daemon(uid=STRANGER)
+    leader = start_leader("kin.py", "everything-left", socket=daemon.socket, uid=STRANGER)
+    daemon.kill9()
+    shutil.rmtree(daemon.state)
+    leader.kill9()
+    daemon.start()
+    assert broken_promise(leader) == ""
+    daemon.wait_end(leader.session)
+
+
+def test_the_uid_that_stands_for_everyone_without_one_is_refused(daemon: Daemon) -> None:
+    """The kernel shows all uids that have no meaning in this namespace as this one: it is nobody in particular."""
+    done = daemon.ctl("ping", uid=OVERFLOW)
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+
+
+def test_a_neighbour_is_no_better_than_a_stranger(daemon: Daemon, start_leader: StartLeader) -> None:
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket, uid=STRANGER)
+    assert daemon.ctl("stop", leader.session, uid=NEIGHBOUR).returncode == 4
+    assert leader.still_alive([leader.pid, *leader.family.workers]) == [leader.pid, *leader.family.workers]
+    theirs = json.loads(daemon.ctl("ps", "--json", uid=NEIGHBOUR).stdout)
+    assert all(s["leader"]["cmdline"] is None for s in theirs)
+    leader.kill9()
+    assert broken_promise(leader) == ""
+    daemon.wait_end(leader.session)

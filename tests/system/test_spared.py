@@ -10,7 +10,10 @@ from collections.abc import Callable
 
 import pytest
 from harness import (
-    NOBODY,
+    EXIT_GRACE_S,
+    GRACE_S,
+    STRANGER,
+    TRACKERS_GONE_S,
     Cgroup,
     Daemon,
     Leader,
@@ -129,7 +132,7 @@ def test_a_process_of_another_user_with_a_copied_stamp_lives_on(
     daemon: Daemon, start_leader: StartLeader, run: str
 ) -> None:
     leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
-    other = orphan(run, as_user(NOBODY, JOB), **stamp_of(leader))
+    other = orphan(run, as_user(STRANGER, JOB), **stamp_of(leader))
     reap(daemon, leader)
     assert alive(other)
     end_process(other)
@@ -167,13 +170,71 @@ def test_workers_in_a_cgroup_below_the_leader_s_are_reaped(
     reap(daemon, leader)
 
 
+def a_scan_later(daemon: Daemon, start_leader: StartLeader) -> None:
+    """Return once the daemon has looked at every process again."""
+    leader = start_leader("kin.py", "bare-environment", socket=daemon.socket)
+    daemon.wait_listed(leader.pid, leader.family.workers)
+    reap(daemon, leader)
+
+
+def test_what_was_left_alone_when_a_session_ended_is_not_ended_later(
+    daemon: Daemon, start_leader: StartLeader, start_process: StartProcess
+) -> None:
+    """Its parent dies after the session is over, and init adopts it."""
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
+    script = f'env REAPER_LINEAGE="$STAMP" {shlex.join(JOB)} & wait'
+    queue = start_process(["sh", "-c", script], STAMP=stamp_of(leader)["REAPER_LINEAGE"])
+    assert queue.stdout is not None
+    job = int(queue.stdout.readline())
+    reap(daemon, leader)
+    queue.kill()
+    queue.wait()
+    assert parent_of(job) == 1
+    a_scan_later(daemon, start_leader)
+    assert alive(job)
+    end_process(job)
+
+
+def test_a_session_that_is_over_is_not_taken_on_again_for_what_was_spared(
+    daemon: Daemon, start_leader: StartLeader
+) -> None:
+    leader = start_leader("kin.py", "spared", socket=daemon.socket)
+    reap(daemon, leader)
+    a_scan_later(daemon, start_leader)
+    daemon.restart()
+    a_scan_later(daemon, start_leader)
+    assert leader.still_alive(leader.spared) == leader.spared
+    assert [event["kind"] for event in daemon.events(session=leader.session)] == ["registered", "reaped"]
+    leader.end_spared()
+
+
 def test_unregister_lets_everything_live_while_the_leader_does(
     daemon: Daemon, start_leader: StartLeader
 ) -> None:
     leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
+    everyone = [leader.pid, *leader.family.workers]
+    assert leader.ask("unregister")["lineage"] is None
+    session = daemon.session_of(leader.pid)
+    assert session is not None
+    assert session["state"] == "ending"
+    other = start_leader("kin.py", "subprocess", socket=daemon.socket)
+    reap(daemon, other)  # so the daemon was busy in the meantime
+    assert leader.still_alive(everyone) == everyone
+    leader.tell("end")
+    leader.wait_dead()
+    assert leader.wait_all_gone(EXIT_GRACE_S + GRACE_S) == []
+    daemon.wait_end(leader.session)
+
+
+def test_an_unregistered_leader_s_trackers_and_forkserver_are_left_to_it(
+    daemon: Daemon, start_leader: StartLeader
+) -> None:
+    leader = start_leader("pools.py", "executor", "--idle", "--method", "forkserver", socket=daemon.socket)
+    everyone = [leader.pid, *leader.family.everyone]
     leader.ask("unregister")
-    event = daemon.wait_end(leader.session)
-    assert event["kind"] == "ended"
-    assert daemon.session_of(leader.pid) is None
-    assert leader.still_alive([leader.pid, *leader.family.workers]) == [leader.pid, *leader.family.workers]
-    leader.end_family()
+    later = leader.ask("fork")["pids"]
+    daemon.wait_listed(leader.pid, leader.family.workers)
+    assert leader.still_alive([*everyone, *later]) == [*everyone, *later]
+    leader.kill9()
+    assert leader.wait_all_gone(TRACKERS_GONE_S) == []
+    daemon.wait_end(leader.session)

@@ -310,8 +310,15 @@ def test_an_event_says_when_what_who_why_how_many_how_fast_and_what_it_freed() -
 
 
 def test_an_event_of_the_daemon_itself_has_no_session_and_no_trailing_blanks() -> None:
-    one = event(kind="started", session=None, uid=None, cause=None)
-    assert render.event(one, Look()) == "2026-01-31T11:47:00Z  started"
+    one = event(kind="stopped", session=None, uid=None, cause=None)
+    assert render.event(one, Look()) == "2026-01-31T11:47:00Z  stopped"
+
+
+def test_a_reload_says_which_settings_hold() -> None:
+    assert render.what_happened({"kind": "reload", "faults": []}) == "settings reloaded"
+    assert (
+        render.what_happened({"kind": "reload", "faults": ["a\n", "b"]}) == r"kept the old settings: a\n; b"
+    )
 
 
 def test_an_event_without_a_name_shows_the_session_id() -> None:
@@ -370,7 +377,7 @@ def test_a_status_is_a_short_block() -> None:
         "  config    /etc/reaper/reaper.toml",
         "  sessions  1 with 4 workers",
         "  orphans   0",
-        "  reaped    17 so far, 11.5 GiB freed",
+        "  reaped    17 processes so far, 11.5 GiB freed",
     ]
 
 

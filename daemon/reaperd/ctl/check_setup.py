@@ -227,12 +227,11 @@ def judge_unit(text: str, systemctl: str) -> Finding:
 
 
 def checks(options: Namespace) -> list[tuple[str, Check]]:
-    """Return the checks, each with what it is about."""
+    """Return the checks, each with what it is about, but for ``agent_module``: several need that one's answer."""
     return [
         ("Python", python),
         ("pyzmq", zeromq),
         ("psutil", psutil_module),
-        ("agent module", agent_module),
         ("runtime directory", runtime_directory),
         ("state directory", state_directory),
         ("socket", lambda: socket_file(options)),

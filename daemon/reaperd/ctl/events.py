@@ -22,7 +22,7 @@ def events(options: Namespace) -> int:
     """Print what happened, a line an event; with --follow go on until interrupted."""
     link, look = Link.of(options), look_of_stdout()
     link.ask("ping")  # settles at once which daemon is followed, or that there is none
-    asked = {}
+    asked: dict[str, Any] = {}
     if options.since:
         asked["since"] = rfc3339(options.since)
     elif options.follow:

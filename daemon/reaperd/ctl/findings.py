@@ -39,7 +39,11 @@ def run(subject: str, check: Check) -> Finding:
     """Return what ``check`` finds; one that cannot be made is a limit: nothing is known to be wrong."""
     try:
         found = check()
-    except (OSError, ImportError, AttributeError, ValueError) as error:
+    except ImportError as error:
+        found = limit(
+            f"could not be checked without the module `{error.name}`", "see what is said of that one"
+        )
+    except (OSError, AttributeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         found = limit(f"could not be checked: {reason}", "look at the other findings first")
     return found._replace(subject=subject)

@@ -238,13 +238,7 @@ def event(one: Any, look: Look) -> str:
 def what_happened(one: Any) -> str:
     """Return cause, processes, signals, time and memory of an event, as far as it has any."""
     fields = one if isinstance(one, dict) else {}
-    facts = [cause_in_words(fields.get("cause"))]
-    if text_of(one, "kind") == "registered":
-        facts += [
-            f"leader {_whole(fields.get('leader'), 'pid')}",
-            "adopted" if fields.get("adopted") is True else "",
-        ]
-    facts += [_processes(one), freed(one)]
+    facts = [cause_in_words(fields.get("cause")), *_of_kind(fields), _processes(one), freed(one)]
     left_alone, stuck = list_of(one, "spared"), remaining(one)
     if left_alone:
         facts.append(f"{len(left_alone)} left alone")

@@ -41,6 +41,11 @@ def hold_segment(name: str, pipe: str) -> None:
     stage.hold()
 
 
+def unregister(words: list[str]) -> None:
+    agent.unregister()
+    stage.answer(lineage=os.environ.get("REAPER_LINEAGE"))
+
+
 class Troupe:
     """The workers of one script. Each method named as a kind starts them; what it returns is kept until the end."""
 
@@ -180,7 +185,7 @@ def main() -> None:
     if options.late:
         agent.register(options.kind)
     stage.announce(**troupe.facts)
-    stage.live({"fork": troupe.fork_more})
+    stage.live({"fork": troupe.fork_more, "unregister": unregister})
     sys.stdout.flush()
 
 
