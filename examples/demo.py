@@ -264,8 +264,8 @@ def tail(log: Path) -> str:
 # -- what is shown --------------------------------------------------------------------------------
 
 
-def say(text: str = "", *, end: str = "\n") -> None:
-    print(text, end=end, flush=True)
+def say(text: str = "") -> None:
+    print(text, flush=True)
 
 
 def milliseconds(seconds: float) -> str:
@@ -295,31 +295,27 @@ def show_event(event: dict[str, Any]) -> None:
     for process in event["processes"]:
         evidence = process["evidence"]
         reason = evidence if isinstance(evidence, str) else "; ".join(map(str, evidence))
-        alike.setdefault((process["signal"] or "no signal", reason), []).append(str(process["pid"]))
-    say(f"   Reaper (reaperctl events): the script died of {show_cause(event['cause'])}, so")
+        alike.setdefault((process["signal"] or "nothing", reason), []).append(str(process["pid"]))
+    say(f"   Reaper (reaperctl events): the script died of {show_cause(event['cause'])}, so it sent")
     for (sent, reason), pids in alike.items():
-        text = f"{sent:<10} to {' '.join(pids)}: {reason}"
-        say(textwrap.fill(text, WIDTH, initial_indent=" " * 5, subsequent_indent=" " * 19))
+        text = f"{sent:<8} to {' '.join(pids)}: {reason}"
+        say(textwrap.fill(text, WIDTH, initial_indent=" " * 5, subsequent_indent=" " * 17))
     freed = event["freed"]
-    say(
-        f"     all ended after {milliseconds(event['latency_s'])}; freed {size(freed['rss_bytes'])} of memory",
-        end="",
-    )
-    say(f" and {size(freed['shm_bytes'])} shared")
+    memory = f"{size(freed['rss_bytes'])} of memory and {size(freed['shm_bytes'])} of shared memory"
+    say(f"     took {milliseconds(event['latency_s'])}, and freed {memory}.")
 
 
 def without_reaper(home: Path) -> None:
     with searching(home, REAPER_DISABLE="1") as search:
-        say(
-            f"1. Without Reaper: the script (pid {search.pid}) gets SIGKILL. {LOOK_S:.0f} s later there still are:"
-        )
+        say(f"1. Without Reaper. The script (pid {search.pid}) gets SIGKILL.")
+        say(f"   What is still there {LOOK_S:.0f} s later:")
         search.kill()
         left = survivors(search.others(), LOOK_S)
         show_left(left, shared_memory(search.pid))
         for one in left:
             os.close(one.fd)
-    say("   joblib's workers finish what is queued, then stay for 5 minutes more.")
-    say("   (The demo has now removed them.)")
+    say("   Such workers finish what is queued, then stay for 5 minutes more.")
+    say("   (The demo has now ended them itself.)")
     say()
 
 
@@ -346,9 +342,7 @@ def show_check(search: Search, before: list[Survivor], ended: dict[int, float]) 
         say(f"   the last process of all {milliseconds(max(ended.values()))} after it.")
     processes, memory = marked(search.mark), shared_memory(search.pid)
     say()
-    say(
-        f"3. Left in the process table: {len(processes)} processes; in shared memory: {size(sum(memory.values()))}"
-    )
+    say(f"3. Left: {len(processes)} processes, and {size(sum(memory.values()))} in {len(memory)} entries.")
     return not processes and not memory and len(times) == len(workers)
 
 
@@ -362,9 +356,8 @@ def main() -> int:
     begun = time.monotonic()
     say("A scikit-learn GridSearchCV on 2 joblib workers is killed with SIGKILL, twice.\n")
     # A socket path may have 107 characters, and some temporary directories use most of them up.
-    with tempfile.TemporaryDirectory(
-        prefix="reaper-demo-", dir=None if len(tempfile.gettempdir()) < 60 else "/tmp"
-    ) as home:
+    place = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="reaper-demo-", dir=place) as home:
         try:
             without_reaper(Path(home))
             clean = with_reaper(Path(home))
@@ -374,9 +367,8 @@ def main() -> int:
         except KeyboardInterrupt:
             say("\nInterrupted; nothing is left.")
             return 130
-    say(
-        f"   {'Nothing is left.' if clean else 'SOMETHING IS LEFT: this is a fault.'} ({time.monotonic() - begun:.0f} s)"
-    )
+    verdict = "Nothing is left." if clean else "SOMETHING IS LEFT, WHICH IS A FAULT."
+    say(f"   {verdict} (This took {time.monotonic() - begun:.0f} s.)")
     return 0 if clean else 1
 
 

@@ -65,9 +65,10 @@ class Daemon:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_single_instance(self._socket_path, private=self._mode == "user"))
             listener = stack.enter_context(_listening(self._socket_path, private=self._mode == "user"))
+            self._poller = Poller()
+            stack.enter_context(self._signals_caught())  # first: a SIGHUP right after READY must not end us
             self._begin(listener)
             stack.callback(self._end)
-            stack.enter_context(self._signals_caught())
             self._serve()
 
     def _begin(self, listener: socket.socket) -> None:
@@ -78,7 +79,6 @@ class Daemon:
         self._untouchable = frozenset(
             (0, 1, os.getpid(), *(id_.pid for id_ in observer.ancestors(os.getpid())))
         )
-        self._poller = Poller()
         self._reaper = Reaper(proc, self._untouchable)
         self._store = Store(self._state_dir, observer.boot_id)
         self._core = Core(

@@ -5,6 +5,7 @@ Everything here waits on a descriptor with a deadline; nothing sleeps, and nothi
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -321,23 +322,40 @@ def entering(groups: Iterable[Cgroup], command: Sequence[str]) -> list[str]:
 
 @functools.cache
 def interpreter_for(uid: int | None) -> str | None:
-    """Return this Python, or one of its version, that ``uid`` may execute; None where there is none."""
+    """Return a Python of this version that ``uid`` may execute and that imports the tree; None where there is none."""
+    if uid is None or _may_execute(uid, sys.executable):
+        return sys.executable
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    for path in (sys.executable, f"/usr/bin/{name}", f"/usr/local/bin/{name}"):
-        if uid is None:
-            return path
-        # Through a shell: setpriv keeps its capabilities until its exec, so that says nothing.
-        probe = as_user(uid, ["sh", "-c", '"$0" -c "import os"', path])
-        if subprocess.run(probe, stderr=subprocess.DEVNULL, check=False).returncode == 0:
-            return path
+    for directory in ("/usr/bin", "/usr/local/bin"):
+        if _may_execute(uid, os.path.join(directory, name)):
+            return _virtual_environment(directory, name)
     return None
 
 
-def import_path_of(uid: int | None) -> dict[str, str]:
-    """Return what makes ``interpreter_for(uid)`` import the tree and its dependencies."""
-    if interpreter_for(uid) == sys.executable:
-        return {}
-    return {"PYTHONPATH": os.pathsep.join([IMPORT_PATH, SITE_PACKAGES])}
+def _may_execute(uid: int, path: str) -> bool:
+    # Through a shell: setpriv keeps its capabilities until its exec, so that says nothing.
+    probe = as_user(uid, ["sh", "-c", '"$0" -I -c "import os"', path])
+    return subprocess.run(probe, stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+
+@functools.cache
+def _virtual_environment(home: str, name: str) -> str:
+    """Make an environment that everyone can read, with this tree and this interpreter's packages in it."""
+    root = tempfile.mkdtemp(prefix="rp-python-", dir="/tmp")
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    packages = os.path.join(root, "lib", name, "site-packages")
+    binaries = os.path.join(root, "bin")
+    os.chmod(root, 0o755)
+    os.makedirs(packages)
+    os.mkdir(binaries)
+    os.symlink(os.path.join(home, name), os.path.join(binaries, "python"))
+    for path, text in (
+        (os.path.join(root, "pyvenv.cfg"), f"home = {home}\n"),
+        (os.path.join(packages, "tree.pth"), "\n".join([*IMPORT_PATH.split(os.pathsep), SITE_PACKAGES])),
+    ):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    return os.path.join(binaries, "python")
 
 
 def as_user(uid: int | None, command: Sequence[str]) -> list[str]:
@@ -392,7 +410,7 @@ class Daemon:
         return self._process
 
     def environment(self) -> dict[str, str]:
-        return test_environment(self.run, NOTIFY_SOCKET=self._notify_path, **import_path_of(self.uid))
+        return test_environment(self.run, NOTIFY_SOCKET=self._notify_path)
 
     def start(self, *options: str) -> Daemon:
         """Start it and return when it says READY."""
@@ -517,7 +535,7 @@ class Daemon:
             text=True,
             timeout=REPLY_WITHIN_S,
             check=False,
-            env=test_environment(self.run, REAPER_SOCKET=self.socket, **import_path_of(uid)),
+            env=test_environment(self.run, REAPER_SOCKET=self.socket),
         )
 
     def ask(self, *arguments: str, uid: int | None = None) -> Any:
@@ -644,7 +662,6 @@ class Leader:
         more = {FAMILY_MARK: self.mark, "REAPER_TEST_DIR": directory, "TMPDIR": directory, **(env or {})}
         if socket:
             more["REAPER_SOCKET"] = socket
-        more.update(import_path_of(uid))
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
                 command,
