@@ -19,6 +19,7 @@ StartLeader = Callable[..., Leader]
 LEFT_WITHIN_S = 3.0  # what is on its way out when a test ends has this long to be gone
 
 logs_key = pytest.StashKey[list[tuple[str, Callable[[], str]]]]()
+leaders_key = pytest.StashKey[list[Leader]]()
 failed_key = pytest.StashKey[bool]()
 
 
@@ -56,14 +57,14 @@ def run(request: pytest.FixtureRequest) -> Iterator[str]:
     left += [pid for pid in harness.marked(harness.RUN_MARK, mark) if pid not in left]
     if left:
         faults.append(f"processes left behind:\n{harness.describe(left)}")
-    if entries := harness.shm_left_of(shm, mark, LEFT_WITHIN_S):
+    harness.end_leftovers(left)
+    ours = {entry for leader in request.node.stash.get(leaders_key, []) for entry in leader.shm}
+    if entries := harness.shm_left(shm, ours, LEFT_WITHIN_S):
         faults.append(f"left in /dev/shm: {entries}")
     if harness.list_mounts() != mounts:
         faults.append(f"mounts changed: {set(harness.list_mounts()) ^ set(mounts)}")
     if groups := harness.list_cgroups(mark):
         faults.append(f"cgroups left behind: {sorted(groups)}")
-    for pid in left:
-        harness.end_process(pid)
     if faults and not request.node.stash.get(failed_key, False):
         pytest.fail("\n".join(faults), pytrace=False)
 
@@ -108,6 +109,7 @@ def start_leader(request: pytest.FixtureRequest, run: str, scratch: Scratch) -> 
                 pytest.skip(f"uid {settings['uid']} may not execute any Python of this version")
             leader = Leader(scratch, run, script, *arguments, **settings)
             stack.callback(leader.close)
+            request.node.stash.setdefault(leaders_key, []).append(leader)
             _keep_log(request, f"stderr of {script} {' '.join(arguments)}", leader.read_log)
             return leader.up() if up else leader
 

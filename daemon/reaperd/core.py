@@ -224,16 +224,15 @@ class Core:
         self._collect_exits()
         for _ in range(_MAX_TURNS):  # a bound, not a plan: each turn needs something to have become due
             now_s = time.monotonic()
-            due = [
-                (session_id, action)
-                for session_id, entry in list(self.entries.items())
-                for action in decide.decide(entry, self.policy, now_s)
-            ]
+            due = {
+                session_id: actions
+                for session_id, entry in self.entries.items()
+                if (actions := decide.decide(entry, self.policy, now_s))
+            }
             if not due:
                 break
-            for session_id, action in due:
-                if session_id in self.entries:
-                    self._do(session_id, action)
+            for session_id, actions in due.items():
+                self._do(session_id, actions)
             self._collect_exits()
         if self._reclaimer.step():
             self.step()
@@ -245,18 +244,20 @@ class Core:
         waiting = self._reclaimer.deadline_s
         return waiting if due is None else due if waiting is None else min(due, waiting)
 
-    def _do(self, session_id: str, action: decide.Action) -> None:
-        match action:
-            case decide.Look():
-                self._look(session_id, quick=action.quick)
-            case decide.Send():
-                self._send(session_id, action)
-            case decide.Reclaim():
-                self._ask_reclaim(session_id)
-            case decide.Conclude():
-                self._conclude(session_id)
-            case decide.Forget():
-                self._forget(session_id)
+    def _do(self, session_id: str, actions: list[decide.Action]) -> None:
+        sends = [action for action in actions if isinstance(action, decide.Send)]
+        if sends:
+            self._send(session_id, sends)
+        for action in actions:
+            match action:
+                case decide.Look():
+                    self._look(session_id, quick=action.quick)
+                case decide.Reclaim():
+                    self._ask_reclaim(session_id)
+                case decide.Conclude():
+                    self._conclude(session_id)
+                case decide.Forget():
+                    self._forget(session_id)
 
     def _look(self, session_id: str, *, quick: bool) -> None:
         started_s = time.monotonic()
@@ -296,29 +297,36 @@ class Core:
             held = shm.held_bytes(session.leader.pid, mapped, session.uid)
             self._apply(session.id, ledger.ShmMeasured(held))
 
-    def _send(self, session_id: str, send: decide.Send) -> None:
-        id_ = send.member.process.id
-        outcome = self._reaper.send(id_, send.signal)
-        if outcome is Outcome.GONE:
-            self._exited.add(id_)
-        self._apply(
-            session_id,
-            ledger.Signalled(id_, send.event, send.signal, send.due_s, denied=outcome is Outcome.DENIED),
-        )
-        entry = self.entries[session_id]
-        level = logging.WARNING if outcome is Outcome.DENIED else logging.INFO
+    def _send(self, session_id: str, sends: list[decide.Send]) -> None:
+        """Send every signal first; what is noted and logged about them costs as much again."""
+        outcomes = [self._reaper.send(send.member.process.id, send.signal) for send in sends]
+        signalled = []
+        for send, outcome in zip(sends, outcomes, strict=True):
+            id_ = send.member.process.id
+            if outcome is Outcome.GONE:
+                self._exited.add(id_)
+            denied = outcome is Outcome.DENIED
+            signalled.append(ledger.Signalled(id_, send.event, send.signal, send.due_s, denied=denied))
+        self.entries[session_id] = entry = ledger.apply_signalled(self.entries[session_id], signalled)
+        for send, outcome in zip(sends, outcomes, strict=True):
+            self._log_sent(entry, send, outcome)
+            target = entry.targets.get(send.member.process.id)
+            if send.stage is Stage.STUCK and target is not None and target.retries == 1:
+                self._tell_stuck(entry, target)
+
+    def _log_sent(self, entry: Entry, send: decide.Send, outcome: Outcome) -> None:
+        denied = outcome is Outcome.DENIED
         log.log(
-            level, "%s %s pid=%d session=%s name=%r framework=%r cause=%s: %s",
-            "could not send" if outcome is Outcome.DENIED else "sent", SIGNAL_NAMES[send.signal], id_.pid, session_id,
-            entry.session.name, send.member.framework, report.cause_words(entry.session.cause),
+            logging.WARNING if denied else logging.INFO, "%s %s pid=%d session=%s name=%r framework=%r cause=%s: %s",
+            "could not send" if denied else "sent", SIGNAL_NAMES[send.signal], send.member.process.id.pid,
+            entry.session.id, entry.session.name, send.member.framework, report.cause_words(entry.session.cause),
             "; ".join(send.member.evidence),
         )  # fmt: skip
-        target = entry.targets.get(id_)
-        if send.stage is Stage.STUCK and target is not None and target.retries == 1:
-            log.error("stuck pid=%d session=%s: SIGKILL does not end it (state D?)", id_.pid, session_id)
-            self.record(
-                report.session_event("stuck", entry.session, processes=[report.process_record(target)])
-            )
+
+    def _tell_stuck(self, entry: Entry, target: ledger.Target) -> None:
+        pid = target.member.process.id.pid
+        log.error("stuck pid=%d session=%s: SIGKILL does not end it (state D?)", pid, entry.session.id)
+        self.record(report.session_event("stuck", entry.session, processes=[report.process_record(target)]))
 
     def _note_exit(self, id_: ProcessId) -> None:
         self._exited.add(id_)

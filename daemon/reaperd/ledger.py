@@ -200,7 +200,7 @@ def apply(entry: Entry, happening: Happening) -> Entry:
         case Exited():
             return _exited(entry, happening)
         case Signalled():
-            return _signalled(entry, happening)
+            return apply_signalled(entry, (happening,))
         case StopAsked():
             return replace(entry, leader_target=Target(happening.leader, Stage.FOUND, happening.at_s))
         case Unregistered():
@@ -283,13 +283,16 @@ def _exited(entry: Entry, exited: Exited) -> Entry:
     )
 
 
-def _signalled(entry: Entry, signalled: Signalled) -> Entry:
-    if entry.leader_target is not None and signalled.process == entry.session.leader:
-        return replace(entry, leader_target=_advance(entry.leader_target, signalled))
-    target = entry.targets.get(signalled.process)
-    if target is None or target.stage is Stage.GONE:
-        return entry
-    return replace(entry, targets={**entry.targets, signalled.process: _advance(target, signalled)})
+def apply_signalled(entry: Entry, signalled: Iterable[Signalled]) -> Entry:
+    """Return the entry after many signals at once: a session can have thousands of workers."""
+    targets, leader_target = dict(entry.targets), entry.leader_target
+    for one in signalled:
+        target = targets.get(one.process)
+        if leader_target is not None and one.process == entry.session.leader:
+            leader_target = _advance(leader_target, one)
+        elif target is not None and target.stage is not Stage.GONE:
+            targets[one.process] = _advance(target, one)
+    return replace(entry, targets=targets, leader_target=leader_target)
 
 
 def _advance(target: Target, signalled: Signalled) -> Target:

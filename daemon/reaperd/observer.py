@@ -207,8 +207,8 @@ class Observer:
         return marks or _Marks(argv=[], lineage=[], pages=[], spared=[])
 
     def _read_memory(self, pid: int, task: int, page_fds: set[int], *, forked: bool) -> _Marks:
-        environ = self.proc.environ(pid, task) or b""
         names = self._memfd_names(pid, task, page_fds) if forked else set()
+        environ = self.proc.environ(pid, task) or b""
         spared = {name[len(wire.SPARED_PREFIX) :] for name in names if name.startswith(wire.SPARED_PREFIX)}
         spared.update(wire.parse_lineage(environment_value(environ, wire.SPARED_VARIABLE)))
         return _Marks(

@@ -129,6 +129,16 @@ def end_process(pid: int, within_s: float = 10.0) -> bool:
         return has_ended(pidfd, within_s=within_s)
 
 
+def end_leftovers(pids: Iterable[int]) -> None:
+    """SIGKILL ``pids``, but let their resource trackers clean up after them first."""
+    trackers = [pid for pid in pids if "resource_tracker" in " ".join(cmdline(pid))]
+    for pid in pids:
+        if pid not in trackers:
+            end_process(pid)
+    for pid in wait_gone(trackers, 2.0):
+        end_process(pid)
+
+
 def all_pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
@@ -210,10 +220,11 @@ def list_shm() -> set[str]:
         return set()
 
 
-def shm_left_of(before: set[str], run: str, within_s: float) -> list[str]:
-    """Return what is new in /dev/shm since ``before`` and stays for ``within_s``, save what living strangers use.
+def shm_left(before: set[str], ours: set[str], within_s: float) -> list[str]:
+    """Return what is new in /dev/shm since ``before``, and stays for ``within_s``.
 
-    Other tests may run at the same time, and what they killed takes its segments with it a moment later.
+    ``ours`` are names that are known to be of the test's own. Of other names nobody can tell whose they are while
+    tests run elsewhere on this machine; they count only when none do.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     end_s = time.monotonic() + within_s
@@ -224,23 +235,27 @@ def shm_left_of(before: set[str], run: str, within_s: float) -> list[str]:
         poll.register(watch.number, select.POLLIN)
         while new := list_shm() - before:
             if not poll.poll(max(0.0, end_s - time.monotonic()) * 1000):
-                return sorted(entry for entry in new if not is_of_others(entry, run))
+                return sorted(new & ours if _other_tests_run() else new)
             with contextlib.suppress(BlockingIOError):
                 os.read(watch.number, 65536)
     return []
 
 
-def is_of_others(entry: str, run: str) -> bool:
-    """Say whether a living process that is not of this test names or maps ``/dev/shm/<entry>``."""
-    ours = set(marked(RUN_MARK, run))
-    if any(alive(int(word)) and int(word) not in ours for word in _numbers(entry)):
-        return True
-    path = f"/dev/shm/{entry}".encode()
-    return any(pid not in ours and path in read_proc(pid, "maps") for pid in all_pids())
+def _other_tests_run() -> bool:
+    family = {os.getpid(), os.getppid()}
+    return any("pytest" in " ".join(cmdline(pid)) for pid in all_pids() if pid not in family)
 
 
-def _numbers(text: str) -> list[str]:
-    return [word for word in text.replace("-", "_").split("_") if word.isdigit() and len(word) < 10]
+def shm_of(pids: Iterable[int]) -> set[str]:
+    """Return the entries of /dev/shm that ``pids`` have mapped, or that are named after one of them."""
+    found = set()
+    for pid in pids:
+        for line in read_proc(pid, "maps").splitlines():
+            _, _, path = line.partition(b"/dev/shm/")
+            if path:
+                found.add(os.fsdecode(path.removesuffix(b" (deleted)").partition(b"/")[0]))
+        found.update(entry for entry in list_shm() if f"_{pid}_" in entry or f"-{pid}-" in entry)
+    return found
 
 
 # -- a place for one test -------------------------------------------------------------------------
@@ -675,6 +690,7 @@ class Leader:
         self._unread = b""
         self._pidfds: dict[int, int] = {}
         self._family: Family | None = None
+        self.shm: set[str] = set()  # what the family had in /dev/shm when it was up
 
     # -- what it says
 
@@ -712,6 +728,7 @@ class Leader:
         if inner:
             for pid in Family.parse(inner).everyone:
                 self.hold(pid)
+        self.shm = shm_of(self._pidfds)
         return self
 
     def hold(self, pid: int) -> None:
