@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 ROOT := $(filter 0,$(shell id -u))
+CODE := agent daemon examples packaging tests
 SUITE = $(wildcard tests/unit tests/system $(if $(ROOT),tests/root))
 
 # -- finding a Python -----------------------------------------------------------------------------
@@ -58,15 +59,15 @@ check: $(STAMP) ## every test, without lint; PYTEST_ARGS="-k name" chooses
 
 .PHONY: lint
 lint: $(STAMP) ## ruff and mypy
-	$(BIN)/python -m ruff check .
-	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check $(CODE)
+	$(BIN)/python -m ruff format --check $(CODE)
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m mypy --strict examples/demo.py tests/support/bootedsystem.py
 
 .PHONY: format
 format: $(STAMP) ## put the code into the form that lint asks for
-	$(BIN)/python -m ruff check --fix-only --exit-zero .
-	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix-only --exit-zero $(CODE)
+	$(BIN)/python -m ruff format $(CODE)
 
 # On paths of its own, so that it meets neither an installed daemon nor its state. Root's daemon is in system mode
 # here too: the mode follows the user, not the paths.

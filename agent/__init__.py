@@ -45,8 +45,8 @@ def unregister() -> None:
 def spared() -> Spared:
     """Return a context in which started processes are meant to outlive the leader (TensorBoard, a model server).
 
-    It holds for what any thread of this process starts meanwhile. A process started with an environment of its own
-    must be given ``REAPER_SPARED`` in it: that variable is the mark.
+    It holds for what any thread of this process starts meanwhile. The mark is ``REAPER_SPARED`` in the environment; a
+    child that is given another environment is known as well, but one that it daemonizes is not.
     """
     from agent import session
 

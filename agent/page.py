@@ -49,6 +49,10 @@ class SessionPage:
         """Say how far the work is."""
         self._write(wire.PROGRESS_AT, wire.pack_progress(done, total, message))
 
+    def write_spared(self, processes: list[tuple[int, int]]) -> None:
+        """Name the processes, as (pid, start ticks), that are meant to outlive the leader."""
+        self._write(wire.SPARED_AT, wire.pack_spared(processes))
+
     def raise_flag(self, flag: int) -> None:
         """Set ``wire.CLOSING`` or ``wire.ENDED``."""
         self._flags |= flag

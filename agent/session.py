@@ -61,6 +61,7 @@ class _Process:
         self.page: SessionPage | None = None
         self.outer_lineage: str | None = None
         self.sparing = 0
+        self.spared: list[tuple[int, int]] = []  # (pid, start ticks) of what was started under spared()
         self.spared_mark: SparedMark | None = None
         self.kept_pages: list[SessionPage] = []  # of sessions whose end no daemon has noted
         self.hooked = False
@@ -237,6 +238,7 @@ class Spared:
         """Nothing happens before the block is entered."""
         self._outer: str | None = None
         self._pid = 0
+        self._before: set[tuple[int, int]] = set()
 
     def __enter__(self) -> None:
         """Mark what is started from here on, by any thread, as meant to outlive the session."""
@@ -246,6 +248,7 @@ class Spared:
             if session is None:
                 return
             _process.sparing += 1
+            self._before = _children()
             self._outer = os.environ.get(wire.SPARED_VARIABLE)
             os.environ[wire.SPARED_VARIABLE] = f"{self._outer}:{session}" if self._outer else session
 
@@ -257,10 +260,32 @@ class Spared:
             if self._pid != os.getpid() or not _process.sparing:
                 return
             _process.sparing -= 1
+            self._note_children()
             if self._outer is None:
                 os.environ.pop(wire.SPARED_VARIABLE, None)
             else:
                 os.environ[wire.SPARED_VARIABLE] = self._outer
+
+    def _note_children(self) -> None:
+        """Name in the page what was started meanwhile: its environment may lack the mark."""
+        page, session = _process.page, _process.session
+        started = sorted(_children() - self._before)
+        if page is not None and session is not None and session.leading and started:
+            living = _children()
+            _process.spared = [one for one in _process.spared if one in living] + started
+            page.write_spared(_process.spared)
+
+
+def _children() -> set[tuple[int, int]]:
+    """Return (pid, start ticks) of this process's children; empty where the kernel does not list them."""
+    found = set()
+    for task in os.listdir("/proc/self/task"):
+        try:
+            for pid in _read_text(f"/proc/self/task/{task}/children").split():
+                found.add((int(pid), _start_ticks(pid)))
+        except OSError:  # a thread or a child that has just ended
+            continue
+    return found
 
 
 def _spared_session() -> str | None:
@@ -302,8 +327,8 @@ def _at_exit() -> None:
         page.raise_flag(wire.CLOSING)
 
 
-def _start_ticks() -> int:
-    return int(_read_text("/proc/self/stat").rpartition(")")[2].split()[19])
+def _start_ticks(pid: str = "self") -> int:
+    return int(_read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
 
 
 def _read_text(path: str) -> str:

@@ -178,13 +178,17 @@ def _is_hex(text: str) -> bool:
 #     64  the record: strict JSON, who the leader is and which daemon it spoke to
 #   2048  f64  progress: done, then f64 total (NaN: unknown), then u16 length of the message
 #   2080  the message: UTF-8
+#   3200  u16   how many processes the leader started under spared(), then for each
+#   3202  u32   its pid, u64 its start ticks
 
 PAGE_BYTES = 4096
 _MAGIC = b"reaper\x00\x01"
 _SEQUENCE_AT = 8
 _HEADER = struct.Struct("<8sIIH")
-_RECORD_AT, _PROGRESS_AT, _MESSAGE_AT = 64, 2048, 2080
+_RECORD_AT, _PROGRESS_AT, _MESSAGE_AT, _SPARED_AT = 64, 2048, 2080, 3200
 _PROGRESS = struct.Struct("<ddH")
+_SPARED_ONE = struct.Struct("<IQ")
+MAX_SPARED = 64
 
 CLOSING = 1  # the leader's interpreter is exiting in good order
 ENDED = 2  # the leader called unregister() and no daemon took note
@@ -210,6 +214,7 @@ class Page(NamedTuple):
     sockets: tuple[str, ...]  # the daemon that accepted the session, else all that were tried
     flags: int
     progress: Progress | None
+    spared: tuple[tuple[int, int], ...]  # (pid, start ticks) of what was started under spared()
 
 
 class TornPage(WireError):
@@ -250,8 +255,14 @@ def pack_progress(done: float, total: float | None, message: str) -> bytes:
     )
 
 
+def pack_spared(processes: list[tuple[int, int]]) -> bytes:
+    """Return the block that names the processes started under ``spared()``: the last ``MAX_SPARED`` of them."""
+    last = processes[-MAX_SPARED:]
+    return len(last).to_bytes(2, "little") + b"".join(_SPARED_ONE.pack(pid, ticks) for pid, ticks in last)
+
+
 SEQUENCE_SLICE = slice(_SEQUENCE_AT, _SEQUENCE_AT + 4)
-RECORD_AT, PROGRESS_AT = _RECORD_AT, _PROGRESS_AT
+RECORD_AT, PROGRESS_AT, SPARED_AT = _RECORD_AT, _PROGRESS_AT, _SPARED_AT
 
 
 def page_sequence(data: bytes) -> int:
@@ -292,7 +303,14 @@ def parse_page(data: bytes) -> Page:
         sockets=tuple(sockets),
         flags=flags,
         progress=_parse_progress(data),
+        spared=_parse_spared(data),
     )
+
+
+def _parse_spared(data: bytes) -> tuple[tuple[int, int], ...]:
+    count = min(int.from_bytes(data[_SPARED_AT : _SPARED_AT + 2], "little"), MAX_SPARED)
+    end = _SPARED_AT + 2 + count * _SPARED_ONE.size
+    return tuple((pid, ticks) for pid, ticks in _SPARED_ONE.iter_unpack(data[_SPARED_AT + 2 : end]))
 
 
 def _parse_progress(data: bytes) -> Progress | None:

@@ -114,9 +114,7 @@ class Core:
         self._poller.unwatch(handle)
         session = self.entries[session_id].session
         cause = self._read_cause(session, handle)
-        flags = self._page_flags(session_id)
-        if flags & wire.ENDED and not session.ending:
-            self._apply(session_id, ledger.Unregistered())
+        flags = self._read_page(session_id)
         if cause.kind is CauseKind.EXIT and (flags & (wire.CLOSING | wire.ENDED) or session.ending):
             cause = replace(cause, clean=True)
         if self._reaper.holds(session.leader):
@@ -143,9 +141,17 @@ class Core:
                 entry, session=replace(session, cause=self._read_cause(session, handle))
             )
 
-    def _page_flags(self, session_id: str) -> int:
+    def _read_page(self, session_id: str) -> int:
+        """Take from the page what only the leader knows, and return its flags."""
         told = self.page_of(session_id)
-        return told.flags if told is not None else 0
+        if told is None:
+            return 0
+        session = self.entries[session_id].session
+        if told.flags & wire.ENDED and not session.ending:
+            self._apply(session_id, ledger.Unregistered())
+        if self.observer.shares_our_namespaces(session):
+            self._apply(session_id, ledger.Spared(frozenset(ProcessId(*pair) for pair in told.spared)))
+        return told.flags
 
     def page_of(self, session_id: str) -> wire.Page | None:
         """Return what a session's page says now, None where it has none or says nonsense."""
@@ -166,6 +172,7 @@ class Core:
         living = [entry.session for entry in self.entries.values() if entry.died_at_s is None]
         for session in living:
             self._drop_reused(session.id)
+            self._read_page(session.id)
         snapshot = self.observer.look_at_all(self.entries[session.id].session for session in living)
         if note_usage:
             self.observer.note_usage(snapshot)

@@ -153,6 +153,13 @@ class Unregistered:
 
 
 @dataclass(frozen=True, slots=True)
+class Spared:
+    """The leader named processes that it started under ``spared()``."""
+
+    processes: frozenset[ProcessId]
+
+
+@dataclass(frozen=True, slots=True)
 class Reclaimed:
     """What the dead held in /dev/shm and in temporary directories is freed, or freeing it was given up."""
 
@@ -183,6 +190,7 @@ Happening = (
     | Signalled
     | StopAsked
     | Unregistered
+    | Spared
     | Reclaimed
     | ReclaimStarted
     | ShmMeasured
@@ -205,6 +213,10 @@ def apply(entry: Entry, happening: Happening) -> Entry:
             return replace(entry, leader_target=Target(happening.leader, Stage.FOUND, happening.at_s))
         case Unregistered():
             return replace(entry, session=replace(entry.session, ending=True))
+        case Spared():
+            return replace(
+                entry, session=replace(entry.session, spared=entry.session.spared | happening.processes)
+            )
         case Reclaimed():
             return replace(entry, reclaimed=happening.freed)
         case ReclaimStarted():

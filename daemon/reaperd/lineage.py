@@ -2,7 +2,7 @@
 
 The rules, in order:
 1. A member has the leader's uid, in every sense, and started no earlier than the leader.
-2. A spared or protected process is no member, and nothing below it is one by descent.
+2. A spared or protected process is no member, and neither is what stands below it.
 3. The session page, held or mapped, makes a member: only a fork of the leader or of a worker can have it.
 4. The environment stamp makes a member in the leader's cgroup or below it. Queue systems copy environments, so where
    that cgroup tells nothing, the parent must also be a member, or one that adopts what the leader leaves.
@@ -46,6 +46,7 @@ class _Search:
         for process in self.processes.values():
             if self._may_belong(process):
                 self.children[process.ppid].append(process)
+        self._spare()
         for processes in list(self.children.values()):
             for process in processes:
                 self._judge_alone(process)
@@ -70,12 +71,27 @@ class _Search:
             and process.id.start_ticks >= session.leader.start_ticks
         )
 
+    def _spare(self) -> None:
+        """Leave alone what must be, and all that stands below it: its environment may be one that says nothing."""
+        pending: list[tuple[Process, str]] = []
+        for process in (process for processes in self.children.values() for process in processes):
+            if self.session.id in process.spared or process.id in self.session.spared:
+                pending.append((process, "was started under spared()"))
+            elif (protection := self.protection(process)) is not None:
+                pending.append((process, protection))
+        while pending:
+            process, reason = pending.pop()
+            if process.id not in self.left_alone:
+                self.left_alone[process.id] = reason
+                below = f"is below pid {process.id.pid}, which {reason}"
+                pending += [(child, below) for child in self.children.get(process.id.pid, ())]
+
     def _judge_alone(self, process: Process) -> None:
         """Judge what a process's own marks tell."""
         session_id = self.session.id
-        if session_id in process.spared:
-            self.left_alone[process.id] = "was started under spared()"
-        elif session_id in process.pages:
+        if process.id in self.left_alone:
+            return
+        if session_id in process.pages:
             self._accept(
                 process, "holds the session page: it was forked by the leader or by a worker", marked=True
             )
@@ -126,8 +142,7 @@ class _Search:
                 if marked:
                     reason = f"carries REAPER_LINEAGE of the session in its environment and {reason}"
                 self._accept(child, reason, marked=marked)
-                if child.id in self.members:
-                    pending.append((child.id.pid, child.id))
+                pending.append((child.id.pid, child.id))
 
     def _in_cgroup(self, process: Process) -> bool:
         """Say whether ``process`` runs where the leader ran, or below.
@@ -141,9 +156,5 @@ class _Search:
         return cgroup != "/" and process.cgroup.startswith(cgroup + "/")
 
     def _accept(self, process: Process, reason: str, *, marked: bool) -> None:
-        protection = self.protection(process)
-        if protection is not None:
-            self.left_alone[process.id] = protection
-            return
         framework, role = signatures.recognise(process)
         self.members[process.id] = Member(process, role, framework, (reason,), marked)

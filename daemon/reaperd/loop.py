@@ -220,7 +220,8 @@ class Daemon:
             untouchable=self._untouchable,
             protected_uids=_uids(protect.users, "[protect] users"),
             protected_names=frozenset(protect.names),
-            protected_units=frozenset(protect.units),
+            # "nginx" is nginx.service, as for systemctl.
+            protected_units=frozenset(unit if "." in unit else f"{unit}.service" for unit in protect.units),
         )
 
     def _facts(self) -> Facts:

@@ -110,6 +110,9 @@ class Session:
     oom_counter: str = ""  # the file that counts OOM kills in the leader's memory cgroup
     oom_kills: int | None = None  # what it said when last looked at
     kept: frozenset[ProcessId] = frozenset()  # members without a mark of their own
+    spared: frozenset[ProcessId] = (
+        frozenset()
+    )  # started under spared(), by the page: its environment may not say so
     cause: Cause | None = None  # set once the leader is dead
     temp_dirs: tuple[str, ...] = ()  # where joblib may have put memmapped arrays, /dev/shm apart
     ending: bool = False  # the leader has unregistered: what it starts from now on is not the session's

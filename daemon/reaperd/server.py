@@ -197,6 +197,10 @@ class Server:
         session = entry.session
         if self.facts.dry_run:
             raise wire.WireError("not-allowed", "the daemon runs with dry_run: it signals nobody")
+        if session.ending and entry.died_at_s is None:
+            raise wire.WireError(
+                "ended", "its leader has ended that session and lives on: it is not Reaper's to stop"
+            )
         last = self._core.store.last_event()
         if entry.died_at_s is None and entry.leader_target is None:
             log.info("stopping session=%s name=%r asked_by_uid=%d", session.id, session.name, peer.uid)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import select
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from staged import make
 pytestmark = pytest.mark.needs_root
 
 CONFIG = "/etc/reaper/reaper.toml"
-USER = "games"  # every system has it, and nothing runs as it
+USER = "trainer"
 GONE_WITHIN_S = 10.0
 
 # Another user's training: exec'ed and forked workers, and an array in shared memory as joblib leaves it behind.
@@ -49,8 +52,12 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedSystem]:
     script = stage / "srv/train.py"
     script.parent.mkdir()
     script.write_text(TRAIN)
+    user = stage / "usr/local/lib/sysusers.d/trainer.conf"
+    user.write_text(f"u {USER} - - /srv/{USER} /bin/sh\n")
     try:
         with bootedsystem.boot(stage) as booted:
+            booted.run("systemd-sysusers")
+            booted.run("install", "-d", "-o", USER, "-g", USER, "-m", "0700", f"/srv/{USER}")
             booted.run("systemctl", "enable", "reaperd.service")
             yield booted
     except BootError as reason:
@@ -74,7 +81,6 @@ class Training:
     """Another user's session: its leader as the system numbers it, its workers by pidfd."""
 
     system: BootedSystem
-    unit: str
     leader: int
     workers: list[int]
 
@@ -96,30 +102,38 @@ def _ended(fd: int, within_s: float) -> bool:
     return bool(poll.poll(within_s * 1000))
 
 
+@contextlib.contextmanager
+def training(system: BootedSystem, *start: str) -> Iterator[Training]:
+    """Have ``start`` (a systemd-run) start a training of USER's, and end what is left of it afterwards."""
+    said = system.path(f"/tmp/said-{time.monotonic_ns()}")
+    # KillMode=process: else systemd would do Reaper's work once the leader is gone.
+    command = (
+        "--quiet",
+        "--property=KillMode=process",
+        "/opt/reaper/bin/python",
+        "/srv/train.py",
+        f"/tmp/{said.name}",
+    )
+    system.run(*start, *command)
+    system.until(said.exists, "the training starts")
+    leader, *workers = map(int, said.read_text().split())
+    here = [system.pid_here(pid) for pid in (leader, *workers)]
+    fds = [os.pidfd_open(pid) for pid in here if pid is not None]
+    try:
+        assert len(fds) == 1 + len(workers)
+        yield Training(system, leader, fds[1:])
+    finally:
+        for fd in fds:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+            _ended(fd, 5)
+            os.close(fd)
+
+
 @pytest.fixture
 def train(unit: BootedSystem) -> Iterator[Callable[[], Training]]:
-    made: list[Training] = []
-
-    def start() -> Training:
-        name = f"train{len(made)}-{time.monotonic_ns()}"
-        said = unit.path(f"/tmp/{name}")
-        # KillMode=process: else systemd would do Reaper's work once the leader is gone.
-        options = ("--quiet", f"--unit={name}", f"--uid={USER}", "--property=KillMode=process")
-        unit.run("systemd-run", *options, "/opt/reaper/bin/python", "/srv/train.py", f"/tmp/{name}")
-        unit.until(said.exists, "the training starts")
-        leader, *workers = map(int, said.read_text().split())
-        here = [unit.pid_here(pid) for pid in workers]
-        training = Training(unit, name, leader, [os.pidfd_open(pid) for pid in here if pid is not None])
-        made.append(training)
-        assert len(training.workers) == len(workers)
-        return training
-
-    yield start
-    for training in made:
-        unit.run("systemctl", "kill", "--signal=KILL", training.unit, check=False)
-        training.living(within_s=5)
-        for fd in training.workers:
-            os.close(fd)
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(training(unit, "systemd-run", f"--uid={USER}"))
 
 
 def main_pid(system: BootedSystem) -> str:
@@ -149,7 +163,9 @@ def test_the_core_holds_five_capabilities_and_the_gate_none(unit: BootedSystem) 
     # capability.h: CAP_DAC_READ_SEARCH, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SYS_PTRACE
     assert int(core["CapEff"], 16) == sum(1 << number for number in (2, 5, 6, 7, 19))
     assert (core["NoNewPrivs"], core["Seccomp"]) == ("1", "2")
-    unit.run("reaperctl", "ping")  # answered by a gate that has given up its privileges: it does that before it reads
+    unit.run(
+        "reaperctl", "ping"
+    )  # answered by a gate that has given up its privileges: it does that before it reads
     child = unit.run("pgrep", "--parent", main_pid(unit), "--full", "reaperd.gate").stdout.strip()
     gate = dict(line.split(":\t", 1) for line in unit.path(f"/proc/{child}/status").read_text().splitlines())
     uid = unit.run("id", "-u", "reaper-gate").stdout.strip()
@@ -167,34 +183,34 @@ def test_the_daemon_sees_the_same_mounts_as_everybody_else(unit: BootedSystem) -
 def test_another_users_workers_and_shared_memory_go_with_their_leader(
     unit: BootedSystem, train: Callable[[], Training]
 ) -> None:
-    training = train()
-    assert training.folder().exists()
-    training.kill_leader()
-    assert training.living(within_s=GONE_WITHIN_S) == 0
-    unit.until(lambda: not training.folder().exists(), "the array is taken out of /dev/shm")
+    session = train()
+    assert session.folder().exists()
+    session.kill_leader()
+    assert session.living(within_s=GONE_WITHIN_S) == 0
+    unit.until(lambda: not session.folder().exists(), "the array is taken out of /dev/shm")
 
 
 def test_killed_with_sigkill_it_comes_back_and_knows_its_sessions(
     unit: BootedSystem, train: Callable[[], Training]
 ) -> None:
-    training, before = train(), main_pid(unit)
+    session, before = train(), main_pid(unit)
     unit.run("kill", "-KILL", before)
     unit.until(lambda: main_pid(unit) not in ("0", before), "systemd starts it again")
     unit.until(lambda: is_answering(unit), "it answers again")
-    assert training.living() == 4
-    training.kill_leader()
-    assert training.living(within_s=GONE_WITHIN_S) == 0
+    assert session.living() == 4
+    session.kill_leader()
+    assert session.living(within_s=GONE_WITHIN_S) == 0
 
 
 def test_a_leader_that_dies_while_no_daemon_runs_is_reaped_by_the_next(
     unit: BootedSystem, train: Callable[[], Training]
 ) -> None:
-    training = train()
+    session = train()
     unit.run("systemctl", "stop", "reaperd.service")
-    training.kill_leader()
-    assert training.living() == 4
+    session.kill_leader()
+    assert session.living() == 4
     unit.run("systemctl", "start", "reaperd.service")
-    assert training.living(within_s=GONE_WITHIN_S) == 0
+    assert session.living(within_s=GONE_WITHIN_S) == 0
 
 
 def test_a_daemon_that_hangs_is_replaced_by_the_watchdog(
@@ -207,13 +223,13 @@ def test_a_daemon_that_hangs_is_replaced_by_the_watchdog(
     try:
         unit.run("systemctl", "daemon-reload")
         unit.run("systemctl", "start", "reaperd.service")
-        training, before = train(), main_pid(unit)
+        session, before = train(), main_pid(unit)
         unit.run("kill", "-STOP", before)
         unit.until(
             lambda: main_pid(unit) not in ("0", before) and is_answering(unit), "the watchdog replaces it"
         )
-        training.kill_leader()
-        assert training.living(within_s=GONE_WITHIN_S) == 0
+        session.kill_leader()
+        assert session.living(within_s=GONE_WITHIN_S) == 0
     finally:
         drop_in.unlink()
         drop_in.parent.rmdir()
@@ -269,10 +285,40 @@ def test_a_bad_configuration_fails_the_start_once_with_its_fault_in_the_journal(
 def test_stopping_it_ends_no_training_and_takes_the_gate_along(
     unit: BootedSystem, train: Callable[[], Training]
 ) -> None:
-    training = train()
+    session = train()
     unit.run("systemctl", "stop", "reaperd.service")
     shown = unit.show("reaperd.service", "ActiveState", "Result", "ExecMainStatus")
     assert shown == {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}
-    assert training.living(within_s=0.5) == 4
+    assert session.living(within_s=0.5) == 4
     assert unit.run("pgrep", "--full", "reaperd.gate", check=False).stdout == ""
     assert unit.run("reaperctl", "ping", check=False).returncode == 3
+
+
+def test_a_user_runs_one_of_their_own_where_none_is_installed_for_all(system: BootedSystem) -> None:
+    system.run("loginctl", "enable-linger", USER)
+    runtime = f"/run/user/{system.run('id', '-u', USER).stdout.strip()}"
+    environment = ("env", f"XDG_RUNTIME_DIR={runtime}", f"HOME=/srv/{USER}")
+    system.until(system.path(f"{runtime}/systemd/private").exists, "the user's manager starts")
+    try:
+        system.run(*environment, "systemctl", "--user", "enable", "--now", "reaperd.service", user=USER)
+        status = json.loads(system.run(*environment, "reaperctl", "status", "--json", user=USER).stdout)
+        assert status["mode"] == "user"
+        assert system.path(f"/srv/{USER}/.local/state/reaper/reaper.db").exists()
+        start = (
+            "setpriv",
+            "--reuid",
+            USER,
+            "--regid",
+            USER,
+            "--init-groups",
+            *environment,
+            "systemd-run",
+            "--user",
+        )
+        with training(system, *start) as started:
+            started.kill_leader()
+            assert started.living(within_s=GONE_WITHIN_S) == 0
+        system.run(*environment, "systemctl", "--user", "stop", "reaperd.service", user=USER)
+    finally:
+        system.run("loginctl", "disable-linger", USER)
+        system.run("systemctl", "stop", f"user@{runtime.rpartition('/')[2]}.service")

@@ -34,7 +34,7 @@ cp -a "$STAGE/." .
 chmod 0755 .
 # What this machine starts at boot is no part of a test.
 rm -rf etc/systemd/system/*.wants etc/fstab
-for unit in systemd-modules-load systemd-udevd systemd-logind systemd-timesyncd systemd-networkd; do
+for unit in systemd-modules-load systemd-udevd systemd-timesyncd systemd-networkd; do
     ln -sf /dev/null "etc/systemd/system/$unit.service"
 done
 mount -t proc proc proc

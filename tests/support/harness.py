@@ -168,8 +168,13 @@ def parent_of(pid: int) -> int:
     return int(tail[1]) if tail else 0
 
 
-def is_zombie(pid: int) -> bool:
-    return read_proc(pid, "stat").rpartition(b")")[2].split()[:1] == [b"Z"]
+def children_of(pid: int) -> list[int]:
+    """Return the children of ``pid``, of all its threads, zombies included."""
+    return [
+        int(word)
+        for task in os.listdir(f"/proc/{pid}/task")
+        for word in read_proc(pid, f"task/{task}/children").split()
+    ]
 
 
 def marked(name: str, value: str) -> list[int]:
@@ -514,7 +519,7 @@ class Daemon:
 
     def children(self) -> list[int]:
         """Return the children of the daemon: its gate, and helpers at work."""
-        return [pid for pid in all_pids() if parent_of(pid) == self.pid]
+        return children_of(self.pid)
 
     def drain_notifications(self) -> list[str]:
         """Return everything that the service manager was told, up to now."""

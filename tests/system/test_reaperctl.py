@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from harness import Daemon, Leader, Scratch, as_user, test_environment
+from harness import Daemon, Leader, Scratch, as_user, interpreter_for, test_environment
 
 StartDaemon = Callable[..., Daemon]
 StartLeader = Callable[..., Leader]
@@ -34,8 +34,11 @@ sys.stdin.read()
 """
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "reaperd.ctl.main", *arguments]
+def command(*arguments: str, uid: int | None = None) -> list[str]:
+    interpreter = interpreter_for(uid)
+    if interpreter is None:
+        pytest.skip(f"uid {uid} may execute no Python of this version")
+    return as_user(uid, [interpreter, "-m", "reaperd.ctl.main", *arguments])
 
 
 def ctl(
@@ -43,7 +46,7 @@ def ctl(
 ) -> subprocess.CompletedProcess[str]:
     """Run reaperctl to its end, with nothing of Reaper's in the environment but ``more``."""
     return subprocess.run(
-        as_user(uid, command(*arguments)),
+        command(*arguments, uid=uid),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -49,7 +49,9 @@ def test_every_stage_that_is_entered_by_a_signal_has_one() -> None:
     entered = {
         after
         for (stage, event), after in NEXT.items()
-        if stage is not Stage.GONE and event is not Event.EXITED and (event is Event.DUE or after is not stage)
+        if stage is not Stage.GONE
+        and event is not Event.EXITED
+        and (event is Event.DUE or after is not stage)
     }
     assert entered == set(SIGNAL)
 
