@@ -62,7 +62,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check $(CODE)
 	$(BIN)/python -m ruff format --check $(CODE)
 	$(BIN)/python -m mypy --strict
-	$(BIN)/python -m mypy --strict examples/demo.py tests/support/bootedsystem.py
+	$(BIN)/python -m mypy --strict examples/demo.py tests/support/bootedsystem.py tests/support/staged.py
 
 .PHONY: format
 format: $(STAMP) ## put the code into the form that lint asks for

@@ -101,7 +101,10 @@ def request(path: str, message: dict[str, Any], *, timeout_s: float = 1.0) -> di
     finally:
         peer.close()
         context.term()
-    reply = wire.decode(frames[-1])
+    try:
+        reply = wire.decode(frames[-1])
+    except wire.WireError as error:
+        raise wire.WireError("bad-reply", f"{path} answered nonsense: {error}") from None
     if reply.get("ok") is not True:
         raise wire.WireError(
             str(reply.get("kind", "failed")), str(reply.get("message", "the daemon gave no reason"))

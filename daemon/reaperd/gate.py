@@ -184,7 +184,8 @@ def main() -> None:
     router = open_router(context, listener, path)
     give_up_privileges()
     Gate(router, core, overflow_uid).run()
-    os._exit(0)  # the listening socket is the core's: libzmq must not close it down in good order
+    router.close(linger=200)  # milliseconds for the last replies; the socket's file is the core's and stays
+    context.term()
 
 
 if __name__ == "__main__":

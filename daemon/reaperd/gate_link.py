@@ -27,6 +27,7 @@ _TO_CORE = struct.Struct("=IIIB")
 _FROM_CORE = struct.Struct("=BB")
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 CHUNK_BYTES = 60_000
+_LAST_WORDS_S = 1.0
 _MAX_WAITING = 2000  # parts of replies that the gate has not taken
 _MESSAGES_A_TURN = 64  # then whoever died meanwhile is looked at
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _GOOD_LIFE_S = 0.05, 5.0, 60.0
@@ -101,14 +102,17 @@ class GateLink:
         self._poller.watch(ours.fileno(), self._exchange)
 
     def stop(self) -> None:
-        """Hang up; the gate ends by itself, or is ended."""
+        """Hang up; the gate passes the last replies on and ends by itself, or is ended."""
         if self._channel is not None:
             self._poller.unwatch(self._channel.fileno())
             self._channel.close()
             self._channel = None
         if self._child is not None:
-            self._child.kill()
-            self._child.wait()
+            try:
+                self._child.wait(_LAST_WORDS_S)
+            except subprocess.TimeoutExpired:
+                self._child.kill()
+                self._child.wait()
             self._child = None
         self._waiting.clear()
 
@@ -117,6 +121,8 @@ class GateLink:
         lived_s = now_s - self._started_at_s
         self._pause_s = _FIRST_PAUSE_S if lived_s > _GOOD_LIFE_S else min(2 * self._pause_s, _LONGEST_PAUSE_S)
         child = self._child
+        if child is not None:
+            child.kill()
         self.stop()
         self.lives_lost += 1
         self.restart_at_s = now_s + self._pause_s

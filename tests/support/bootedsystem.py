@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 SYSTEMD = next(
     (path for path in ("/lib/systemd/systemd", "/usr/lib/systemd/systemd") if os.path.exists(path)), None
@@ -94,6 +95,11 @@ def end_group(group: Path) -> None:
         os.rmdir(directory)
 
 
+def work_of(group: Path) -> Path:
+    """Return where the system in ``group`` has its mounts: an empty directory, as seen from outside."""
+    return Path(tempfile.gettempdir()) / group.name
+
+
 def end_stale_groups() -> None:
     """Remove what a test run that was itself killed has left; a group bears its maker's pid and start ticks."""
     for group in unified_hierarchy().glob(f"{CGROUP_PREFIX}*"):
@@ -104,6 +110,7 @@ def end_stale_groups() -> None:
             is_alive = False
         if not is_alive:
             end_group(group)
+            work_of(group).rmdir()
 
 
 class BootedSystem:
@@ -178,46 +185,49 @@ def boot(stage: Path) -> Iterator[BootedSystem]:
         unified_hierarchy() / f"{CGROUP_PREFIX}{os.getpid()}-{start_ticks(os.getpid())}-{time.monotonic_ns()}"
     )
     group.mkdir()
-    work = tempfile.mkdtemp(prefix="reaper-boot-")
-    log = Path(work + ".log")
-    try:
-        with log.open("wb") as out:
+    work = work_of(group)
+    work.mkdir(mode=0o700)
+    enter = f'echo $$ >"{group}/cgroup.procs"; exec unshare --pid --fork --kill-child --mount --uts --ipc --net --cgroup'
+    with tempfile.TemporaryFile() as log:
+        try:
             process = subprocess.Popen(
-                [
-                    "sh",
-                    "-c",
-                    f'echo $$ >"{group}/cgroup.procs"; exec unshare --pid --fork --kill-child --mount --uts '
-                    '--ipc --net --cgroup sh -c "$BOOT"',
-                ],
-                env={"PATH": PATH, "BOOT": BOOT, "WORK": work, "STAGE": str(stage), "SYSTEMD": str(SYSTEMD)},
+                ["sh", "-c", f'{enter} sh -c "$BOOT"'],
+                env={
+                    "PATH": PATH,
+                    "BOOT": BOOT,
+                    "WORK": str(work),
+                    "STAGE": str(stage),
+                    "SYSTEMD": str(SYSTEMD),
+                },
                 stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
             )
-        try:
-            yield _wait_booted(process, group, log)
+            try:
+                yield _wait_booted(process, group, log)
+            finally:
+                end_group(group)
+                process.wait(10)
         finally:
-            end_group(group)
-            process.wait(10)
-    finally:
-        with contextlib.suppress(OSError):
-            group.rmdir()
-        shutil.rmtree(work)
-        log.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                group.rmdir()
+            work.rmdir()
 
 
-def _wait_booted(process: subprocess.Popen[bytes], group: Path, log: Path) -> BootedSystem:
+def _wait_booted(process: subprocess.Popen[bytes], group: Path, log: IO[bytes]) -> BootedSystem:
     deadline = time.monotonic() + BOOTED_WITHIN_S
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while time.monotonic() < deadline and process.poll() is None:
-        first = children.read_text().split()
-        if first and Path(f"/proc/{first[0]}/comm").read_text().strip() == "systemd":
-            system = BootedSystem(int(first[0]), group)
-            state = system.run("systemctl", "is-system-running", check=False).stdout.strip()
-            if state in ("running", "degraded"):
-                return system
+        with contextlib.suppress(OSError):  # the first child is on its way up, or out
+            first = children.read_text().split()
+            if first and Path(f"/proc/{first[0]}/comm").read_text() == "systemd\n":
+                system = BootedSystem(int(first[0]), group)
+                state = system.run("systemctl", "is-system-running", check=False).stdout.strip()
+                if state in ("running", "degraded"):
+                    return system
         time.sleep(0.02)
     if process.poll() is None:
         process.send_signal(signal.SIGKILL)
-    raise BootError(f"systemd did not come up:\n{log.read_text('utf-8', 'replace')[-2000:]}")
+    log.seek(0)
+    raise BootError(f"systemd did not come up:\n{log.read().decode('utf-8', 'replace')[-2000:]}")

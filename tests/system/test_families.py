@@ -6,6 +6,7 @@ Without Reaper all of these survive, save the idle workers of a multiprocessing 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,6 +69,9 @@ CASES = [
     kin("forks-on-term", 1),
     kin("keeps-forking", 4),
     kin("nested", 4),
+    kin("stopped", 2),
+    kin("hostile-names", 2),
+    kin("headless", 1),
 ]
 
 
@@ -173,6 +177,44 @@ def test_the_sigkill_of_an_outer_leader_ends_the_inner_leader_and_its_workers(
     assert_reaped(daemon, outer)
     assert outer.still_alive([inner["leader"], *inner["pids"]["worker"]]) == []
     daemon.wait_end(inner["lineage"].rpartition(":")[2])
+
+
+def test_a_leader_whose_main_thread_has_ended_lives_as_long_as_another_thread_does(
+    daemon: Daemon, start_leader: Callable[..., Leader]
+) -> None:
+    leader = start_leader("kin.py", "subprocess", "--headless", socket=daemon.socket)
+    daemon.wait_listed(leader.pid, leader.family.workers)
+    daemon.restart()
+    daemon.wait_listed(leader.pid, leader.family.workers)
+    assert leader.still_alive([leader.pid, *leader.family.workers]) == [leader.pid, *leader.family.workers]
+    leader.kill9()
+    assert_reaped(daemon, leader)
+
+
+def test_a_stopped_leader_is_alive(daemon: Daemon, start_leader: Callable[..., Leader]) -> None:
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
+    leader.signal(signal.SIGSTOP)
+    daemon.wait_listed(leader.pid, leader.family.workers)
+    daemon.restart()
+    daemon.wait_listed(leader.pid, leader.family.workers)
+    assert leader.still_alive([leader.pid, *leader.family.workers]) == [leader.pid, *leader.family.workers]
+    leader.kill9()
+    assert_reaped(daemon, leader)
+
+
+def test_a_leader_that_execs_itself_and_registers_again_leaves_nothing_of_either_life(
+    daemon: Daemon, start_leader: Callable[..., Leader]
+) -> None:
+    leader = start_leader("kin.py", "execs-itself", socket=daemon.socket, up=False)
+    first = leader.read_line()
+    leader.up()
+    for pid in first["pids"]:
+        leader.hold(pid)
+    leader.kill9()
+    assert leader.wait_all_gone(WORKERS_GONE_S) == []
+    assert leader.still_alive(first["pids"]) == []
+    daemon.wait_end(leader.session)
+    daemon.wait_end(first["before_exec"])
 
 
 def test_while_the_leader_lives_nobody_is_touched(

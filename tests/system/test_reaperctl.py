@@ -616,14 +616,14 @@ def test_stop_that_waits_too_short_says_what_is_going_on_and_fails(
 
 @pytest.mark.needs_root
 def test_another_users_session_may_be_seen_but_not_stopped(
-    daemon: Daemon, scratch: Scratch, start_leader: StartLeader
+    daemon: Daemon, run: str, scratch: Scratch, start_leader: StartLeader
 ) -> None:
     leader = start_named(start_leader, scratch, daemon, "alpha")
-    done = daemon.ctl("stop", "alpha", uid=SOMEBODY)
+    done = ctl(run, "stop", "alpha", uid=SOMEBODY, REAPER_SOCKET=daemon.socket)
     assert (done.returncode, done.stdout) == (4, "")
     assert "another user" in done.stderr
     assert leader.still_alive([leader.pid]) == [leader.pid]
-    assert "(command line not shown)" in daemon.ctl("ps", uid=SOMEBODY).stdout
+    assert "(command line not shown)" in ctl(run, "ps", uid=SOMEBODY, REAPER_SOCKET=daemon.socket).stdout
 
 
 def test_a_dry_run_daemon_refuses_to_stop_anything(

@@ -21,12 +21,12 @@ _ENDS = ("reaped", "ended")  # the kinds of event that end a session
 def events(options: Namespace) -> int:
     """Print what happened, a line an event; with --follow go on until interrupted."""
     link, look = Link.of(options), look_of_stdout()
-    link.ask("ping")  # settles at once which daemon is followed, or that there is none
     asked: dict[str, Any] = {}
     if options.since:
         asked["since"] = rfc3339(options.since)
     elif options.follow:
         asked["since"] = rfc3339(datetime.now(timezone.utc))
+    link.ask("ping")  # settles at once which daemon is followed, or that there is none
     found = follow(link, on_lost=tell, **asked) if options.follow else _so_far(link, asked)
     none = True
     for one in found:
@@ -82,7 +82,7 @@ def stop(options: Namespace) -> int:
 
 
 def _report(one: dict[str, Any], session: str) -> int:
-    name = plain(text_of(one, "name"))
+    name = text_of(one, "name")
     who = f"{name} ({session})" if name else session
     put(f"stopped {plain(who)}: {render.what_happened(one) or 'it had no workers'}")
     left = render.remaining(one)

@@ -69,9 +69,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def _dispatch(options: argparse.Namespace) -> int:
     """Run the command; one branch a module, so that none is imported for another's sake."""
     command, _, action = options.command.partition(" ")
-    if (
-        command == "doctor"
-    ):  # must work where `agent` is somebody else's module and the others could not be imported
+    if command == "doctor":  # imports no `agent`: it must work where that is somebody else's module
         from reaperd.ctl.doctor import doctor
 
         return doctor(options)
@@ -121,7 +119,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of one command line; its ``command`` is a key of COMMANDS."""
+    """Return the options of one command line; its ``command`` is ``ps``, ``config show`` and the like."""
     parser = _parser()
     options = parser.parse_args(
         argv, argparse.Namespace(user=False, system=False, socket=None, timeout=5.0, json=False)

@@ -67,4 +67,5 @@ def put_now(line: str) -> None:
 
 def tell(text: str) -> None:
     """Print one sentence on standard error, safe for a terminal whatever is in it."""
-    print(f"reaperctl: {plain(text)}", file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # closed; print() would take stdout instead
+        print(f"reaperctl: {plain(text)}", file=sys.stderr, flush=True)

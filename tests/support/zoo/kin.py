@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -204,6 +206,74 @@ class Kin:
         self.popen(sleeper(self.muster.pipe))  # after the context, all is as before
         return [*worker, *self.muster.wait(1)]
 
+    def stopped(self) -> list[int]:
+        """Workers that a stop signal holds: a SIGTERM waits until they go on."""
+        pids = self.subprocess()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+            os.waitpid(pid, os.WUNTRACED)
+        return pids
+
+    def hostile_names(self) -> list[int]:
+        """Names that a careless reader of /proc/PID/stat takes for the fields behind them."""
+
+        def rename(name: str) -> None:
+            with open("/proc/self/comm", "w", encoding="ascii") as file:
+                file.write(name)
+
+        def pretend() -> None:
+            rename("a) Z 1 1 (b")
+            stage.report(self.muster.pipe)
+            self.popen(sleeper(self.muster.pipe))
+            stage.hold()
+
+        rename(") R 0 0 (\n1 S")
+        fork(pretend)
+        return self.muster.wait(2)
+
+    def headless(self) -> list[int]:
+        """A forked worker whose main thread has ended: it looks like a zombie, and its other thread works on."""
+
+        def lose_head() -> None:
+            threading.Thread(target=self.report_and_hold).start()
+            end_this_thread()
+
+        fork(lose_head)
+        return self.muster.wait(1)
+
+    def report_and_hold(self) -> None:
+        stage.report(self.muster.pipe)
+        stage.hold()
+
+    def becomes_another_user(self) -> list[int]:
+        """Beside a worker: two children of another user, one forked and one exec'ed."""
+        uid = int(os.environ["REAPER_TEST_UID"])
+        os.chmod(self.muster.pipe, 0o666)
+
+        def change() -> None:
+            os.setresuid(uid, uid, uid)
+            self.report_and_hold()
+
+        fork(change)
+        self.popen(["setpriv", f"--reuid={uid}", "--clear-groups", *sleeper(self.muster.pipe)])
+        self.facts["spared"] = self.muster.wait(2)
+        self.popen(sleeper(self.muster.pipe))
+        return self.muster.wait(1)
+
+    def execs_itself(self) -> list[int]:
+        """A leader that starts a worker, becomes another program, registers again and starts more."""
+        self.popen(sleeper(self.muster.pipe))
+        first = self.muster.wait(1)
+        sys.stdout.write(json.dumps({"before_exec": os.environ.get("REAPER_LINEAGE"), "pids": first}) + "\n")
+        sys.stdout.flush()
+        os.execv(PYTHON, [PYTHON, HERE, "subprocess"])
+
+    def own_pid_namespace(self) -> list[int]:
+        """A container: its init has no handler for SIGTERM, so it ignores it."""
+        self.popen(["unshare", "--pid", "--fork", *sleeper(self.muster.pipe)])
+        self.muster.wait(1)  # it says 1, which is true where it lives
+        return []
+
     # -- later, on demand
 
     def start_more(self, words: list[str]) -> None:
@@ -219,6 +289,12 @@ class Kin:
         stage.report(self.muster.pipe)
         self.popen(sleeper(self.muster.pipe))
         stage.hold()
+
+
+def end_this_thread() -> None:
+    """End the calling thread alone, without a word to Python."""
+    libc = ctypes.CDLL(None)
+    libc.syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)  # SYS_exit
 
 
 def deep_third(pipe: str) -> None:
@@ -248,6 +324,12 @@ KINDS = (
     "nested",
     "everything-left",
     "spared",
+    "stopped",
+    "hostile-names",
+    "headless",
+    "becomes-another-user",
+    "execs-itself",
+    "own-pid-namespace",
 )
 
 
@@ -262,6 +344,7 @@ def main() -> None:
     parser.add_argument("--pipe", help="where a child of this script reports")
     parser.add_argument("--name")
     parser.add_argument("--deaf", action="store_true", help="pay no heed to stdin, and live on when it ends")
+    parser.add_argument("--headless", action="store_true", help="live on in a thread, without the main one")
     options = parser.parse_args()
     if options.kind == "deep-third":
         deep_third(options.pipe)
@@ -273,6 +356,9 @@ def main() -> None:
     if options.deaf:
         stage.hold()
     commands = {"more": kin.start_more, "worker-eats": kin.have_a_worker_eat, "unregister": unregister}
+    if options.headless:
+        threading.Thread(target=stage.live, args=[commands]).start()
+        end_this_thread()
     stage.live(commands)
 
 

@@ -1,0 +1,350 @@
+"""What each happening changes on record, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from reaperd import ledger
+from reaperd.escalation import Event, Stage
+from reaperd.ledger import (
+    QUIET_LOOKS,
+    SPACING_S,
+    Concluded,
+    Entry,
+    Exited,
+    LeaderDied,
+    Looked,
+    Phase,
+    Reclaimed,
+    ReclaimStarted,
+    ShmMeasured,
+    Signalled,
+    StopAsked,
+    Target,
+    Unregistered,
+    apply,
+    next_deadline,
+)
+from reaperd.model import Cause, CauseKind, Family, Freed, Member, Process, ProcessId, Role, Session
+
+LEADER = ProcessId(100, 1000)
+KILLED = Cause(CauseKind.SIGNAL, 9)
+TRACKER_GRACE_S = 10.0
+
+
+def member(pid: int, *, tracker: bool = False, marked: bool = True) -> Member:
+    role = Role.TRACKER if tracker else Role.WORKER
+    return Member(Process(ProcessId(pid, 2000), 1, 1000), role, "loky", ("evidence",), marked)
+
+
+def looked(at_s: float, *members: Member, took_s: float = 0.0, left_alone: str = "") -> Looked:
+    found = {one.process.id: one for one in members}
+    return Looked(Family(found, {ProcessId(900, 2000): left_alone} if left_alone else {}), at_s, took_s)
+
+
+def exited(at_s: float, *pids: int) -> Exited:
+    return Exited(frozenset(ProcessId(pid, 2000) for pid in pids), at_s)
+
+
+def sent(pid: int, event: Event = Event.DUE, *, due_s: float = 99.0, **facts: Any) -> Signalled:
+    return Signalled(ProcessId(pid, 2000), event, facts.pop("signal", 15), due_s, **facts)
+
+
+def living(**facts: Any) -> Entry:
+    return Entry(Session("s", "", 1000, 1000, LEADER, "", **facts))
+
+
+def dead(*happenings: ledger.Happening, at_s: float = 10.0, signal_from_s: float = 10.0) -> Entry:
+    return after(apply(living(), LeaderDied(KILLED, at_s, signal_from_s)), *happenings)
+
+
+def after(entry: Entry, *happenings: ledger.Happening) -> Entry:
+    for happening in happenings:
+        entry = apply(entry, happening)
+    return entry
+
+
+def target(entry: Entry, pid: int) -> Target:
+    return entry.targets[ProcessId(pid, 2000)]
+
+
+def stages(entry: Entry) -> dict[int, Stage]:
+    return {id_.pid: one.stage for id_, one in entry.targets.items()}
+
+
+# -- while the leader lives -------------------------------------------------------------------------
+
+
+def test_a_look_at_a_living_session_makes_nobody_a_target() -> None:
+    entry = after(living(), looked(1.0, member(201), member(202, tracker=True)))
+    assert entry.phase is Phase.WATCHED
+    assert not entry.targets
+    assert next_deadline([entry], TRACKER_GRACE_S) is None
+
+
+def test_a_look_at_a_living_session_counts_its_workers_but_not_its_trackers() -> None:
+    assert after(living(), looked(1.0, member(201), member(202), member(203, tracker=True))).workers == 2
+
+
+def test_a_look_at_a_living_session_keeps_exactly_those_whom_only_descent_tells() -> None:
+    entry = after(living(), looked(1.0, member(201), member(202, marked=False), left_alone="spared"))
+    assert entry.session.kept == {ProcessId(202, 2000)}
+    assert list(entry.left_alone.values()) == ["spared"]
+    entry = after(entry, looked(2.0, member(203, marked=False)))
+    assert entry.session.kept == {ProcessId(203, 2000)}
+    assert not entry.left_alone
+
+
+def test_unregistering_marks_the_session_as_ending_and_kills_nobody() -> None:
+    entry = after(living(), looked(1.0, member(201)), Unregistered())
+    assert entry.session.ending
+    assert entry.phase is Phase.WATCHED
+
+
+# -- the leader dies --------------------------------------------------------------------------------
+
+
+def test_the_death_of_a_leader_is_looked_into_at_once() -> None:
+    entry = dead(at_s=10.0)
+    assert entry.phase is Phase.REAPING
+    assert entry.session.cause == KILLED
+    assert next_deadline([entry], TRACKER_GRACE_S) == 10.0
+
+
+def test_a_leader_dies_once() -> None:
+    entry = dead(at_s=10.0)
+    assert apply(entry, LeaderDied(Cause(CauseKind.EXIT, 0), 20.0, 30.0)) is entry
+
+
+def test_who_wanted_the_leader_stopped_has_what_it_wants_when_it_dies() -> None:
+    entry = after(living(), StopAsked(member(100), 1.0))
+    assert entry.leader_target is not None
+    assert apply(entry, LeaderDied(KILLED, 10.0, 10.0)).leader_target is None
+
+
+# -- looking ----------------------------------------------------------------------------------------
+
+
+def test_what_a_look_finds_becomes_a_target_workers_found_and_trackers_trusted() -> None:
+    entry = dead(looked(10.0, member(201), member(202, tracker=True)))
+    assert stages(entry) == {201: Stage.FOUND, 202: Stage.TRUSTED}
+    assert entry.looks == 1
+
+
+def test_nobody_is_due_before_signals_are_allowed() -> None:
+    entry = dead(looked(10.0, member(201)), signal_from_s=20.0)
+    assert target(entry, 201).due_s == 20.0
+    assert target(dead(looked(12.0, member(201))), 201).due_s == 12.0
+
+
+def test_finding_a_target_again_changes_nothing_about_it() -> None:
+    entry = dead(looked(10.0, member(201)), sent(201, due_s=15.0))
+    assert target(after(entry, looked(10.1, member(201))), 201) == target(entry, 201)
+
+
+def test_whoever_is_not_found_again_stays_a_target() -> None:
+    assert stages(dead(looked(10.0, member(201)), looked(10.1))) == {201: Stage.FOUND}
+
+
+def test_members_that_only_descent_told_of_are_kept_in_mind_for_good_once_the_leader_is_dead() -> None:
+    entry = dead(looked(10.0, member(201, marked=False)), looked(10.1, member(202, marked=False)))
+    assert entry.session.kept == {ProcessId(201, 2000), ProcessId(202, 2000)}
+
+
+def test_who_was_left_alone_is_remembered_over_all_looks() -> None:
+    entry = dead(looked(10.0, left_alone="spared"), looked(10.1))
+    assert list(entry.left_alone.values()) == ["spared"]
+
+
+def test_the_pause_between_looks_grows_while_nothing_new_is_found() -> None:
+    entry, pauses = dead(looked(10.0, member(201))), []
+    for number in range(5):
+        assert entry.look_due_s is not None
+        pauses.append(entry.look_due_s - (10.0 + number))
+        entry = after(entry, looked(11.0 + number, member(201)))
+    assert pauses == pytest.approx([SPACING_S[0], SPACING_S[1], SPACING_S[2], SPACING_S[3], SPACING_S[3]])
+
+
+def test_a_slow_look_is_followed_by_a_pause_of_twice_its_length() -> None:
+    assert dead(looked(10.0, member(201), took_s=0.3)).look_due_s == pytest.approx(10.6)
+
+
+def test_a_new_worker_begins_the_looking_anew_and_a_new_tracker_does_not() -> None:
+    entry = dead(looked(10.0, member(201)), looked(10.1, member(201)), looked(10.2, member(201)))
+    assert entry.quiet_looks == 2
+    assert after(entry, looked(10.3, member(202))).quiet_looks == 0
+    assert after(entry, looked(10.3, member(202, tracker=True))).quiet_looks == 3
+
+
+def test_looking_ends_only_after_enough_quiet_looks_with_every_worker_gone() -> None:
+    entry = dead(looked(10.0, member(201)), exited(10.1, 201))
+    for number in range(1, QUIET_LOOKS + 1):
+        assert entry.look_due_s is not None
+        assert entry.phase is Phase.REAPING
+        entry = after(entry, looked(10.1 + number))
+    assert entry.look_due_s is None
+    assert entry.phase is Phase.RECLAIMING
+
+
+def test_looking_goes_on_for_as_long_as_a_worker_lives() -> None:
+    entry = dead(*(looked(10.0 + number, member(201)) for number in range(20)))
+    assert entry.phase is Phase.REAPING
+    assert entry.look_due_s == pytest.approx(29.0 + SPACING_S[-1])
+
+
+def test_a_session_grows_when_later_looks_find_workers_although_signals_were_allowed() -> None:
+    assert dead(looked(10.0, member(201))).growth == 0
+    assert dead(looked(10.0, member(201)), looked(10.1, member(202))).growth == 1
+    assert dead(looked(10.0), looked(10.1, member(201)), looked(10.2, member(202))).growth == 2
+    assert dead(looked(10.0, member(201)), looked(10.1, member(202, tracker=True))).growth == 0
+    early = dead(looked(10.0, member(201)), looked(10.1, member(202)), signal_from_s=20.0)
+    assert early.growth == 0
+
+
+# -- exits ------------------------------------------------------------------------------------------
+
+
+def test_an_exit_is_noted_with_its_time_which_stays_the_first() -> None:
+    entry = dead(looked(10.0, member(201)), exited(10.5, 201))
+    assert target(entry, 201).stage is Stage.GONE
+    assert target(after(entry, exited(11.0, 201)), 201).gone_at_s == 10.5
+
+
+def test_the_exit_of_somebody_elses_process_changes_nothing() -> None:
+    entry = dead(looked(10.0, member(201)))
+    assert apply(entry, exited(10.5, 777)) is entry
+    assert apply(entry, Exited(frozenset((ProcessId(201, 1999),)), 10.5)) is entry
+
+
+def test_after_the_exit_of_a_worker_somebody_looks_again_soon() -> None:
+    entry = dead(*(looked(10.0 + number, member(201)) for number in range(9)))
+    entry = after(entry, exited(18.1, 201))
+    assert entry.quiet_looks == 0
+    assert entry.look_due_s == pytest.approx(18.1 + SPACING_S[0])
+    assert entry.changed_at_s == 18.1
+
+
+def test_an_exit_never_puts_a_look_off() -> None:
+    entry = dead(looked(10.0, member(201)))
+    assert entry.look_due_s is not None
+    assert after(entry, exited(99.0, 201)).look_due_s == entry.look_due_s
+
+
+def test_the_exit_of_a_tracker_is_no_reason_to_look_again() -> None:
+    entry = dead(*(looked(10.0 + n, member(202, tracker=True)) for n in range(QUIET_LOOKS)))
+    assert entry.phase is Phase.TRACKERS
+    entry = after(entry, exited(13.0, 202))
+    assert entry.look_due_s is None
+    assert entry.phase is Phase.RECLAIMING
+    assert entry.changed_at_s == 10.0
+
+
+def test_a_stuck_worker_that_ends_after_all_is_looked_into_again() -> None:
+    entry = dead(
+        looked(10.0, member(201)), sent(201), sent(201), sent(201), looked(11), looked(12), looked(13)
+    )
+    assert entry.look_due_s is None
+    entry = after(entry, exited(60.0, 201))
+    assert entry.phase is Phase.REAPING
+    assert entry.look_due_s == pytest.approx(60.0 + SPACING_S[0])
+
+
+# -- signals ----------------------------------------------------------------------------------------
+
+
+def test_a_signal_takes_its_target_a_stage_further_and_is_put_down() -> None:
+    entry = dead(looked(10.0, member(201)), sent(201, signal=15, due_s=15.0))
+    assert target(entry, 201) == replace(
+        target(dead(looked(10.0, member(201))), 201), stage=Stage.ASKED, due_s=15.0, signals=(15,)
+    )
+    assert target(after(entry, sent(201, signal=9)), 201).signals == (15, 9)
+
+
+def test_a_signal_that_was_refused_is_not_put_down_as_sent() -> None:
+    entry = dead(looked(10.0, member(201)), sent(201, denied=True))
+    assert target(entry, 201).denied
+    assert target(entry, 201).signals == ()
+    assert not target(after(entry, sent(201)), 201).denied
+
+
+def test_every_signal_to_a_stuck_process_counts_as_a_retry() -> None:
+    entry = dead(looked(10.0, member(201)), sent(201), sent(201))
+    assert (target(entry, 201).stage, target(entry, 201).retries) == (Stage.KILLED, 0)
+    entry = after(entry, sent(201))
+    assert (target(entry, 201).stage, target(entry, 201).retries) == (Stage.STUCK, 1)
+    assert target(after(entry, sent(201), sent(201)), 201).retries == 3
+    assert [one.member.process.id.pid for one in entry.stuck()] == [201]
+
+
+def test_a_signal_to_the_gone_or_the_unknown_changes_nothing() -> None:
+    entry = dead(looked(10.0, member(201)), exited(10.5, 201))
+    assert apply(entry, sent(201)) == entry
+    assert apply(entry, sent(777)) == entry
+
+
+def test_a_leader_that_is_to_be_stopped_goes_through_the_same_stages() -> None:
+    entry = after(living(), StopAsked(member(100), 5.0))
+    assert next_deadline([entry], TRACKER_GRACE_S) == 5.0
+    entry = after(entry, Signalled(LEADER, Event.DUE, 15, 10.0))
+    assert entry.leader_target is not None
+    assert (entry.leader_target.stage, entry.leader_target.due_s) == (Stage.ASKED, 10.0)
+    assert entry.phase is Phase.WATCHED
+
+
+# -- the end ----------------------------------------------------------------------------------------
+
+
+def test_what_was_reclaimed_measured_and_concluded_is_on_record() -> None:
+    entry = dead(ShmMeasured(4096), ReclaimStarted(), Reclaimed(Freed(shm_bytes=7)), Concluded())
+    assert entry.shm_held_bytes == 4096
+    assert entry.reclaim_asked
+    assert entry.reclaimed == Freed(shm_bytes=7)
+    assert entry.concluded
+
+
+def quiet(*happenings: ledger.Happening) -> Entry:
+    """Return a dead session after enough looks that found nobody new."""
+    return after(dead(*happenings), *(looked(20.0 + number) for number in range(QUIET_LOOKS)))
+
+
+def test_the_phase_follows_from_what_is_known_of_the_processes() -> None:
+    worker, tracker = looked(10.0, member(201)), looked(10.0, member(201), member(202, tracker=True))
+    stuck = [sent(201)] * 3
+    assert dead().phase is Phase.REAPING
+    assert quiet(worker).phase is Phase.REAPING
+    assert quiet(worker, *stuck).phase is Phase.RECLAIMING
+    assert quiet(tracker).phase is Phase.REAPING
+    assert quiet(tracker, exited(10.5, 201)).phase is Phase.TRACKERS
+    assert quiet(tracker, *stuck).phase is Phase.TRACKERS
+    assert quiet(tracker, exited(10.5, 201, 202)).phase is Phase.RECLAIMING
+    assert quiet(worker, exited(10.5, 201), Reclaimed(Freed())).phase is Phase.FINISHED
+    assert quiet().phase is Phase.RECLAIMING
+
+
+def test_trackers_are_due_their_grace_after_the_last_worker_or_after_signals_were_allowed() -> None:
+    entry = quiet(looked(10.0, member(201), member(202, tracker=True)), exited(12.0, 201))
+    assert ledger.tracker_due_s(entry, TRACKER_GRACE_S) == 22.0
+    assert next_deadline([entry], TRACKER_GRACE_S) == 22.0
+    late = dead(looked(10.0, member(202, tracker=True)), signal_from_s=40.0)
+    assert ledger.tracker_due_s(late, TRACKER_GRACE_S) == 50.0
+
+
+def test_the_next_deadline_is_the_earliest_of_all_sessions() -> None:
+    asked = dead(looked(10.0, member(201)), looked(10.2), looked(10.4), looked(10.6), sent(201, due_s=10.7))
+    assert next_deadline([living(), asked, dead(at_s=50.0)], TRACKER_GRACE_S) == 10.7
+    assert next_deadline([dead(at_s=50.0), dead(at_s=49.0)], TRACKER_GRACE_S) == 49.0
+    assert next_deadline([], TRACKER_GRACE_S) is None
+
+
+def test_nothing_is_due_of_a_session_whose_processes_are_all_gone() -> None:
+    entry = quiet(looked(10.0, member(201), member(202, tracker=True)), exited(10.5, 201, 202))
+    assert next_deadline([entry], TRACKER_GRACE_S) is None
+    assert next_deadline([after(entry, Reclaimed(Freed()), Concluded())], TRACKER_GRACE_S) is None
+
+
+def test_a_stuck_process_of_a_concluded_session_is_still_due() -> None:
+    entry = quiet(looked(10.0, member(201)), sent(201), sent(201), sent(201, due_s=77.0))
+    assert next_deadline([after(entry, Reclaimed(Freed()), Concluded())], TRACKER_GRACE_S) == 77.0
