@@ -115,12 +115,24 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+class _JournalLines(logging.Formatter):
+    """For journald, which has the time: the message behind its priority (sd-daemon(3))."""
+
+    _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.DEBUG, 7))
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next((number for level, number in self._PRIORITIES if record.levelno >= level), 7)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
 def _set_up_logging(config: Config) -> None:
     import time
 
     handler = logging.StreamHandler()
     if config.daemon.log_format == "json":
         handler.setFormatter(_JsonLines())
+    elif os.environ.get("JOURNAL_STREAM"):
+        handler.setFormatter(_JournalLines())
     else:
         handler.setFormatter(
             logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%SZ")

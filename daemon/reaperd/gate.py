@@ -75,7 +75,8 @@ class Gate:
         self._parts: dict[bytes, list[bytes]] = {}
 
     def run(self) -> None:
-        """Pass messages until the core goes away."""
+        """Say that the gate is up, then pass messages until the core goes away."""
+        self._core.send(TO_CORE.pack(0, 0, 0, 0))
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._core, zmq.POLLIN)

@@ -76,6 +76,7 @@ class GateLink:
         self._pause_s = _FIRST_PAUSE_S
         self.restart_at_s: float | None = None
         self.lives_lost = 0
+        self.on_up: Callable[[], None] = lambda: None
 
     @property
     def pid(self) -> int | None:
@@ -184,6 +185,8 @@ class GateLink:
                 return False
             if len(connections) == 1:
                 self._take(data, connections[0])
+            elif data == _TO_CORE.pack(0, 0, 0, 0):
+                self.on_up()
         finally:
             for connection in connections:
                 connection.close()

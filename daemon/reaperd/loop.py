@@ -101,11 +101,15 @@ class Daemon:
         self._adoption.recover()
         self._adoption.sweep(all_of_them=True)
         self._core.step()
+        self._link.on_up = self._say_ready
         self._link.start(time.monotonic())
         self._scan_due_s = time.monotonic() + self._config.scan.interval_s
         self._prune_due_s = 0.0
-        self._notifier.send(f"READY=1\nSTATUS={len(self._core.entries)} sessions")
         self._watchdog_due_s = 0.0
+
+    def _say_ready(self) -> None:
+        """The first sweep is over and a gate without privileges listens: whoever waited for us can begin."""
+        self._notifier.send(f"READY=1\nSTATUS={len(self._core.entries)} sessions")
 
     def _end(self) -> None:
         self._notifier.send("STOPPING=1")

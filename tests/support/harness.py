@@ -156,12 +156,6 @@ def cmdline(pid: int) -> list[str]:
     return [os.fsdecode(word) for word in read_proc(pid, "cmdline").split(b"\0")[:-1]]
 
 
-def environ(pid: int) -> dict[str, str]:
-    """Return the environment that ``pid`` was exec'ed with."""
-    pairs = (os.fsdecode(entry).partition("=") for entry in read_proc(pid, "environ").split(b"\0"))
-    return {name: value for name, _, value in pairs}
-
-
 def parent_of(pid: int) -> int:
     """Return the parent of ``pid``, 0 when it has gone."""
     tail = read_proc(pid, "stat").rpartition(b")")[2].split()
@@ -177,10 +171,27 @@ def children_of(pid: int) -> list[int]:
     ]
 
 
+def pids_within(pid: int) -> list[int]:
+    """Return the pids of ``pid`` in its pid namespaces, outermost (ours) first."""
+    for line in read_proc(pid, "status").splitlines():
+        if line.startswith(b"NSpid:"):
+            return list(map(int, line.split()[1:]))
+    return []
+
+
 def marked(name: str, value: str) -> list[int]:
     """Return the living processes with ``name=value`` in their environment, in order of pid."""
     entry = f"{name}={value}".encode()
-    return [pid for pid in all_pids() if entry in read_proc(pid, "environ").split(b"\0") and alive(pid)]
+    return [pid for pid in all_pids() if entry in read_environment(pid).split(b"\0") and alive(pid)]
+
+
+def read_environment(pid: int) -> bytes:
+    """Return the environment of ``pid``, of another thread where the main one has ended."""
+    found = read_proc(pid, "environ")
+    if found or b"Threads:\t1\n" in read_proc(pid, "status"):
+        return found
+    tasks = os.listdir(f"/proc/{pid}/task") if os.path.exists(f"/proc/{pid}/task") else []
+    return next(filter(None, (read_proc(pid, f"task/{task}/environ") for task in tasks)), b"")
 
 
 def describe(pids: Iterable[int]) -> str:
@@ -655,7 +666,8 @@ class Leader:
     """A training script that runs as a process of its own, and every process it started.
 
     ``parent``: ``pytest`` (it never waits: the dead leader stays a zombie), or one of the modes of
-    ``parent.py``: ``waits``, ``leaves``, ``subreaper``.
+    ``parent.py``: ``waits``, ``leaves``, ``subreaper``. ``inside`` is a command that runs another one,
+    such as unshare(1); pids that the script reports from another namespace are translated.
     """
 
     def __init__(
@@ -669,6 +681,7 @@ class Leader:
         uid: int | None = None,
         groups: Iterable[Cgroup] = (),
         env: Mapping[str, str] | None = None,
+        inside: Sequence[str] = (),
     ) -> None:
         directory = scratch.directory("l", 0o777 if uid is not None else 0o755)
         self.mark = f"{run}.{os.path.basename(directory)}"
@@ -679,6 +692,7 @@ class Leader:
         command = entering(groups, as_user(uid, command))
         if parent != "pytest":
             command = [sys.executable, PARENT, parent, *command]
+        command = [*inside, *command]
         more = {FAMILY_MARK: self.mark, "REAPER_TEST_DIR": directory, "TMPDIR": directory, **(env or {})}
         if socket:
             more["REAPER_SOCKET"] = socket
@@ -692,6 +706,7 @@ class Leader:
                 start_new_session=True,
             )
         self._parent = parent
+        self._inside = bool(inside)
         self._unread = b""
         self._pidfds: dict[int, int] = {}
         self._family: Family | None = None
@@ -726,7 +741,7 @@ class Leader:
 
     def up(self) -> Leader:
         """Return when all it starts is up, and hold every one of those processes by a pidfd."""
-        self._family = Family.parse(self.read_line())
+        self._family = Family.parse(self._translated(self.read_line()))
         inner = self._family.facts.get("inner")
         for pid in [self._family.leader, *self._family.everyone, *(self.spared or [])]:
             self.hold(pid)
@@ -735,6 +750,16 @@ class Leader:
                 self.hold(pid)
         self.shm = shm_of(self._pidfds)
         return self
+
+    def _translated(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Return what the leader said with its pids as they are in our namespace."""
+        names = {
+            within[-1]: pid for pid in marked(FAMILY_MARK, self.mark) if len(within := pids_within(pid)) > 1
+        }
+        if line["leader"] not in names:
+            return line
+        pids = {role: [names.get(pid, pid) for pid in found] for role, found in line["pids"].items()}
+        return {**line, "leader": names[line["leader"]], "pids": pids}
 
     def hold(self, pid: int) -> None:
         if pid not in self._pidfds and (pidfd := open_pidfd(pid)) is not None:
@@ -835,6 +860,13 @@ class Leader:
                 return [pid for pid in self.living() if pid not in excepted]
         return []
 
+    @property
+    def container(self) -> list[int]:
+        """The processes between the test and the leader, where it runs inside another command: unshare, an init."""
+        if not self._inside:
+            return []
+        return [pid for pid in marked(FAMILY_MARK, self.mark) if pid not in self._pidfds]
+
     def end_spared(self) -> None:
         """SIGKILL the spared processes, and what they started."""
         for pid in {*self.spared, *marked(FAMILY_MARK, self.mark)} - {self._process.pid, self.pid}:
@@ -858,6 +890,8 @@ class Leader:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        for pid in self.container:
+            end_process(pid)
         for pidfd in self._pidfds.values():
             os.close(pidfd)
         self._pidfds.clear()

@@ -20,7 +20,8 @@ for name in ("agent", "reaperd", "daemon", "config", "packaging", "tests", "docs
     spec = importlib.util.find_spec(name)
     if spec is not None:
         places = [spec.origin or "", *(spec.submodule_search_locations or [])]
-        if "reaperd" in owners.get(name, []) or any(place.startswith(sys.argv[1] + "/") for place in places):
+        here = [place for place in places if place.startswith(sys.argv[1] + "/") and "/site-packages/" not in place]
+        if here or "reaperd" in owners.get(name, []):
             ours.append(name)
 print(json.dumps(ours))
 """

@@ -41,6 +41,21 @@ def reap(daemon: Daemon, leader: Leader) -> None:
     daemon.wait_end(leader.session)
 
 
+def reap_and_go_on(daemon: Daemon, leader: Leader, start_leader: StartLeader) -> None:
+    """Reap the leader's session, then let the daemon look at every process again, also after a restart."""
+    reap(daemon, leader)
+    a_scan_later(daemon, start_leader)
+    daemon.restart()
+    a_scan_later(daemon, start_leader)
+
+
+def a_scan_later(daemon: Daemon, start_leader: StartLeader) -> None:
+    """Return once the daemon has looked at every process again."""
+    leader = start_leader("kin.py", "bare-environment", socket=daemon.socket)
+    daemon.wait_listed(leader.pid, leader.family.workers)
+    reap(daemon, leader)
+
+
 def stamp_of(leader: Leader) -> dict[str, str]:
     """Return what a process has in its environment that copied it from a worker of ``leader``."""
     assert leader.family.lineage is not None
@@ -62,7 +77,7 @@ def test_spared_processes_and_what_they_start_outlive_the_leader(
     session = daemon.session_of(leader.pid)
     assert session is not None
     assert not {worker["pid"] for worker in session["workers"]} & set(spared)
-    reap(daemon, leader)
+    reap_and_go_on(daemon, leader, start_leader)
     assert leader.still_alive(spared) == spared
     leader.end_spared()
 
@@ -83,7 +98,7 @@ def test_unrelated_processes_live_on(
     before = start_process(SLEEPER)
     leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
     after = start_process([sys.executable, "-c", "import time; time.sleep(100)"])
-    reap(daemon, leader)
+    reap_and_go_on(daemon, leader, start_leader)
     assert alive(before.pid)
     assert alive(after.pid)
 
@@ -107,7 +122,7 @@ def test_a_process_with_the_stamp_whose_parent_is_not_of_the_family_lives_on(
     assert queue.stdout is not None
     job = int(queue.stdout.readline())
     assert parent_of(job) == queue.pid
-    reap(daemon, leader)
+    reap_and_go_on(daemon, leader, start_leader)
     assert alive(queue.pid)
     assert alive(job)
     assert str(job) in left_alone(daemon, leader.session)
@@ -133,9 +148,20 @@ def test_a_process_of_another_user_with_a_copied_stamp_lives_on(
 ) -> None:
     leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
     other = orphan(run, as_user(STRANGER, JOB), **stamp_of(leader))
-    reap(daemon, leader)
+    reap_and_go_on(daemon, leader, start_leader)
     assert alive(other)
     end_process(other)
+
+
+@pytest.mark.needs_root
+def test_children_that_became_another_user_live_on(daemon: Daemon, start_leader: StartLeader) -> None:
+    """Marks count for processes of the leader's own uid alone."""
+    env = {"REAPER_TEST_UID": str(STRANGER)}
+    leader = start_leader("kin.py", "becomes-another-user", socket=daemon.socket, env=env)
+    assert len(leader.spared) == 2
+    reap_and_go_on(daemon, leader, start_leader)
+    assert leader.still_alive(leader.spared) == leader.spared
+    leader.end_spared()
 
 
 @pytest.mark.needs_root
@@ -152,7 +178,7 @@ def test_a_queued_job_in_another_cgroup_lives_on(
     leader = start_leader("kin.py", "subprocess", socket=daemon.socket, groups=groups)
     job = orphan(run, entering([unified_cgroup("job")], JOB), **stamp_of(leader))
     assert parent_of(job) == 1
-    reap(daemon, leader)
+    reap_and_go_on(daemon, leader, start_leader)
     assert alive(job)
     assert str(job) in left_alone(daemon, leader.session)
 
@@ -167,13 +193,6 @@ def test_workers_in_a_cgroup_below_the_leader_s_are_reaped(
     for pid in leader.family.workers:
         below.write("cgroup.procs", str(pid))
     assert below.pids() == sorted(leader.family.workers)
-    reap(daemon, leader)
-
-
-def a_scan_later(daemon: Daemon, start_leader: StartLeader) -> None:
-    """Return once the daemon has looked at every process again."""
-    leader = start_leader("kin.py", "bare-environment", socket=daemon.socket)
-    daemon.wait_listed(leader.pid, leader.family.workers)
     reap(daemon, leader)
 
 
@@ -199,10 +218,7 @@ def test_a_session_that_is_over_is_not_taken_on_again_for_what_was_spared(
     daemon: Daemon, start_leader: StartLeader
 ) -> None:
     leader = start_leader("kin.py", "spared", socket=daemon.socket)
-    reap(daemon, leader)
-    a_scan_later(daemon, start_leader)
-    daemon.restart()
-    a_scan_later(daemon, start_leader)
+    reap_and_go_on(daemon, leader, start_leader)
     assert leader.still_alive(leader.spared) == leader.spared
     assert [event["kind"] for event in daemon.events(session=leader.session)] == ["registered", "reaped"]
     leader.end_spared()

@@ -22,6 +22,7 @@ from reaperd.ledger import (
     ReclaimStarted,
     ShmMeasured,
     Signalled,
+    Spared,
     StopAsked,
     Target,
     Unregistered,
@@ -102,6 +103,12 @@ def test_unregistering_marks_the_session_as_ending_and_kills_nobody() -> None:
     entry = after(living(), looked(1.0, member(201)), Unregistered())
     assert entry.session.ending
     assert entry.phase is Phase.WATCHED
+
+
+def test_processes_that_the_leader_named_as_spared_stay_spared_for_good() -> None:
+    first, second = ProcessId(201, 2000), ProcessId(202, 2000)
+    entry = after(living(), Spared(frozenset((first,))), Spared(frozenset((second,))), Spared(frozenset()))
+    assert entry.session.spared == {first, second}
 
 
 # -- the leader dies --------------------------------------------------------------------------------

@@ -130,6 +130,39 @@ def test_nothing_below_a_spared_process_is_a_member_by_descent() -> None:
         leader(), process(201, LEADER.pid, **SPARED), process(202, 201), process(203, 202), process(204, 202)
     )
     assert not pids(found)
+    assert "below pid 201" in left_alone(found)[202]
+
+
+def test_what_stands_below_a_spared_process_is_left_alone_whatever_it_carries() -> None:
+    kept = session(kept=frozenset((ProcessId(204, 2000),)))
+    found = family(
+        leader(),
+        process(201, LEADER.pid, **SPARED),
+        process(202, 201, **PAGE),
+        process(203, 202, **STAMP),
+        process(204, 203),
+        of=kept,
+    )
+    assert not pids(found)
+    assert set(left_alone(found)) == {201, 202, 203, 204}
+
+
+def test_a_process_that_the_leader_named_as_spared_is_left_alone_with_all_below_it() -> None:
+    named = session(spared=frozenset((ProcessId(201, 2000),)))
+    found = family(
+        leader(), process(201, LEADER.pid), process(202, 201, **STAMP), process(203, 1, **STAMP), of=named
+    )
+    assert pids(found) == {203}
+    assert "spared()" in left_alone(found)[201]
+
+
+def test_another_process_with_the_pid_of_a_spared_one_is_not_spared() -> None:
+    named = session(spared=frozenset((ProcessId(201, 1999),)))
+    assert pids(family(leader(), process(201, LEADER.pid), of=named)) == {201}
+
+
+def test_spared_processes_in_a_circle_end_the_search() -> None:
+    assert not pids(family(process(201, 202, **SPARED), process(202, 201), process(203, 203, **SPARED)))
 
 
 def test_a_process_that_was_known_before_is_spared_all_the_same() -> None:
@@ -151,12 +184,12 @@ def test_what_another_session_spares_is_not_spared_in_this_one() -> None:
         (Policy(untouchable=frozenset((1, 201))), {}, "daemon"),
     ],
 )
-def test_a_protected_process_is_left_alone_with_the_reason_and_ends_descent(
+def test_a_protected_process_is_left_alone_with_the_reason_and_so_is_all_below_it(
     policy: Policy, facts: dict[str, Any], words: str
 ) -> None:
-    below = process(202, 201, comm="other", argv=("/bin/other",))
-    for marks in (PAGE, STAMP):
-        found = family(process(201, **{**marks, **facts}), below, policy=policy)
+    for marks in (PAGE, STAMP, {}):
+        below = process(202, 201, comm="other", argv=("/bin/other",), **marks)
+        found = family(leader(), process(201, LEADER.pid, **{**marks, **facts}), below, policy=policy)
         assert not pids(found)
         assert words in left_alone(found)[201]
 
@@ -435,6 +468,7 @@ _SESSIONS = st.builds(
     started_at_utc=st.just(""),
     adopters=st.frozensets(st.builds(ProcessId, _PIDS, st.just(1)), max_size=2),
     kept=st.frozensets(st.builds(ProcessId, _PIDS, _STARTS), max_size=1),
+    spared=st.frozensets(st.builds(ProcessId, _PIDS, _STARTS), max_size=1),
     ending=st.booleans(),
 )
 _POLICIES = st.builds(
@@ -454,6 +488,8 @@ def test_whatever_the_snapshot_no_member_is_one_without_a_reason_or_against_a_ru
     found = family(*processes, of=of, policy=policy, living=living)
     parents = {of.leader.pid, *(id_.pid for id_ in found.members)}
     adopting = {1, *(id_.pid for id_ in of.adopters & living)}
+    words = ("spared()", "[protect]", "the daemon itself")
+    untouched = {id_.pid for id_, why in found.left_alone.items() if any(word in why for word in words)}
     for id_, member in found.members.items():
         one = member.process
         assert one.id == id_
@@ -462,6 +498,8 @@ def test_whatever_the_snapshot_no_member_is_one_without_a_reason_or_against_a_ru
         assert id_ != of.leader
         assert not one.dead
         assert ID not in one.spared
+        assert id_ not in of.spared
+        assert one.ppid not in untouched
         assert policy.protection(one) is None
         placed = one.cgroup == cgroup or (cgroup == JOB and one.cgroup.startswith(f"{JOB}/"))
         stamped = ID in one.lineage and placed and (cgroup == JOB or one.ppid in adopting)
