@@ -885,13 +885,13 @@ class Leader:
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
+        for pid in self.container:
+            end_process(pid)
         try:
             self._process.wait(0 if self._parent == "pytest" and self._family is None else 5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        for pid in self.container:
-            end_process(pid)
         for pidfd in self._pidfds.values():
             os.close(pidfd)
         self._pidfds.clear()

@@ -1,0 +1,106 @@
+"""Who a peer is, by the kernel's word alone, and how much each uid may ask."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.wire import WireError
+from reaperd import gate
+from reaperd.gate import Quota, parse_peer_address
+
+OVERFLOW = 65534
+BURST, PER_S = int(gate._BURST), gate._REQUESTS_PER_S
+
+
+def test_a_peer_is_who_the_kernel_says() -> None:
+    assert parse_peer_address("localhost:1000:100:4711", OVERFLOW) == (1000, 100, 4711)
+    assert parse_peer_address("localhost:0:0:1", OVERFLOW) == (0, 0, 1)
+    assert parse_peer_address(":1000:100:4711", OVERFLOW) == (1000, 100, 4711)
+
+
+def test_an_address_of_any_other_form_is_refused() -> None:
+    for text in (
+        "",
+        "localhost",
+        "localhost:1000:100",
+        "localhost:1000:100:4711:5",
+        "localhost:1000:100:4711\n",
+        "localhost:1000:100:",
+        "localhost::100:4711",
+        "localhost:-1:100:4711",
+        "localhost:+1:100:4711",
+        "localhost: 1:100:4711",
+        "localhost:1e3:100:4711",
+        "localhost:0x0:100:4711",
+        "localhost:\u0660:100:4711",
+        "localhost:\u00b2:100:4711",
+        "localhost:10000000000:0:1",
+        "a:b:0:0:1",
+        "127.0.0.1",
+        "localhost:1000:100:4711\0",
+    ):
+        with pytest.raises(WireError) as caught:
+            pytest.fail(f"{text!r} was read as {parse_peer_address(text, OVERFLOW)}")
+        assert caught.value.kind == "not-allowed"
+
+
+def test_a_peer_whose_ids_mean_nothing_here_is_refused() -> None:
+    for ids in ("1000:100:0", "0:0:0", f"{OVERFLOW}:100:4711", "7:7:00"):
+        with pytest.raises(WireError) as caught:
+            pytest.fail(f"{ids} was read as {parse_peer_address(f'localhost:{ids}', OVERFLOW)}")
+        assert caught.value.kind == "not-allowed"
+        assert "container" in str(caught.value)
+
+
+def test_the_overflow_gid_alone_is_no_reason_to_refuse() -> None:
+    assert parse_peer_address(f"localhost:1000:{OVERFLOW}:4711", OVERFLOW) == (1000, OVERFLOW, 4711)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.text(alphabet="localhost:0123456789 -\n\u0661", max_size=30))
+def test_any_address_is_a_peer_or_one_wire_error(text: str) -> None:
+    try:
+        uid, gid, pid = parse_peer_address(text, OVERFLOW)
+    except WireError:
+        return
+    assert uid >= 0
+    assert gid >= 0
+    assert pid > 0
+
+
+def granted(quota: Quota, uid: int, at_s: float, requests: int) -> int:
+    return sum(quota.allows(uid, at_s) for _ in range(requests))
+
+
+def test_a_uid_may_ask_in_a_burst_and_then_at_a_steady_rate() -> None:
+    quota = Quota()
+    assert granted(quota, 1000, 0.0, BURST + 100) == BURST
+    assert granted(quota, 1000, 0.01, 1000) == int(0.01 * PER_S)
+    assert granted(quota, 1000, 0.01, 10) == 0
+
+
+def test_one_uid_never_uses_up_the_quota_of_another() -> None:
+    quota = Quota()
+    assert granted(quota, 1000, 0.0, BURST + 10) == BURST
+    assert granted(quota, 1001, 0.0, 10) == 10
+
+
+def test_a_uid_that_was_quiet_gets_no_more_than_a_burst() -> None:
+    quota = Quota()
+    quota.allows(1000, 0.0)
+    assert granted(quota, 1000, 1e6, BURST + 100) == BURST
+
+
+def test_refused_requests_are_no_debt() -> None:
+    quota = Quota()
+    granted(quota, 1000, 0.0, 3 * BURST)
+    assert quota.allows(1000, 0.01)
+
+
+def test_any_number_of_uids_takes_a_bounded_amount_of_memory() -> None:
+    quota = Quota()
+    for uid in range(25_000):
+        assert quota.allows(uid, 0.0)
+    assert len(quota._buckets) <= 10_001

@@ -1,0 +1,203 @@
+"""Work in a child: its result comes back, it keeps nothing of ours, and it never outlives its use."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from reaperd.linux import helper
+from reaperd.linux.procfs import ProcFS
+
+NOBODY = 65534
+SOON_S = 10.0  # a deadline, not a wait
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Fail a test that leaves a descriptor or a child behind."""
+    descriptors = len(os.listdir("/proc/self/fd"))
+    yield
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def wait_for(descriptor: int) -> None:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    assert poll.poll(SOON_S * 1000)
+
+
+def result_of(work: Any) -> Any:
+    running = helper.start_helper(work)
+    wait_for(running.pidfd)
+    return helper.finish_helper(running)
+
+
+def fail() -> None:
+    os.close(2)  # its traceback is nobody's business
+    raise RuntimeError
+
+
+def block() -> None:
+    signal.pause()
+
+
+# -- results ----------------------------------------------------------------------------------------
+
+
+def test_the_result_of_the_work_comes_back() -> None:
+    for value in (None, 0, 7, "ü☃", [1, [2]], {"a": None}, "x" * 50_000):
+        assert result_of(lambda value=value: value) == value
+
+
+def test_a_helper_that_fails_has_no_result() -> None:
+    assert result_of(fail) is None
+    assert result_of(object) is None
+    assert result_of(lambda: os._exit(0)) is None
+    assert result_of(lambda: os.kill(os.getpid(), signal.SIGKILL)) is None
+
+
+def test_a_helper_that_is_not_done_is_ended_and_has_no_result() -> None:
+    assert helper.finish_helper(helper.start_helper(block)) is None
+
+
+def test_half_a_result_is_none() -> None:
+    def say_half() -> None:
+        os.write(3, b"123")
+        signal.pause()
+
+    running = helper.start_helper(say_half)
+    wait_for(running.reader)
+    assert helper.finish_helper(running) is None
+
+
+def test_what_is_no_json_is_no_result() -> None:
+    def say(data: bytes) -> None:
+        os.write(3, data)
+        os._exit(0)
+
+    for data in (b"{", b"\xff\xfe", b"1 2"):
+        assert result_of(lambda data=data: say(data)) is None
+
+
+def test_a_result_without_end_is_not_read_for_ever() -> None:
+    def babble() -> None:
+        while True:
+            os.write(3, b"x" * 65536)
+
+    running = helper.start_helper(babble)
+    os.set_blocking(running.reader, True)
+    assert helper.finish_helper(running) is None
+
+
+def test_the_reader_becomes_readable_when_the_helper_is_done_or_dead() -> None:
+    for work in (lambda: 7, fail):
+        running = helper.start_helper(work)
+        wait_for(running.reader)
+        wait_for(running.pidfd)
+        helper.finish_helper(running)
+
+
+# -- what it keeps ----------------------------------------------------------------------------------
+
+
+def test_a_helper_keeps_no_descriptor_of_ours_but_the_standard_ones_and_its_own() -> None:
+    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(5)]
+    kept = result_of(lambda: sorted(int(name) for name in os.listdir("/proc/self/fd")))
+    for descriptor in held:
+        os.close(descriptor)
+    assert set(kept) <= {0, 1, 2, 3, 4}  # 4 lists them
+    assert 3 in kept
+
+
+def test_a_helper_dies_of_the_signals_that_the_daemon_catches() -> None:
+    caught: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, frame: caught.append(number))
+        for number in before:
+            assert result_of(lambda number=number: (os.kill(os.getpid(), number), 7)) is None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert caught == []
+
+
+def test_a_signal_to_a_helper_does_not_wake_the_daemon() -> None:
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    before = signal.set_wakeup_fd(writer)
+    try:
+        result_of(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(BlockingIOError):
+            os.read(reader, 1)
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
+
+
+# -- bounded ----------------------------------------------------------------------------------------
+
+
+def test_bounded_work_returns_its_result_within_its_time() -> None:
+    assert helper.run_bounded(lambda: [os.getppid()], SOON_S) == [os.getpid()]
+    assert helper.run_bounded(fail, SOON_S) is None
+
+
+def test_bounded_work_that_takes_too_long_is_ended_and_waited_for_by_the_next_that_does() -> None:
+    begin_s = time.monotonic()
+    assert helper.run_bounded(block, 0.01) is None
+    assert time.monotonic() - begin_s < SOON_S
+    (first,) = ProcFS().children(os.getpid())
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)  # ended, and left to be waited for
+    assert helper.run_bounded(block, 0.01) is None
+    (second,) = ProcFS().children(os.getpid())
+    assert second != first
+    os.waitpid(second, 0)
+    helper._abandoned.remove(second)
+
+
+# -- another user -----------------------------------------------------------------------------------
+
+
+@pytest.mark.needs_root
+def test_who_becomes_a_user_is_that_user_alone_and_for_good() -> None:
+    def try_to_come_back() -> list[Any]:
+        helper.become(NOBODY, NOBODY - 1)
+        back = []
+        for attempt in (os.setuid, os.seteuid, os.setgid):
+            try:
+                attempt(0)
+                back.append(attempt.__name__)
+            except PermissionError:
+                pass
+        return [os.getresuid(), os.getresgid(), os.getgroups(), back]
+
+    assert result_of(try_to_come_back) == [[NOBODY] * 3, [NOBODY - 1] * 3, [NOBODY - 1], []]
+
+
+def test_who_is_that_user_already_stays_as_it_is() -> None:
+    def stay() -> list[Any]:
+        before = (os.getresuid(), os.getresgid(), os.getgroups())
+        helper.become(os.getuid(), os.getgid())
+        return [before == (os.getresuid(), os.getresgid(), os.getgroups())]
+
+    assert result_of(stay) == [True]
+
+
+@pytest.mark.needs_root
+def test_who_is_not_root_becomes_nobody_else() -> None:
+    def try_another() -> list[int]:
+        helper.become(NOBODY, NOBODY)
+        helper.become(1, 1)
+        return list(os.getresuid())
+
+    assert result_of(try_another) == [NOBODY] * 3

@@ -1,0 +1,253 @@
+"""The session page: what its leader writes the daemon reads whole, and nothing else passes for one."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent import wire
+from agent.page import SessionPage, SparedMark
+from reaperd.linux import page
+
+ID = "4711-2a-0000000b-0000000c"
+UID = os.getuid()
+F_ADD_SEALS, F_GET_SEALS = 1033, 1034
+SEAL_SHRINK, SEAL_GROW, SEAL_WRITE, SEAL_FUTURE_WRITE = 0x2, 0x4, 0x8, 0x10
+ALL_SEALS = SEAL_SHRINK | SEAL_GROW | SEAL_FUTURE_WRITE
+
+
+@pytest.fixture
+def leader() -> Iterator[SessionPage]:
+    one = SessionPage(ID, "grid", 42, "boot")
+    one.write_record(["/run/reaper/reaper.sock"])
+    yield one
+    if one.fd >= 0:
+        one.close()
+
+
+def path_of(descriptor: int) -> str:
+    return f"/proc/self/fd/{descriptor}"
+
+
+def read(descriptor: int) -> wire.Page:
+    """Open a page as the daemon does, and read it."""
+    ours = page.open_page(path_of(descriptor), uid=UID)
+    try:
+        return page.read_page(ours)
+    finally:
+        os.close(ours)
+
+
+@contextlib.contextmanager
+def memfd(data: bytes = b"", *, size: int = wire.PAGE_BYTES, seals: int = ALL_SEALS) -> Iterator[int]:
+    descriptor = os.memfd_create(wire.PAGE_PREFIX + ID, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, size)
+        os.pwrite(descriptor, data, 0)
+        fcntl.fcntl(descriptor, F_ADD_SEALS, seals)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def refused(path: str, *, uid: int = UID) -> BaseException:
+    """Return why a page is refused, having checked that nothing stays open."""
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises((OSError, wire.WireError)) as caught:
+        os.close(page.open_page(path, uid=uid))
+    assert len(os.listdir("/proc/self/fd")) == before
+    return caught.value
+
+
+# -- what a leader writes ---------------------------------------------------------------------------
+
+
+def test_a_page_is_read_as_its_leader_wrote_it(leader: SessionPage) -> None:
+    leader.write_progress(3, 64, "fold 3")
+    leader.write_spared([(7, 70)])
+    told = read(leader.fd)
+    assert (told.id, told.name, told.start_ticks, told.boot_id) == (ID, "grid", 42, "boot")
+    assert told.page_fd == leader.fd
+    assert told.sockets == ("/run/reaper/reaper.sock",)
+    assert told.progress == (3.0, 64.0, "fold 3")
+    assert told.spared == ((7, 70),)
+    assert told.flags == 0
+
+
+def test_flags_add_up_and_outlive_every_later_write(leader: SessionPage) -> None:
+    leader.raise_flag(wire.CLOSING)
+    leader.raise_flag(wire.ENDED)
+    leader.write_progress(1, None, "")
+    leader.write_record(["/other"])
+    told = read(leader.fd)
+    assert told.flags == wire.CLOSING | wire.ENDED
+    assert told.sockets == ("/other",)
+    assert told.progress == (1.0, None, "")
+
+
+def test_a_shorter_record_leaves_nothing_of_a_longer_one(leader: SessionPage) -> None:
+    leader.write_record(["/" + "x" * 100] * 8)
+    leader.write_record(["/y"])
+    assert read(leader.fd).sockets == ("/y",)
+
+
+def test_every_write_moves_the_sequence_and_leaves_it_even(leader: SessionPage) -> None:
+    seen = set()
+    for number in range(5):
+        leader.write_progress(number, None, "")
+        sequence = wire.page_sequence(os.pread(leader.fd, wire.PAGE_BYTES, 0))
+        assert sequence % 2 == 0
+        seen.add(sequence)
+    assert len(seen) == 5
+
+
+def test_nobody_can_write_resize_or_unseal_a_page_but_through_its_mapping(leader: SessionPage) -> None:
+    assert fcntl.fcntl(leader.fd, F_GET_SEALS) & ALL_SEALS == ALL_SEALS
+    attempts = (
+        lambda: os.pwrite(leader.fd, b"x", 0),
+        lambda: os.ftruncate(leader.fd, 0),
+        lambda: os.ftruncate(leader.fd, 2 * wire.PAGE_BYTES),
+        lambda: mmap.mmap(leader.fd, wire.PAGE_BYTES),
+    )
+    for attempt in attempts:
+        with pytest.raises(PermissionError):
+            attempt()
+
+
+def test_a_page_is_not_inherited_by_what_is_executed(leader: SessionPage) -> None:
+    assert not os.get_inheritable(leader.fd)
+
+
+def test_a_forked_child_shares_the_page_and_can_write_it_whoever_held_its_lock(leader: SessionPage) -> None:
+    leader._lock.acquire()  # as another thread of the parent may have, at the moment of the fork
+    pid = os.fork()
+    if pid == 0:
+        leader.after_fork()
+        leader.write_progress(9, 10, "from the child")
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    leader._lock.release()
+    assert read(leader.fd).progress == (9.0, 10.0, "from the child")
+
+
+def test_a_closed_page_is_gone_from_this_process_even_where_its_descriptor_was_closed_before(
+    leader: SessionPage,
+) -> None:
+    os.close(leader.fd)
+    leader.close()
+    assert leader.fd == -1
+    assert ID not in Path("/proc/self/maps").read_text()
+
+
+def test_a_spared_mark_is_seen_by_its_name_and_is_no_page() -> None:
+    mark = SparedMark(ID)
+    try:
+        assert os.readlink(path_of(mark.fd)) == f"/memfd:{wire.SPARED_PREFIX}{ID} (deleted)"
+        assert wire.SPARED_PREFIX + ID in Path("/proc/self/maps").read_text()
+        refused(path_of(mark.fd))
+    finally:
+        mark._memory.close()
+        os.close(mark.fd)
+
+
+# -- what passes for a page -------------------------------------------------------------------------
+
+
+def test_only_a_memfd_of_the_right_size_and_owner_with_all_seals_is_a_page() -> None:
+    with memfd() as good:
+        os.close(page.open_page(path_of(good), uid=UID))
+        assert "belongs to uid" in str(refused(path_of(good), uid=UID + 1))
+    for size in (0, 1, wire.PAGE_BYTES - 1, wire.PAGE_BYTES + 1, 2 * wire.PAGE_BYTES):
+        with memfd(size=size) as odd:
+            assert "size" in str(refused(path_of(odd)))
+    for seals in (
+        0,
+        SEAL_SHRINK,
+        ALL_SEALS & ~SEAL_SHRINK,
+        ALL_SEALS & ~SEAL_GROW,
+        ALL_SEALS & ~SEAL_FUTURE_WRITE,
+    ):
+        with memfd(seals=seals) as loose:
+            assert "sealed" in str(refused(path_of(loose)))
+
+
+def test_a_file_that_lies_in_a_directory_is_no_page(tmp_path: Path) -> None:
+    file = tmp_path / "page"
+    file.write_bytes(b"\0" * wire.PAGE_BYTES)
+    assert "no memfd" in str(refused(str(file)))
+
+
+def test_an_unlinked_file_that_has_no_seals_is_no_page(tmp_path: Path) -> None:
+    file = tmp_path / "page"
+    file.write_bytes(b"\0" * wire.PAGE_BYTES)
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        file.unlink()
+        refused(path_of(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def test_a_fifo_or_a_folder_in_the_place_of_a_page_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    signal.alarm(5)  # an open that waits for a writer would wait for ever
+    try:
+        for name in ("fifo", ".", "missing"):
+            refused(str(tmp_path / name))
+    finally:
+        signal.alarm(0)
+
+
+def test_a_page_is_opened_for_reading_alone_and_never_handed_on() -> None:
+    with memfd() as good:
+        ours = page.open_page(path_of(good), uid=UID)
+        try:
+            assert fcntl.fcntl(ours, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+            assert not os.get_inheritable(ours)
+        finally:
+            os.close(ours)
+
+
+# -- reading ----------------------------------------------------------------------------------------
+
+
+def test_a_page_that_stays_in_the_middle_of_a_write_is_torn() -> None:
+    with memfd(wire.pack_header(3, 0, 0)) as stuck, pytest.raises(wire.TornPage):
+        page.read_page(stuck)
+
+
+def test_a_page_that_is_broken_is_refused_at_once() -> None:
+    for data in (b"", b"junk", wire.pack_header(2, 0, 0), wire.pack_header(2, 0, 60000)):
+        with memfd(data) as broken, pytest.raises(wire.WireError) as caught:
+            page.read_page(broken)
+        assert not isinstance(caught.value, wire.TornPage)
+
+
+def test_what_is_read_while_the_leader_writes_is_whole(leader: SessionPage) -> None:
+    leader.write_progress(0, 0, "0" * 900)
+    pid = os.fork()
+    if pid == 0:
+        leader.after_fork()
+        for number in range(1_000_000):
+            leader.write_progress(number, number, str(number % 10) * 900)
+        os._exit(0)
+    whole = 0
+    try:
+        for _ in range(300):
+            with contextlib.suppress(wire.TornPage):
+                progress = read(leader.fd).progress
+                assert progress is not None
+                assert progress.total == progress.done
+                assert progress.message == str(int(progress.done) % 10) * 900
+                whole += 1
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert whole > 30

@@ -1,0 +1,551 @@
+"""/proc as it is, as a hostile process shapes it, and as it changes while it is read."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import platform
+import select
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reaperd.linux import procfs
+from reaperd.linux.procfs import (
+    PF_FORKNOEXEC,
+    ProcessGone,
+    ProcFS,
+    environment_value,
+    parse_gid,
+    parse_innermost_pid,
+    parse_mapped_paths,
+    parse_memfd_link,
+    parse_stat,
+    parse_uid,
+)
+from reaperd.model import Namespaces, ProcessId
+
+NOBODY = 65534
+_SYS_EXIT = {"x86_64": 60, "i686": 1}.get(platform.machine(), 93)  # asm-generic/unistd.h
+
+
+def stat_line(pid: int = 7, comm: bytes = b"python", **facts: Any) -> bytes:
+    """Return a line as proc(5) describes it, with ``facts`` in their places."""
+    fields = [b"0"] * 50
+    places = {
+        "state": 0,
+        "ppid": 1,
+        "flags": 6,
+        "utime": 11,
+        "stime": 12,
+        "threads": 17,
+        "start": 19,
+        "rss": 21,
+    }
+    fields[0] = b"S"
+    for name, value in {"threads": 1, **facts}.items():
+        fields[{**places, "exit_status": 49}[name]] = str(value).encode()
+    return b"%d (%s) %s\n" % (pid, comm, b" ".join(fields))
+
+
+def status_text(**facts: str) -> bytes:
+    lines = {"Name": "python", "State": "S (sleeping)", "Uid": "1000\t1000\t1000\t1000", **facts}
+    return "".join(f"{name}:\t{value}\n" for name, value in lines.items()).encode()
+
+
+class FakeProc:
+    """A folder that looks like /proc to ProcFS."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.proc = ProcFS(str(root))
+
+    def write(self, name: str, data: bytes) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    def link(self, name: str, target: str) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(target)
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeProc:
+    return FakeProc(tmp_path)
+
+
+@contextlib.contextmanager
+def forked(work: Callable[[], object]) -> Iterator[int]:
+    """Run ``work`` in a child until the block ends; the block begins once the child has written its first byte."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        try:
+            work()
+            os.write(writer, b"x")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writer)
+    try:
+        assert select.select([reader], [], [], 10)[0]
+        assert os.read(reader, 1) == b"x", "the child failed"
+        yield pid
+    finally:
+        os.close(reader)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def environ_or_gone(proc: ProcFS, pid: int) -> bytes | None:
+    """Return what a dead main thread has of an environment: newer kernels say that it is gone, older ones nothing."""
+    try:
+        return proc.environ(pid, pid)
+    except ProcessGone:
+        return None
+
+
+def result_of(work: Callable[[], Any], *, uid: int) -> Any:
+    """Return what ``work`` returns in a child that is ``uid``."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            os.write(writer, json.dumps(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        data = file.read()
+    os.waitpid(pid, 0)
+    return json.loads(data)
+
+
+# -- stat -------------------------------------------------------------------------------------------
+
+
+def test_a_name_of_any_shape_changes_nothing_but_the_name() -> None:
+    shapes = [
+        "python",
+        "",
+        " ",
+        ")",
+        "(",
+        "x) Z 1 (",
+        "x) Z 1",
+        ") ) ) )",
+        "7 (x) S 1 1",
+        "a\nb",
+        "\n",
+        "\t",
+        "ü",
+    ]
+    for comm in shapes:
+        stat = parse_stat(stat_line(7, comm.encode(), state="R", ppid=3, start=99, threads=2))
+        assert stat.comm == comm
+        assert (stat.id, stat.state, stat.ppid, stat.threads) == (ProcessId(7, 99), "R", 3, 2), comm
+
+
+def test_a_name_that_is_no_utf8_is_read_with_a_replacement() -> None:
+    assert parse_stat(stat_line(7, b"a\xffb")).comm == "a\ufffdb"
+
+
+def test_every_field_of_stat_comes_from_its_place() -> None:
+    numbered = b"7 (x) S " + b" ".join(b"%d" % number for number in range(4, 53))
+    stat = parse_stat(numbered)
+    assert stat.ppid == 4
+    assert stat.flags == 9
+    assert stat.cpu_ticks == 14 + 15
+    assert stat.threads == 20
+    assert stat.id == ProcessId(7, 22)
+    assert stat.rss_bytes == 24 * mmap.PAGESIZE
+    assert stat.exit_status == 52
+
+
+def test_a_line_of_a_newer_kernel_with_more_fields_is_read_the_same() -> None:
+    assert parse_stat(stat_line(start=5)[:-1] + b" 1 2 3\n") == parse_stat(stat_line(start=5))
+
+
+def test_what_is_no_stat_line_is_a_value_error() -> None:
+    broken = [
+        *(b"", b"7", b"7 (x)", b"7 (x) S", b"7 x S 1 2 3", b"(x) S", b") (".join([b"7"] * 60)),
+        *(stat_line()[:-4], b"x" + stat_line()),
+        *(stat_line(ppid="x"), stat_line(start=""), stat_line(state="\xff")),
+    ]
+    for data in broken:
+        with pytest.raises(ValueError):  # noqa: PT011 (int() says why)
+            pytest.fail(f"{data!r} was read as {parse_stat(data)}")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.one_of(st.binary(max_size=60), st.binary(max_size=30).map(lambda comm: stat_line(7, comm))))
+def test_any_bytes_are_a_stat_line_or_a_value_error(data: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        assert parse_stat(data).id.pid == 7
+
+
+def test_only_a_zombie_without_another_thread_is_dead() -> None:
+    for state, threads in (("S", 1), ("R", 5), ("T", 1), ("t", 1), ("D", 1), ("I", 1), ("Z", 2)):
+        assert not parse_stat(stat_line(state=state, threads=threads)).dead, state
+    for state, threads in (("Z", 1), ("Z", 0), ("X", 0)):
+        assert parse_stat(stat_line(state=state, threads=threads)).dead, state
+
+
+def test_the_kernel_tells_who_has_not_executed_anything_since_its_fork() -> None:
+    assert parse_stat(stat_line(flags=PF_FORKNOEXEC | 0x400000)).forked
+    assert not parse_stat(stat_line(flags=0x400000)).forked
+
+
+# -- status -----------------------------------------------------------------------------------------
+
+
+def test_a_uid_is_one_only_where_all_three_that_matter_are() -> None:
+    assert parse_uid(status_text(Uid="1000\t1000\t1000\t1000")) == 1000
+    assert parse_uid(status_text(Uid="0\t0\t0\t0")) == 0
+    assert parse_uid(status_text(Uid="1000\t1000\t1000\t0")) == 1000  # fsuid: not whose process it is
+    for ids in ("1000\t0\t1000\t1000", "1000\t1000\t0\t1000", "0\t1000\t1000\t1000", "1000\t1000", ""):
+        assert parse_uid(status_text(Uid=ids)) is None, ids
+
+
+def test_a_status_without_ids_says_nothing() -> None:
+    for text in (b"", b"Name:\tx\n", b"Uid:\t0\t0\t0\t0\n"):
+        assert parse_uid(text) is None
+        assert parse_gid(text) is None
+        assert parse_innermost_pid(text) is None
+
+
+def test_a_name_cannot_pose_as_another_line_of_status() -> None:
+    # The kernel writes a newline in the name as two characters (fs/proc/array.c).
+    assert parse_uid(status_text(Name="x\\nUid:\t0\t0\t0")) == 1000
+    assert parse_uid(status_text(Name="Uid:\t0\t0\t0\t0")) == 1000
+
+
+def test_the_gid_is_the_real_one_and_the_pid_the_innermost() -> None:
+    text = status_text(Gid="100\t200\t300\t400", NSpid="4711\t12\t3")
+    assert parse_gid(text) == 100
+    assert parse_innermost_pid(text) == 3
+    assert parse_innermost_pid(status_text(NSpid="4711")) == 4711
+
+
+# -- environment, links, maps -----------------------------------------------------------------------
+
+
+def test_a_variable_is_the_first_entry_of_that_very_name() -> None:
+    for environ, value in (
+        (b"MARK=x", "x"),
+        (b"MARK=x\0", "x"),
+        (b"A=1\0MARK=x\0B=2\0", "x"),
+        (b"A=1\0MARK=\0B=2", ""),
+        (b"MARK=first\0MARK=second\0", "first"),
+        (b"A=1\0MARK=first\0MARK=second\0", "first"),
+        (b"XMARK=x\0", ""),
+        (b"A=MARK=x\0", ""),
+        (b"MARKED=x\0", ""),
+        (b"MARK", ""),
+        (b"A=\nMARK=x\0", ""),
+        (b"XMARK=x\0MARK=y\0", "y"),
+        (b"MARK=a=b:c\0", "a=b:c"),
+        (b"MARK=\xff\0", "\ufffd"),
+        (b"\0\0MARK=x\0", "x"),
+        (b"", ""),
+    ):
+        assert environment_value(environ, "MARK") == value, environ
+
+
+def test_a_memfd_is_known_by_its_link() -> None:
+    for link, name in (
+        ("/memfd:reaper:1-2 (deleted)", "reaper:1-2"),
+        ("/memfd:reaper:1-2", "reaper:1-2"),
+        ("/memfd: (deleted)", ""),
+        ("/memfd:x (deleted) (deleted)", "x (deleted)"),
+        ("/tmp/memfd:reaper:1-2 (deleted)", ""),
+        ("memfd:reaper:1-2", ""),
+        ("/dev/shm/reaper:1-2", ""),
+        ("anon_inode:[pidfd]", ""),
+        ("", ""),
+    ):
+        assert parse_memfd_link(link) == name, link
+
+
+def test_mapped_paths_are_all_paths_as_they_stand() -> None:
+    maps = (
+        b"55d0-55d1 r--p 00000000 fe:00 12 /usr/bin/python3\n"
+        b"7f00-7f01 rw-s 00000000 00:01 34                         /memfd:reaper:1 (deleted)\n"
+        b"7f01-7f02 rw-p 00000000 00:00 0 \n"
+        b"7f02-7f03 rw-p 00000000 00:00 0                          [heap]\n"
+        b"7f03-7f04 r--s 00000000 00:15 9 /dev/shm/with blanks  in it \n"
+        b"7f04-7f05 r--s 00000000 00:15 9 /dev/shm/\xff\\012\n"
+        b"junk\n"
+    )
+    assert list(parse_mapped_paths(maps)) == [
+        "/usr/bin/python3",
+        "/memfd:reaper:1 (deleted)",
+        "[heap]",
+        "/dev/shm/with blanks  in it ",
+        "/dev/shm/\udcff\\012",
+    ]
+    assert list(parse_mapped_paths(b"")) == []
+
+
+# -- a folder like /proc ----------------------------------------------------------------------------
+
+
+def test_the_listing_has_every_process_and_nothing_else(fake: FakeProc) -> None:
+    for name in ("1/stat", "42/stat", "self/x", "sys/kernel/x", "-7/x", "7x/x"):
+        fake.write(name, b"")
+    listing = dict(fake.proc.listing())
+    assert set(listing) == {1, 42}
+    assert listing[42] == (fake.root / "42").stat().st_ino
+
+
+def test_a_process_that_has_vanished_is_gone_whatever_is_asked(fake: FakeProc) -> None:
+    proc = fake.proc
+    questions: list[Callable[[], object]] = [
+        lambda: proc.stat(7),
+        lambda: proc.status(7),
+        lambda: proc.environ(7, 7),
+        lambda: proc.argv(7, 7),
+        lambda: proc.cgroup(7),
+        lambda: proc.mapped_paths(7, 7),
+    ]
+    for question in questions:
+        with pytest.raises(ProcessGone):
+            question()
+    assert proc.tasks(7) == []
+    assert proc.children(7) == []
+    assert proc.descriptors(7, 7) == {}
+    assert proc.descriptor(7, 7, 3) == ""
+    assert proc.namespaces(7) == Namespaces()
+
+
+def test_a_process_that_ends_between_open_and_read_is_gone(fake: FakeProc) -> None:
+    with forked(lambda: None) as pid:
+        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
+    # Opened anew, the inode of a dead process's file still opens; its read answers ESRCH.
+    fake.link("7/stat", f"/proc/self/fd/{descriptor}")
+    try:
+        with open(fake.root / "7/stat", "rb") as file, pytest.raises(ProcessLookupError):
+            file.read()
+        with pytest.raises(ProcessGone):
+            fake.proc.stat(7)
+    finally:
+        os.close(descriptor)
+
+
+def test_a_thread_that_vanishes_takes_only_its_own_children_along(fake: FakeProc) -> None:
+    fake.write("7/task/7/children", b"8 9 \n")
+    fake.write("7/task/70/comm", b"")
+    fake.write("7/task/71/children", b"")
+    fake.write("7/task/72/children", b"10 ")
+    assert sorted(fake.proc.children(7)) == [8, 9, 10]
+
+
+def test_a_file_of_any_size_is_read_whole(fake: FakeProc) -> None:
+    for size in (0, 1, 1023, 1024, 4095, 4096, 4097, 70_000, 300_000):
+        fake.write("7/task/7/environ", b"x" * size)
+        assert fake.proc.environ(7, 7) == b"x" * size, size
+
+
+def test_a_variable_at_the_end_of_a_big_environment_is_found(fake: FakeProc) -> None:
+    fake.write("7/task/7/environ", b"A=" + b"x" * 200_000 + b"\0MARK=here\0")
+    assert environment_value(fake.proc.environ(7, 7) or b"", "MARK") == "here"
+
+
+def test_a_file_without_end_is_not_read_for_ever(fake: FakeProc) -> None:
+    fake.link("7/task/7/environ", "/dev/zero")
+    environ = fake.proc.environ(7, 7)
+    assert environ is not None
+    assert 1024 * 1024 <= len(environ) <= 64 * 1024 * 1024
+
+
+def test_a_command_line_is_its_words(fake: FakeProc) -> None:
+    for text, argv in (
+        (b"", ()),
+        (b"python\0", ("python",)),
+        (b"python\0-c\0\0x\0", ("python", "-c", "", "x")),
+        (b"nginx: worker", ("nginx: worker",)),
+        (b"a\0\xff\0", ("a", "\ufffd")),
+    ):
+        fake.write("7/task/7/cmdline", text)
+        assert fake.proc.argv(7, 7) == argv, text
+
+
+def test_the_main_thread_is_read_while_it_lives_else_one_that_does(fake: FakeProc) -> None:
+    for task, state in ((7, "Z"), (70, "X"), (71, "S"), (72, "Z")):
+        fake.write(f"7/task/{task}/stat", stat_line(task, state=state))
+    fake.write("7/task/69/comm", b"")  # vanishes while it is looked at
+    assert fake.proc.living_task(parse_stat(stat_line(7, state="S"))) == 7
+    assert fake.proc.living_task(parse_stat(stat_line(7, state="Z", threads=2))) == 71
+    (fake.root / "7/task/71/stat").write_bytes(stat_line(71, state="Z"))
+    assert fake.proc.living_task(parse_stat(stat_line(7, state="Z", threads=2))) == 7
+
+
+def test_descriptors_are_read_as_they_stand(fake: FakeProc) -> None:
+    fake.link("7/task/7/fd/0", "/dev/null")
+    fake.link("7/task/7/fd/12", "/memfd:reaper:1 (deleted)")
+    fake.write("7/task/7/fd/13", b"")  # closed in the meantime: no link any more
+    assert fake.proc.descriptors(7, 7) == {0: "/dev/null", 12: "/memfd:reaper:1 (deleted)", 13: ""}
+    assert fake.proc.descriptor(7, 7, 12) == "/memfd:reaper:1 (deleted)"
+
+
+def test_namespaces_are_read_one_by_one(fake: FakeProc) -> None:
+    fake.link("7/ns/pid", "pid:[1]")
+    fake.link("7/ns/mnt", "mnt:[2]")
+    assert fake.proc.namespaces(7) == Namespaces("pid:[1]", "mnt:[2]", "")
+
+
+# -- the real one -----------------------------------------------------------------------------------
+
+
+def test_this_process_is_who_it_is() -> None:
+    proc, me = ProcFS(), os.getpid()
+    stat = proc.stat(me)
+    assert stat.id.pid == me
+    assert stat.ppid == os.getppid()
+    assert not stat.dead
+    assert stat.rss_bytes > 1024 * 1024
+    assert stat.id.start_ticks / procfs.TICKS_PER_S < float(Path("/proc/uptime").read_text().split()[0])
+    assert parse_uid(proc.status(me)) == os.getuid()
+    assert parse_gid(proc.status(me)) == os.getgid()
+    assert (me, os.stat(f"/proc/{me}").st_ino) in proc.listing()
+    assert proc.cgroup(me) == Path("/proc/self/cgroup").read_text()
+    assert proc.namespaces(me).pid == os.readlink("/proc/self/ns/pid")
+    assert proc.boot_id() == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert me in proc.tasks(me)
+
+
+def test_a_child_a_descriptor_and_a_mapping_of_this_process_are_found() -> None:
+    proc, me = ProcFS(), os.getpid()
+    number = os.memfd_create("reaper-test-name")
+    os.ftruncate(number, mmap.PAGESIZE)
+    with mmap.mmap(number, mmap.PAGESIZE), forked(lambda: None) as pid:
+        assert pid in proc.children(me)
+        assert parse_memfd_link(proc.descriptor(me, me, number)) == "reaper-test-name"
+        assert parse_memfd_link(proc.descriptors(pid, pid)[number]) == "reaper-test-name"
+        os.close(number)
+        assert "reaper-test-name" in [parse_memfd_link(path) for path in proc.mapped_paths(me, me)]
+        assert proc.stat(pid).forked
+        assert proc.descriptor(me, me, number) == ""
+        assert proc.descriptor_path(pid, number) == f"/proc/{pid}/fd/{number}"
+
+
+def test_a_big_environment_of_a_real_process_is_read_to_its_end(run: str) -> None:
+    environment = {"A": "x" * 100_000, "B": "y" * 100_000, "MARK": "here", "REAPER_TEST_RUN": run}
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"x\n")  # what it says back, it says after execve(2) has set the environment
+        process.stdin.flush()
+        process.stdout.readline()
+        proc = ProcFS()
+        assert environment_value(proc.environ(process.pid, process.pid) or b"", "MARK") == "here"
+        assert proc.argv(process.pid, process.pid) == ("cat",)
+        assert not proc.stat(process.pid).forked
+        process.stdin.close()
+
+
+def test_a_zombie_is_dead_and_has_neither_environment_nor_command_line() -> None:
+    proc = ProcFS()
+    with forked(lambda: None) as pid:
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        stat = proc.stat(pid)
+        assert stat.dead
+        assert stat.exit_status == signal.SIGKILL
+        assert not environ_or_gone(proc, pid)
+        assert proc.argv(pid, pid) == ()
+        os.waitpid(pid, 0)
+        with pytest.raises(ProcessGone):
+            proc.stat(pid)
+
+
+def test_a_process_whose_main_thread_alone_has_ended_lives_and_is_read_through_another() -> None:
+    reader, writer = os.pipe()
+
+    def lose_the_main_thread() -> None:
+        def say_when_alone() -> None:
+            while parse_stat(Path("/proc/self/stat").read_bytes()).state != "Z":
+                os.sched_yield()
+            os.write(writer, b"x")
+            signal.pause()
+
+        threading.Thread(target=say_when_alone).start()
+        ctypes.CDLL(None).syscall(_SYS_EXIT, 0)  # ends this thread alone, and Python knows nothing of it
+
+    pid = os.fork()
+    if pid == 0:
+        lose_the_main_thread()
+        os._exit(1)
+    try:
+        assert select.select([reader], [], [], 10)[0]
+        proc = ProcFS()
+        stat = proc.stat(pid)
+        task = proc.living_task(stat)
+        assert (stat.state, stat.threads, stat.dead) == ("Z", 2, False)
+        assert task != pid
+        assert proc.environ(pid, task) == Path("/proc/self/environ").read_bytes()
+        assert not environ_or_gone(proc, pid)
+        assert proc.descriptors(pid, task)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.needs_root
+def test_what_belongs_to_another_user_is_told_as_far_as_everybody_may_know_it() -> None:
+    def ask() -> dict[str, Any]:
+        proc, other = ProcFS(), os.getppid()
+        return {
+            "pid": proc.stat(other).id.pid,
+            "uid": parse_uid(proc.status(other)),
+            "argv": len(proc.argv(other, other)) > 0,
+            "environ": proc.environ(other, other),
+            "descriptors": proc.descriptors(other, other),
+            "descriptor": proc.descriptor(other, other, 0),
+            "maps": proc.mapped_paths(other, other),
+            "namespaces": proc.namespaces(other).pid,
+        }
+
+    assert result_of(ask, uid=NOBODY) == {
+        "pid": os.getpid(),
+        "uid": 0,
+        "argv": True,
+        "environ": None,
+        "descriptors": {},
+        "descriptor": "",
+        "maps": [],
+        "namespaces": "",
+    }
+
+
+def test_reading_leaves_no_descriptor_open() -> None:
+    proc, me = ProcFS(), os.getpid()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        proc.stat(me)
+        proc.environ(me, me)
+        proc.mapped_paths(me, me)
+        proc.listing()
+        with pytest.raises(ProcessGone):
+            proc.stat(0)
+    assert len(os.listdir("/proc/self/fd")) == before
