@@ -57,8 +57,8 @@ def candidate_sockets(explicit: str | None = None) -> list[str]:
     return [os.path.realpath(user_socket()), SYSTEM_SOCKET]
 
 
-def listens(path: str) -> str:
-    """Return "" when a process listens on ``path``, else the reason why not.
+def why_deaf(path: str) -> str | None:
+    """Return why nobody listens on ``path``, None when somebody does.
 
     libzmq would keep on connecting to a missing or dead socket until the deadline; one plain connect(2) knows at once.
     """
@@ -67,12 +67,12 @@ def listens(path: str) -> str:
         probe.settimeout(0.2)
         probe.connect(path)
     except TimeoutError:
-        return ""  # a full backlog: somebody listens, if slowly
+        return None  # a full backlog: somebody listens, if slowly
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         return getattr(error, "strerror", None) or str(error)
     finally:
         probe.close()
-    return ""
+    return None
 
 
 def request(path: str, message: dict[str, Any], *, timeout_s: float = 1.0) -> dict[str, Any]:
@@ -84,22 +84,22 @@ def request(path: str, message: dict[str, Any], *, timeout_s: float = 1.0) -> di
         import zmq
     except ImportError as error:
         raise Unreachable(f"pyzmq cannot be imported: {error}") from None
-    reason = listens(path)
-    if reason:
+    reason = why_deaf(path)
+    if reason is not None:
         raise Unreachable(f"{path}: {reason}")
     context = zmq.Context()
-    peer = context.socket(zmq.DEALER)
+    dealer = context.socket(zmq.DEALER)
     try:
-        peer.linger = 0
-        peer.connect(f"ipc://{path}")
-        peer.send(wire.encode(message))
-        if not peer.poll(int(timeout_s * 1000)):
+        dealer.linger = 0
+        dealer.connect(f"ipc://{path}")
+        dealer.send(wire.encode(message))
+        if not dealer.poll(int(timeout_s * 1000)):
             raise Unreachable(f"{path}: no answer within {timeout_s:g} s")
-        frames = peer.recv_multipart()
-    except zmq.ZMQError as error:
+        frames = dealer.recv_multipart()
+    except (zmq.ZMQError, ValueError) as error:  # ValueError: a path that is no text
         raise Unreachable(f"{path}: {error}") from None
     finally:
-        peer.close()
+        dealer.close()
         context.term()
     try:
         reply = wire.decode(frames[-1])

@@ -16,7 +16,7 @@ from agent import wire
 
 # linux/fcntl.h; the constants are in Python's fcntl module for some versions only.
 _F_ADD_SEALS = 1033
-_SEAL_SHRINK, _SEAL_GROW, _SEAL_FUTURE_WRITE = 0x2, 0x4, 0x10
+_SEALS = 0x1 | 0x2 | 0x4 | 0x10  # SEAL, SHRINK, GROW, FUTURE_WRITE
 
 
 class SessionPage:
@@ -33,7 +33,7 @@ class SessionPage:
         try:
             os.ftruncate(self.fd, wire.PAGE_BYTES)
             self._memory = mmap.mmap(self.fd, wire.PAGE_BYTES)
-            fcntl.fcntl(self.fd, _F_ADD_SEALS, _SEAL_SHRINK | _SEAL_GROW | _SEAL_FUTURE_WRITE)
+            fcntl.fcntl(self.fd, _F_ADD_SEALS, _SEALS)
         except OSError:
             os.close(self.fd)
             raise
@@ -60,6 +60,8 @@ class SessionPage:
 
     def _write(self, at: int, data: bytes) -> None:
         with self._lock:
+            if self.fd < 0:  # closed by another thread
+                return
             memory = self._memory
             self._sequence = (self._sequence + 2) & 0xFFFFFFFE
             memory[wire.SEQUENCE_SLICE] = (self._sequence | 1).to_bytes(4, "little")
@@ -73,10 +75,11 @@ class SessionPage:
 
     def close(self) -> None:
         """Unmap and close the page: the mark is gone from this process."""
-        self._memory.close()
-        with contextlib.suppress(OSError):  # the program may have closed all its descriptors
-            os.close(self.fd)
-        self.fd = -1
+        with self._lock:
+            self._memory.close()
+            with contextlib.suppress(OSError):  # the program may have closed all its descriptors
+                os.close(self.fd)
+            self.fd = -1
 
 
 class SparedMark:

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class RegistrationError(RuntimeError):
-    """``register(required=True)`` found no daemon that watches this session; the text says why."""
+    """``register(required=True)`` found no daemon that watches this session; the text says why.
+
+    The session's marks stay: a daemon that starts later adopts it.
+    """
 
 
 class Session:
@@ -81,7 +84,9 @@ def register(
     if os.environ.get("REAPER_DISABLE") == "1":
         return Session("", name, os.getpid())
     if sys.platform != "linux":
-        return _without_daemon(Session("", name, os.getpid()), "Reaper works on Linux only", required)
+        return _without_daemon(
+            Session("", name, os.getpid()), "Reaper works on Linux only", required=required, stacklevel=4
+        )
     with _process.lock:
         session = _process.session
         if session is not None and not session.leading:
@@ -92,9 +97,13 @@ def register(
                 return inherited
             try:
                 session = _stamp(name, client.candidate_sockets(socket))
-            except OSError as error:
-                reason = f"this system cannot mark the session: {error}"
-                return _without_daemon(Session("", name, os.getpid()), reason, required)
+            except (OSError, ValueError, wire.WireError) as error:  # ValueError: a path that is no text
+                return _without_daemon(
+                    Session("", name, os.getpid()),
+                    f"the session cannot be marked: {error}",
+                    required=required,
+                    stacklevel=4,
+                )
         if session.socket is None:
             _announce(session, socket, float(timeout), required)
         return session
@@ -132,10 +141,15 @@ def _stamp(name: str, sockets: list[str]) -> Session:
     from agent.page import SessionPage
 
     pid, start_ticks = os.getpid(), _start_ticks()
-    place = wire.place_of(_first_listening(sockets), wire.parse_cgroup(_read_text("/proc/self/cgroup")))
+    cgroup = wire.parse_cgroup(_read_text("/proc/self/cgroup"))
+    place = wire.place_of(_first_listening(sockets), cgroup, os.geteuid())
     session_id = wire.format_session_id(pid, start_ticks, place, int.from_bytes(os.urandom(4), "little"))
     page = SessionPage(session_id, name, start_ticks, _read_text("/proc/sys/kernel/random/boot_id").strip())
-    page.write_record(sockets)
+    try:
+        page.write_record(sockets)
+    except (ValueError, wire.WireError):
+        page.close()
+        raise
     outer = os.environ.get(wire.LINEAGE_VARIABLE)
     os.environ[wire.LINEAGE_VARIABLE] = f"{outer}:{session_id}" if outer else session_id
     _process.outer_lineage, _process.page = outer, page
@@ -149,7 +163,7 @@ def _stamp(name: str, sockets: list[str]) -> Session:
 
 def _first_listening(sockets: list[str]) -> str:
     for path in sockets:
-        if not client.listens(path):
+        if client.why_deaf(path) is None:
             return path
     return sockets[0]
 
@@ -179,10 +193,10 @@ def _announce(session: Session, socket: str | None, timeout_s: float, required: 
             session.max_workers = limit if isinstance(limit, int) and limit > 0 else None
             page.write_record([path])
             return
-    _without_daemon(session, "; ".join(reasons), required)
+    _without_daemon(session, "; ".join(reasons), required=required, stacklevel=5)
 
 
-def _without_daemon(session: Session, reason: str, required: bool) -> Session:
+def _without_daemon(session: Session, reason: str, *, required: bool, stacklevel: int) -> Session:
     if required:
         raise RegistrationError(f"no Reaper daemon watches this session: {reason}")
     if not _process.warned:
@@ -190,7 +204,7 @@ def _without_daemon(session: Session, reason: str, required: bool) -> Session:
         warnings.warn(
             f"no Reaper daemon watches this session, training goes on without one: {reason}",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=stacklevel,
         )
     return session
 

@@ -119,8 +119,8 @@ class SessionId(NamedTuple):
     """What a session id says: ``<pid>-<start ticks, hex>-<place, 8 hex>-<random, 8 hex>``.
 
     A process whose environment alone survives (an exec'ed worker of a leader that nobody remembers)
-    still names its leader. ``place`` is a checksum of the daemon's socket and of the leader's cgroup:
-    a stamp that was carried into another cgroup, or that belongs to another daemon, does not match.
+    still names its leader. ``place`` is a checksum of the daemon's socket and of the leader's cgroup and uid: a stamp
+    that was carried into another cgroup or to another user, or that is another daemon's, does not match.
     """
 
     pid: int  # in the leader's own pid namespace
@@ -143,9 +143,9 @@ def format_session_id(pid: int, start_ticks: int, place: int, nonce: int) -> str
     return f"{pid}-{start_ticks:x}-{place:08x}-{nonce:08x}"
 
 
-def place_of(socket: str, cgroup: str) -> int:
-    """Return the checksum (CRC-32: no secret, no trust) of a daemon's socket path and a leader's cgroup path."""
-    return binascii.crc32(f"{socket}\0{cgroup}".encode("utf-8", "surrogateescape"))
+def place_of(socket: str, cgroup: str, uid: int) -> int:
+    """Return the checksum (CRC-32: no secret, no trust) of a daemon's socket path and a leader's cgroup path and uid."""
+    return binascii.crc32(f"{socket}\0{cgroup}\0{uid}".encode("utf-8", "surrogateescape"))
 
 
 def parse_lineage(text: str) -> tuple[str, ...]:
@@ -185,7 +185,8 @@ PAGE_BYTES = 4096
 _MAGIC = b"reaper\x00\x01"
 _SEQUENCE_AT = 8
 _HEADER = struct.Struct("<8sIIH")
-_RECORD_AT, _PROGRESS_AT, _MESSAGE_AT, _SPARED_AT = 64, 2048, 2080, 3200
+HEADER_BYTES = _HEADER.size
+RECORD_AT, PROGRESS_AT, _MESSAGE_AT, SPARED_AT = 64, 2048, 2080, 3200
 _PROGRESS = struct.Struct("<ddH")
 _SPARED_ONE = struct.Struct("<IQ")
 MAX_SPARED = 64
@@ -220,6 +221,9 @@ class Page(NamedTuple):
 class TornPage(WireError):
     """The page was read in the middle of a write: read it again."""
 
+    def __init__(self) -> None:
+        super().__init__("bad-page", "the session page was being written and never held still")
+
 
 def pack_record(
     session: str, name: str, start_ticks: int, boot_id: str, page_fd: int, sockets: list[str]
@@ -234,7 +238,7 @@ def pack_record(
         "sockets": sockets[:MAX_SOCKETS],
     }
     data = encode(record)
-    if len(data) > _PROGRESS_AT - _RECORD_AT:
+    if len(data) > PROGRESS_AT - RECORD_AT:
         raise WireError("bad-request", "the session's name and socket paths are too long for its page")
     return data
 
@@ -249,7 +253,7 @@ def pack_progress(done: float, total: float | None, message: str) -> bytes:
     text = message.encode("utf-8", "replace")[:MAX_MESSAGE_BYTES]
     return (
         _PROGRESS.pack(done, float("nan") if total is None else total, len(text)).ljust(
-            _MESSAGE_AT - _PROGRESS_AT, b"\0"
+            _MESSAGE_AT - PROGRESS_AT, b"\0"
         )
         + text
     )
@@ -262,7 +266,6 @@ def pack_spared(processes: list[tuple[int, int]]) -> bytes:
 
 
 SEQUENCE_SLICE = slice(_SEQUENCE_AT, _SEQUENCE_AT + 4)
-RECORD_AT, PROGRESS_AT, SPARED_AT = _RECORD_AT, _PROGRESS_AT, _SPARED_AT
 
 
 def page_sequence(data: bytes) -> int:
@@ -278,10 +281,10 @@ def parse_page(data: bytes) -> Page:
     if magic != _MAGIC:
         raise WireError("bad-page", "the page does not begin as a session page does")
     if sequence % 2:
-        raise TornPage("torn-page", "the page was being written")
-    if record_bytes > _PROGRESS_AT - _RECORD_AT:
+        raise TornPage
+    if record_bytes > PROGRESS_AT - RECORD_AT:
         raise WireError("bad-page", "the record is longer than its place")
-    record = decode(data[_RECORD_AT : _RECORD_AT + record_bytes])
+    record = decode(data[RECORD_AT : RECORD_AT + record_bytes])
     session = text_field(record, "id", limit=64)
     sockets = record.get("sockets")
     if (
@@ -308,13 +311,13 @@ def parse_page(data: bytes) -> Page:
 
 
 def _parse_spared(data: bytes) -> tuple[tuple[int, int], ...]:
-    count = min(int.from_bytes(data[_SPARED_AT : _SPARED_AT + 2], "little"), MAX_SPARED)
-    end = _SPARED_AT + 2 + count * _SPARED_ONE.size
-    return tuple((pid, ticks) for pid, ticks in _SPARED_ONE.iter_unpack(data[_SPARED_AT + 2 : end]))
+    count = min(int.from_bytes(data[SPARED_AT : SPARED_AT + 2], "little"), MAX_SPARED)
+    end = SPARED_AT + 2 + count * _SPARED_ONE.size
+    return tuple((pid, ticks) for pid, ticks in _SPARED_ONE.iter_unpack(data[SPARED_AT + 2 : end]))
 
 
 def _parse_progress(data: bytes) -> Progress | None:
-    done, total, length = _PROGRESS.unpack_from(data, _PROGRESS_AT)
+    done, total, length = _PROGRESS.unpack_from(data, PROGRESS_AT)
     # Never written: all zero. NaN and infinity are no progress either; only `total` may be unknown.
     if (done == 0 and total == 0 and length == 0) or done - done != 0 or length > MAX_MESSAGE_BYTES:
         return None

@@ -63,7 +63,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[str]:
         faults.append(f"processes left behind:\n{harness.describe(left)}")
     harness.end_leftovers(left)
     ours = {entry for leader in request.node.stash.get(leaders_key, []) for entry in leader.shm}
-    if entries := harness.shm_left(shm, ours, LEFT_WITHIN_S):
+    if entries := harness.shm_left(shm, ours, mark, LEFT_WITHIN_S):
         faults.append(f"left in /dev/shm: {entries}")
     if harness.list_mounts() != mounts:
         faults.append(f"mounts changed: {set(harness.list_mounts()) ^ set(mounts)}")

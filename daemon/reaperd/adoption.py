@@ -9,29 +9,14 @@ from dataclasses import replace
 
 from agent import wire
 from reaperd import report
-from reaperd.core import Core, now_utc
-from reaperd.linux import page, pidfd
-from reaperd.linux.procfs import ProcessGone, environment_value
-from reaperd.model import ProcessId, Session
-from reaperd.observer import FoundPage, Observer, Stray
+from reaperd.core import Core
+from reaperd.linux import pidfd
+from reaperd.linux.procfs import ProcessGone
+from reaperd.model import UNKNOWN_CAUSE, ProcessId, Session
+from reaperd.sweep import FoundPage, StampedProcess, Sweep
+from reaperd.times import now_utc
 
 log = logging.getLogger(__name__)
-
-
-def describe_leader(session: Session, observer: Observer) -> Session:
-    """Return ``session`` with what only its living leader tells; ProcessGone."""
-    pid, proc = session.leader.pid, observer.proc
-    environ = proc.environ(pid, pid) or b""
-    folders = [environment_value(environ, name) for name in ("JOBLIB_TEMP_FOLDER", "TMPDIR")]
-    session = replace(session, oom_counter=observer.oom_counter(pid))
-    return replace(
-        session,
-        cgroup=observer.cgroup_path(pid),
-        adopters=observer.ancestors(pid),
-        namespaces=proc.namespaces(pid),
-        oom_kills=observer.oom_kills_in(session),
-        temp_dirs=tuple(folder for folder in (*folders, "/tmp") if os.path.isabs(folder)),  # noqa: S108
-    )
 
 
 class Adoption:
@@ -40,6 +25,7 @@ class Adoption:
     def __init__(self, core: Core, socket_path: str) -> None:
         self._core = core
         self._observer = core.observer
+        self._sweep = Sweep(core.observer)
         self._socket_path = socket_path
 
     def recover(self) -> None:
@@ -57,70 +43,73 @@ class Adoption:
             self._core.take_on(session, handle, self._open_page(session))
 
     def _open_page(self, session: Session) -> int | None:
-        if session.page_fd < 0:
-            return None
-        path = self._observer.proc.descriptor_path(session.leader.pid, session.page_fd)
         with contextlib.suppress(OSError, wire.WireError):
-            return page.open_page(path, uid=session.uid)
+            return self._observer.open_page(session.leader.pid, session.page_fd, session.uid)
         return None
 
     def sweep(self, *, all_of_them: bool) -> None:
         """Look for marks of sessions that are not on record; of new processes, or of all of them."""
-        for found in self._observer.sweep(all_of_them=all_of_them):
-            try:
-                if isinstance(found, Stray):
-                    self._adopt_by_environment(found)
-                elif not self._adopt_by_page(found):
-                    os.close(found.descriptor)
-            except ProcessGone:
+        for found in self._sweep.run(all_of_them=all_of_them):
+            with contextlib.ExitStack() as ours:
                 if isinstance(found, FoundPage):
-                    os.close(found.descriptor)
+                    ours.callback(os.close, found.descriptor)
+                if self._is_known(found.page.id if isinstance(found, FoundPage) else found.session):
+                    continue
+                with contextlib.suppress(ProcessGone):
+                    if not isinstance(found, FoundPage):
+                        self._adopt_by_environment(found)
+                    elif self._adopt_by_page(found):
+                        ours.pop_all()
+
+    def _is_known(self, session_id: str) -> bool:
+        return session_id in self._core.entries or self._core.is_settled(session_id)
 
     def _adopt_by_page(self, found: FoundPage) -> bool:
         """Take on the session of a page; True when the page's descriptor went along."""
         told, holder = found.page, found.holder
-        if (
-            told.id in self._core.entries
-            or self._socket_path not in told.sockets
-            or told.boot_id != self._observer.boot_id
-        ):
+        if self._socket_path not in told.sockets or told.boot_id != self._observer.boot_id:
             return False
         session = Session(told.id, told.name, found.uid, found.gid, holder.id, now_utc(), told.page_fd)
         if self._observer.namespaced_pid(holder.id.pid) == told.pid and self._observer.same_ticks(
             holder.id, told.start_ticks
         ):
-            session = replace(describe_leader(session, self._observer), ending=bool(told.flags & wire.ENDED))
-            self._core.take_on(session, pidfd.open_pidfd(holder.id, self._observer.proc), found.descriptor)
+            session = self._observer.describe_leader(session)
+            leader_pidfd = pidfd.open_pidfd(holder.id, self._observer.proc)
             self._note(session, "its leader lives")
+            self._core.take_on(session, leader_pidfd, found.descriptor)
             return True
         leader = ProcessId(told.pid, told.start_ticks)
         if self._observer.could_be_orphan(holder.id, leader):
-            cgroup = self._observer.cgroup_path(holder.id.pid)
-            self._adopt_dead(replace(session, leader=leader), cgroup)
+            clean = bool(told.flags & (wire.CLOSING | wire.ENDED))
+            spared = frozenset(ProcessId(*pair) for pair in told.spared)
+            session = replace(
+                session, leader=leader, spared=spared, cause=replace(UNKNOWN_CAUSE, clean=clean)
+            )
+            self._adopt_dead(session, self._observer.cgroup_path(holder.id.pid))
         return False
 
-    def _adopt_by_environment(self, stray: Stray) -> None:
+    def _adopt_by_environment(self, found: StampedProcess) -> None:
         """Take on a session whose dead leader only the environment of an exec'ed worker names."""
-        if stray.session in self._core.entries:
-            return
-        told = wire.SessionId.parse(stray.session)
-        if wire.place_of(self._socket_path, stray.cgroup) != told.place:
-            return  # another daemon's, or carried into another cgroup
+        told = wire.SessionId.parse(found.session)
+        if wire.place_of(self._socket_path, found.cgroup, found.uid) != told.place:
+            return  # another daemon's, or carried into another cgroup or to another user
         leader = ProcessId(told.pid, told.start_ticks)
-        if self._observer.could_be_orphan(stray.holder.id, leader):
-            session = Session(stray.session, "", stray.uid, stray.gid, leader, now_utc())
-            self._adopt_dead(session, stray.cgroup)
+        if self._observer.could_be_orphan(found.holder.id, leader):
+            session = Session(found.session, "", found.uid, found.gid, leader, now_utc())
+            self._adopt_dead(session, found.cgroup)
 
     def _adopt_dead(self, session: Session, cgroup: str) -> None:
-        known = wire.place_of(self._socket_path, cgroup) == wire.SessionId.parse(session.id).place
+        known = (
+            wire.place_of(self._socket_path, cgroup, session.uid) == wire.SessionId.parse(session.id).place
+        )
         session = replace(
             session,
             cgroup=cgroup if known else None,
             namespaces=self._observer.proc.namespaces(os.getpid()),
             temp_dirs=("/tmp",),  # noqa: S108
         )
-        self._core.take_on(session, None, None)
         self._note(session, "its leader died unseen")
+        self._core.take_on(session, None, None)
 
     def _note(self, session: Session, how: str) -> None:
         log.info(

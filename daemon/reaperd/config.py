@@ -98,13 +98,15 @@ _GRACE = duration(at_least=0)  # none at all is a choice
 
 @dataclass(frozen=True, slots=True)
 class DaemonConfig:
+    """The daemon's log."""
+
     log_level: LogLevel = field(default="info", metadata=_key("log_level", one_of(LogLevel)))
     log_format: LogFormat = field(default="text", metadata=_key("log_format", one_of(LogFormat)))
 
 
 @dataclass(frozen=True, slots=True)
 class ScanConfig:
-    """Orphans that nobody registered: how they are looked for, and what is done about them."""
+    """How often the daemon looks around, and, to come, what is done about orphans that nobody registered."""
 
     enabled: bool = field(default=True, metadata=_key_to_come("enabled", SWITCH))
     interval_s: float = field(default=30.0, metadata=_key("interval", _DURATION))
@@ -121,6 +123,8 @@ class ScanConfig:
 
 @dataclass(frozen=True, slots=True)
 class KillConfig:
+    """How what a dead leader left is ended, and what is cleared away after it."""
+
     grace_s: float = field(default=5.0, metadata=_key("grace", _GRACE))
     exit_grace_s: float = field(default=10.0, metadata=_key("exit_grace", _GRACE))
     tracker_grace_s: float = field(default=10.0, metadata=_key("tracker_grace", _GRACE))
@@ -130,6 +134,8 @@ class KillConfig:
 
 @dataclass(frozen=True, slots=True)
 class SessionsConfig:
+    """What a session may have; ``max_workers`` is told to the script, which is not made to keep to it."""
+
     max_workers: int = field(default=4, metadata=_key("max_workers", COUNT))
     max_per_uid: int = field(default=1000, metadata=_key("max_per_uid", COUNT))
     isolate: bool = field(default=False, metadata=_key_to_come("isolate", SWITCH))
@@ -152,6 +158,8 @@ class LimitsConfig:
 
 @dataclass(frozen=True, slots=True)
 class ProtectConfig:
+    """Who is never signalled: by login name, by process name, by systemd unit."""
+
     users: tuple[str, ...] = field(default=(), metadata=_key("users", TEXTS))
     names: tuple[str, ...] = field(default=(), metadata=_key("names", TEXTS))
     units: tuple[str, ...] = field(default=(), metadata=_key("units", TEXTS))
@@ -159,11 +167,15 @@ class ProtectConfig:
 
 @dataclass(frozen=True, slots=True)
 class AccessConfig:
+    """Who may see and stop what is another user's, besides root."""
+
     admins: tuple[str, ...] = field(default=("root",), metadata=_key("admins", TEXTS))
 
 
 @dataclass(frozen=True, slots=True)
 class MetricsConfig:
+    """Where figures for Prometheus are served."""
+
     enabled: bool = field(default=False, metadata=_key_to_come("enabled", SWITCH))
     listen: Address = field(default=Address("127.0.0.1", 9478), metadata=_key_to_come("listen", ADDRESS))
 
@@ -181,6 +193,8 @@ class AlertsConfig:
 
 @dataclass(frozen=True, slots=True)
 class HistoryConfig:
+    """How long events are kept."""
+
     keep_s: float = field(default=90 * 86_400.0, metadata=_key("keep", _DURATION))
 
 
@@ -201,6 +215,8 @@ class Config:
 
 
 class Setting(NamedTuple):
+    """What the metadata of a dataclass field says, and the field's own name; ``required`` where it has no default."""
+
     field: str
     required: bool
     key: str

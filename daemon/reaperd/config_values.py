@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, get_args
 
 
 class Fault(NamedTuple):
+    """One thing to put right: ``what`` is the rule that was broken, as "must be ..."."""
+
     where: str  # the place inside the value, "" for the value itself
     what: str
     got: tuple[object] | tuple[()] = ()  # the value, where showing it helps
@@ -24,15 +26,19 @@ class RefusedError(Exception):
         self.faults = faults
 
     def inside(self, place: str) -> list[Fault]:
+        """Return the faults as they read from outside: ``place`` is a key or "entry 2"."""
         return [f._replace(where=f"{place}: {f.where}" if f.where else place) for f in self.faults]
 
 
 class Kind(NamedTuple):
+    """How values of one kind are read from what TOML gives, and written."""
+
     parse: Callable[[object], Any]  # raises RefusedError
     render: Callable[[Any], str]  # TOML that ``parse`` reads back as the same value
 
 
 def must_be(rule: str, value: object) -> RefusedError:
+    """Return, to be raised, the refusal of ``value``, which will be shown to people; ``rule`` follows "must be"."""
     return RefusedError(Fault("", f"must be {rule}", (value,)))
 
 
@@ -83,6 +89,7 @@ _TEN_YEARS_S = 3650 * 86_400
 
 
 def duration(*, more_than: float | None = None, at_least: float | None = None) -> Kind:
+    """Seconds as a number or text with units, parsed to a float of seconds; the bounds are seconds, ten years the most."""
     allowed = _Range(more_than, at_least, _TEN_YEARS_S, lambda s: _duration_text(s) if s else "0 s")
 
     def parse(value: object) -> float:
@@ -234,6 +241,7 @@ def one_of(literal: Any) -> Kind:
 
 
 def list_of(item: Kind, what: str, *, may_be_empty: bool = True) -> Kind:
+    """A TOML array of ``item``, parsed to a tuple; refused with the faults of all its entries. ``what`` is a plural."""
     rule = f"a list of {what}" if may_be_empty else f"a list of {what}, one at least"
 
     def parse(value: object) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ Pure code decides (decide.py on ledger.py); this file fetches the facts, does th
 from __future__ import annotations
 
 import contextlib
-import datetime
+import errno
 import functools
 import logging
 import os
@@ -16,11 +16,11 @@ from dataclasses import replace
 from typing import Any
 
 from agent import wire
-from reaperd import decide, ledger, reclaim, report
+from reaperd import decide, ledger, report
 from reaperd.causes import read_cause
 from reaperd.escalation import Stage
 from reaperd.ledger import Entry, Happening
-from reaperd.linux import page, pidfd, shm
+from reaperd.linux import page, pidfd
 from reaperd.linux.procfs import ProcessGone
 from reaperd.model import (
     SIGNAL_NAMES,
@@ -33,6 +33,7 @@ from reaperd.model import (
     ProcessId,
     Role,
     Session,
+    Snapshot,
 )
 from reaperd.observer import Observer
 from reaperd.policy import Policy
@@ -40,10 +41,9 @@ from reaperd.poller import Poller
 from reaperd.reaper import Outcome, Reaper
 from reaperd.reclaimer import Reclaimer
 from reaperd.store import Store
+from reaperd.times import now_utc
 
 log = logging.getLogger(__name__)
-
-_MAX_TURNS = 1000
 
 
 class Core:
@@ -72,24 +72,31 @@ class Core:
             str, frozenset[str]
         ] = {}  # names in /dev/shm that a dead session's members had mapped
         self._unsaved: set[str] = set()
-        self._reclaimer = Reclaimer(poller, observer.proc.root, self._reclaimed)
+        self._told: set[str] = set()  # sessions that a dry run has spoken of
+        self._reclaimer = Reclaimer(poller, observer, self._reclaimed)
 
     # -- taking sessions on ------------------------------------------------------------------
 
     def take_on(self, session: Session, leader_pidfd: int | None, page_fd: int | None) -> None:
-        """Watch a session; without a pidfd its leader is dead already. The descriptors are ours from now on."""
-        self.entries[session.id] = Entry(session)
+        """Watch a session; without a pidfd its leader is dead already. The descriptors are ours, whatever comes of it."""
+        if leader_pidfd is not None:
+            self._leaders[session.id] = leader_pidfd
         if page_fd is not None:
             self._pages[session.id] = page_fd
+        self.entries[session.id] = Entry(session)
         self._unsaved.add(session.id)
         if leader_pidfd is None:
             self._leader_is_dead(session.id, session.cause or UNKNOWN_CAUSE)
             return
-        self._leaders[session.id] = leader_pidfd
         self._poller.watch(leader_pidfd, functools.partial(self._leader_died, session.id))
-        family = self.judge(session, self.observer.look_below(session))
+        self._read_page(session.id)
+        family = self.judge(self.entries[session.id].session, self.observer.look_below(session))
         self._apply(session.id, ledger.Looked(family, time.monotonic(), 0.0))
         self._hold_kept(session.id)
+
+    def is_settled(self, session_id: str) -> bool:
+        """Say whether a session is over for good: whoever carries its marks still was left alone, or told of."""
+        return session_id in self._told or self.store.is_settled(session_id)
 
     # -- the leader ends ---------------------------------------------------------------------
 
@@ -136,10 +143,8 @@ class Core:
     def _amend_cause(self, entry: Entry) -> None:
         """Ask again why the leader died, where the kernel did not tell at once."""
         session, handle = entry.session, self._leaders.get(entry.session.id)
-        if session.cause is UNKNOWN_CAUSE and handle is not None:
-            self.entries[session.id] = replace(
-                entry, session=replace(session, cause=self._read_cause(session, handle))
-            )
+        if session.cause is not None and session.cause.kind is CauseKind.UNKNOWN and handle is not None:
+            self._apply(session.id, ledger.CauseTold(self._read_cause(session, handle)))
 
     def _read_page(self, session_id: str) -> int:
         """Take from the page what only the leader knows, and return its flags."""
@@ -163,7 +168,7 @@ class Core:
 
     # -- looking -----------------------------------------------------------------------------
 
-    def judge(self, session: Session, snapshot: Any) -> Family:
+    def judge(self, session: Session, snapshot: Snapshot) -> Family:
         """Return who belongs to ``session``."""
         return decide.judge(session, snapshot, self.policy)
 
@@ -183,7 +188,6 @@ class Core:
             self._hold_kept(session.id)
             self._refresh_oom(session.id)
             families[session.id] = family
-        self._end_idle()
         return families
 
     def _refresh_oom(self, session_id: str) -> None:
@@ -191,25 +195,14 @@ class Core:
         entry = self.entries[session_id]
         count = self.observer.oom_kills_in(entry.session)
         if count != entry.session.oom_kills:
-            self.entries[session_id] = replace(entry, session=replace(entry.session, oom_kills=count))
-
-    def _end_idle(self) -> None:
-        """Take sessions off the record that their living leaders ended and that left no worker."""
-        for session_id, entry in list(self.entries.items()):
-            if entry.session.ending and entry.died_at_s is None and not entry.workers:
-                log.info("ended session=%s name=%r, no worker is left", session_id, entry.session.name)
-                self.record(report.session_event("ended", entry.session))
-                self._forget(session_id)
+            self._apply(session_id, ledger.OomCounted(count))
 
     def _drop_reused(self, session_id: str) -> None:
         """Forget members whose pidfd says that they are dead: their pid may be somebody else's."""
-        entry = self.entries[session_id]
-        alive = frozenset(
-            id_
-            for id_ in entry.session.kept
-            if id_ not in self._kept or not pidfd.has_exited(self._kept[id_])
-        )
-        self.entries[session_id] = replace(entry, session=entry.session.keeping(alive))
+        kept = self.entries[session_id].session.kept
+        dead = frozenset(id_ for id_ in kept if id_ in self._kept and pidfd.has_exited(self._kept[id_]))
+        if dead:
+            self._apply(session_id, ledger.MembersLost(dead))
 
     def _hold_kept(self, session_id: str) -> None:
         for id_ in self.entries[session_id].session.kept:
@@ -228,22 +221,22 @@ class Core:
 
     def step(self) -> None:
         """Do all that is due now; what others wait for first, bookkeeping afterwards."""
-        self._collect_exits()
-        for _ in range(_MAX_TURNS):  # a bound, not a plan: each turn needs something to have become due
-            now_s = time.monotonic()
-            due = {
-                session_id: actions
-                for session_id, entry in self.entries.items()
-                if (actions := decide.decide(entry, self.policy, now_s))
-            }
-            if not due:
-                break
-            for session_id, actions in due.items():
-                self._do(session_id, actions)
-            self._collect_exits()
-        if self._reclaimer.step():
-            self.step()
+        while self._do_due() or self._reclaimer.step():
+            pass
         self._save()
+
+    def _do_due(self) -> bool:
+        """Do what has become due since the last time; False when nothing has."""
+        self._collect_exits()
+        now_s = time.monotonic()
+        due = {
+            session_id: actions
+            for session_id, entry in self.entries.items()
+            if (actions := decide.decide(entry, self.policy, now_s))
+        }
+        for session_id, actions in due.items():
+            self._do(session_id, actions)
+        return bool(due)
 
     def next_deadline(self) -> float | None:
         """Return the monotonic second at which ``step()`` has something to do, None when nothing is due."""
@@ -267,42 +260,45 @@ class Core:
                     self._forget(session_id)
 
     def _look(self, session_id: str, *, quick: bool) -> None:
-        started_s = time.monotonic()
-        entry = self.entries[session_id]
+        entry, started_s = self.entries[session_id], time.monotonic()
         session = entry.session
-        snapshot = self.observer.look_quick(session) if quick else self.observer.look(session)
-        family = self.judge(session, snapshot)
+        try:
+            snapshot = self.observer.look_quick(session) if quick else self.observer.look(session)
+            family = self.judge(session, snapshot)
+            held = self._hold_new(entry, family)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            log.warning("cannot look for session=%s: %s, trying again", session_id, error.strerror)
+            self._apply(session_id, ledger.LookFailed(time.monotonic()))
+            return
+        finally:
+            self.observer.release()
+        new = [id_ for id_ in held.members if id_ not in entry.targets]
+        now_s, complete = time.monotonic(), len(held.members) == len(family.members)
+        self._apply(session_id, ledger.Looked(held, now_s, now_s - started_s, complete=complete))
+        if new and not self.policy.dry_run and self.observer.shares_our_namespaces(session):
+            self._apply(session_id, ledger.ShmMeasured(self._reclaimer.measure(session, new)))
+
+    def _hold_new(self, entry: Entry, family: Family) -> Family:
+        """Hold a pidfd of each new member; return the family without those for whom none is left."""
+        members = dict(family.members)
         for id_ in family.members:
-            if id_ not in entry.targets:
+            if id_ in entry.targets or self._reaper.holds(id_):
+                continue
+            if self._reaper.is_full():
+                del members[id_]
+            else:
                 self._hold(id_)
-        self.observer.release()
-        now_s = time.monotonic()
-        self._apply(session_id, ledger.Looked(family, now_s, now_s - started_s))
-        if quick and family.members and not self.policy.dry_run:
-            self._measure_shm(session, family)
+        return Family(members, family.left_alone)
 
     def _hold(self, id_: ProcessId) -> None:
-        if self._reaper.holds(id_):
-            return
         handle = self.observer.claim(id_)
         if handle is None and id_ in self._kept:
             handle = os.dup(self._kept[id_])
         handle = self._reaper.take(id_, handle)
         if handle is not None:
             self._poller.watch(handle, functools.partial(self._note_exit, id_))
-
-    def _measure_shm(self, session: Session, family: Family) -> None:
-        """Note which nameless segments the members have mapped, while they can still be asked, and what all of it takes."""
-        names = shm.shared_names(session.uid)
-        mapped: frozenset[str] = frozenset()
-        if names:
-            for id_ in family.members:
-                with contextlib.suppress(ProcessGone, OSError):
-                    mapped |= shm.mapped_names(self.observer.proc.mapped_paths(id_.pid, id_.pid), names)
-        self._mapped[session.id] = mapped
-        if self.observer.shares_our_namespaces(session):
-            held = shm.held_bytes(session.leader.pid, mapped, session.uid)
-            self._apply(session.id, ledger.ShmMeasured(held))
 
     def _send(self, session_id: str, sends: list[decide.Send]) -> None:
         """Send every signal first; what is noted and logged about them costs as much again."""
@@ -314,21 +310,29 @@ class Core:
                 self._exited.add(id_)
             denied = outcome is Outcome.DENIED
             signalled.append(ledger.Signalled(id_, send.event, send.signal, send.due_s, denied=denied))
-        self.entries[session_id] = entry = ledger.apply_signalled(self.entries[session_id], signalled)
+        self._apply(session_id, ledger.SignalsSent(tuple(signalled)))
+        entry = self.entries[session_id]
         for send, outcome in zip(sends, outcomes, strict=True):
             self._log_sent(entry, send, outcome)
             target = entry.targets.get(send.member.process.id)
-            if send.stage is Stage.STUCK and target is not None and target.retries == 1:
+            if (
+                target is not None
+                and target.stage is Stage.STUCK
+                and target.retries == 1
+                and not target.denied
+            ):
                 self._tell_stuck(entry, target)
 
     def _log_sent(self, entry: Entry, send: decide.Send, outcome: Outcome) -> None:
-        denied = outcome is Outcome.DENIED
-        log.log(
-            logging.WARNING if denied else logging.INFO, "%s %s pid=%d session=%s name=%r framework=%r cause=%s: %s",
-            "could not send" if denied else "sent", SIGNAL_NAMES[send.signal], send.member.process.id.pid,
-            entry.session.id, entry.session.name, send.member.framework, report.cause_words(entry.session.cause),
-            "; ".join(send.member.evidence),
-        )  # fmt: skip
+        signal_name, pid, session = SIGNAL_NAMES[send.signal], send.member.process.id.pid, entry.session
+        if outcome is Outcome.DENIED:
+            log.warning("cannot send %s pid=%d session=%s: not permitted", signal_name, pid, session.id)
+            return
+        log.info(
+            "sent %s pid=%d session=%s name=%r framework=%r cause=%s grace_s=%g: %s",
+            *(signal_name, pid, session.id, session.name, send.member.framework),
+            *(report.cause_words(session.cause), self.policy.grace_s, "; ".join(send.member.evidence)),
+        )
 
     def _tell_stuck(self, entry: Entry, target: ledger.Target) -> None:
         pid = target.member.process.id.pid
@@ -347,19 +351,18 @@ class Core:
                 if self._reaper.holds(id_):
                     self._poller.unwatch(self._reaper.handle(id_))
                     self._reaper.drop(id_)
-            for session_id, entry in self.entries.items():
+            for session_id, entry in list(self.entries.items()):
                 if not gone.isdisjoint(entry.targets):
-                    self.entries[session_id] = ledger.apply(entry, ledger.Exited(gone, now_s))
+                    self._apply(session_id, ledger.Exited(gone, now_s))
 
     def _conclude(self, session_id: str) -> None:
         entry = self.entries[session_id]
         self._amend_cause(entry)
         entry = self.entries[session_id]
-        event = report.end_event(entry, dry_run=self.policy.dry_run)
-        freed = report.freed_by(entry, dry_run=self.policy.dry_run)
+        event, freed = report.end_event(entry, dry_run=self.policy.dry_run), report.freed_by(entry)
         ended = sum(1 for target in entry.targets.values() if target.stage is Stage.GONE and target.signals)
         log.info(
-            "%s session=%s name=%r uid=%d cause=%s processes=%d ended=%d spared=%d latency_s=%s freed_bytes=%d%s",
+            "%s session=%s name=%r uid=%d cause=%s processes=%d ended=%d left_alone=%d latency_s=%s freed_bytes=%d%s",
             event["kind"], session_id, entry.session.name, entry.session.uid, report.cause_words(entry.session.cause),
             len(entry.targets), ended, len(entry.left_alone), event["latency_s"], freed.rss_bytes + freed.shm_bytes,
             " dry_run" if self.policy.dry_run else "",
@@ -367,6 +370,10 @@ class Core:
         self.record(event)
         self.store.add_total("reaped", ended)
         self.store.add_total("freed_bytes", freed.rss_bytes + freed.shm_bytes)
+        if self.policy.dry_run:
+            self._told.add(session_id)
+        else:
+            self.store.settle(session_id)
         self._apply(session_id, ledger.Concluded())
 
     def _forget(self, session_id: str) -> None:
@@ -378,7 +385,6 @@ class Core:
         descriptor = self._pages.pop(session_id, None)
         if descriptor is not None:
             os.close(descriptor)
-        self._mapped.pop(session_id, None)
         self._unsaved.discard(session_id)
         self.store.forget(session_id)
         wanted = {id_ for other in self.entries.values() for id_ in other.targets}
@@ -394,7 +400,7 @@ class Core:
         entry = self.entries[session_id]
         self._apply(session_id, ledger.ReclaimStarted())
         if self.policy.reclaim_shm and entry.targets and self.observer.shares_our_namespaces(entry.session):
-            self._reclaimer.ask(reclaim.Claim(entry.session, self._mapped.get(session_id, frozenset())))
+            self._reclaimer.ask(entry.session)
         else:
             self._apply(session_id, ledger.Reclaimed(Freed()))
 
@@ -429,13 +435,6 @@ class Core:
         self._save()
         self._reclaimer.close()
         self.store.close()
-
-
-def now_utc() -> str:
-    """Return the time as people are told it: RFC 3339, UTC, milliseconds."""
-    return (
-        datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    )
 
 
 def count_stuck(entries: Iterable[Entry]) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from reaperd import lineage
 from reaperd.escalation import NEXT, SIGNAL, Event, Stage
 from reaperd.ledger import GROWTH_LIMIT, Entry, Phase, Target, tracker_due_s
-from reaperd.model import Family, Member, ProcessId, Session, Snapshot
+from reaperd.model import Family, Member, Session, Snapshot
 from reaperd.policy import Policy
 
 FREEZE_S = 0.005  # from SIGSTOP to SIGKILL: all of a growing session must hold still first
@@ -60,11 +60,11 @@ def judge(session: Session, snapshot: Snapshot, policy: Policy) -> Family:
 def decide(entry: Entry, policy: Policy, now_s: float) -> list[Action]:
     """Return what is to be done for one session now."""
     if entry.died_at_s is None:
-        return _stop_leader(entry, policy, now_s)
+        return _while_the_leader_lives(entry, policy, now_s)
     if entry.look_due_s is not None and entry.look_due_s <= now_s:
         return [Look(quick=entry.looks == 0)]
     if policy.dry_run:
-        return [Forget()] if entry.concluded else [Conclude()]
+        return _tell(entry, now_s)
     actions: list[Action] = list(_signals(entry, policy, now_s))
     if not actions and entry.phase is Phase.RECLAIMING and not entry.reclaim_asked:
         actions.append(Reclaim())
@@ -76,7 +76,18 @@ def decide(entry: Entry, policy: Policy, now_s: float) -> list[Action]:
     return actions
 
 
-def _stop_leader(entry: Entry, policy: Policy, now_s: float) -> list[Action]:
+def _tell(entry: Entry, now_s: float) -> list[Action]:
+    """Say what would be done, when it would be done: after a clean exit workers may yet end by themselves."""
+    if entry.concluded:
+        return [Forget()]
+    living = any(target.stage is not Stage.GONE for target in entry.targets.values())
+    return [] if living and now_s < entry.signal_from_s else [Conclude()]
+
+
+def _while_the_leader_lives(entry: Entry, policy: Policy, now_s: float) -> list[Action]:
+    """End a session that its leader has ended and that left no worker; end a leader that is to be stopped."""
+    if entry.session.ending and not entry.workers:
+        return [Forget()] if entry.concluded else [Conclude()]
     target = entry.leader_target
     if target is None or target.due_s > now_s:
         return []
@@ -112,8 +123,3 @@ def _send(target: Target, event: Event, now_s: float, kill_at_s: float) -> Send:
         Stage.STUCK: now_s + min(2.0**target.retries, MAX_RETRY_S),
     }[stage]
     return Send(target.member, event, stage, SIGNAL[stage], due_s)
-
-
-def target_ids(entry: Entry) -> frozenset[ProcessId]:
-    """Return the processes of ``entry`` whose end is awaited."""
-    return frozenset(id_ for id_, target in entry.targets.items() if target.stage is not Stage.GONE)

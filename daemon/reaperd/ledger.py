@@ -96,9 +96,6 @@ class Entry:
         return [target for target in self.targets.values() if target.stage is Stage.STUCK]
 
 
-Ledger = Mapping[str, Entry]
-
-
 # -- what happens ---------------------------------------------------------------------------------
 
 
@@ -118,6 +115,7 @@ class Looked:
     family: Family
     at_s: float
     took_s: float
+    complete: bool = True  # False: descriptors ran out, so there may be more members than these
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +128,48 @@ class Exited:
 
 @dataclass(frozen=True, slots=True)
 class Signalled:
-    """A signal was sent, or refused."""
+    """A signal was sent to one process, or refused."""
 
     process: ProcessId
     event: Event
     signal: int
     due_s: float
     denied: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SignalsSent:
+    """Signals went out, many at once: a session can have thousands of workers."""
+
+    signals: tuple[Signalled, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LookFailed:
+    """Nobody could look: descriptors ran out."""
+
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class MembersLost:
+    """Members that only descent tells have ended: their pids may be somebody else's."""
+
+    processes: frozenset[ProcessId]
+
+
+@dataclass(frozen=True, slots=True)
+class OomCounted:
+    """The OOM counter was read while the leader lived: whoever was killed so far, it was not the leader."""
+
+    kills: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CauseTold:
+    """The kernel told late why the leader died."""
+
+    cause: Cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +220,11 @@ Happening = (
     LeaderDied
     | Looked
     | Exited
-    | Signalled
+    | LookFailed
+    | SignalsSent
+    | MembersLost
+    | OomCounted
+    | CauseTold
     | StopAsked
     | Unregistered
     | Spared
@@ -198,31 +235,38 @@ Happening = (
 )
 
 
-def apply(entry: Entry, happening: Happening) -> Entry:
+def apply(entry: Entry, happening: Happening) -> Entry:  # noqa: PLR0912
     """Return the entry after ``happening``."""
+    session = entry.session
     match happening:
         case LeaderDied():
             return _leader_died(entry, happening)
         case Looked():
             return _looked(entry, happening)
+        case LookFailed():
+            return replace(entry, quiet_looks=0, look_due_s=happening.at_s + SPACING_S[-1])
         case Exited():
             return _exited(entry, happening)
-        case Signalled():
-            return apply_signalled(entry, (happening,))
+        case SignalsSent():
+            return _signals_sent(entry, happening)
         case StopAsked():
             return replace(entry, leader_target=Target(happening.leader, Stage.FOUND, happening.at_s))
         case Unregistered():
-            return replace(entry, session=replace(entry.session, ending=True))
+            return replace(entry, session=replace(session, ending=True))
         case Spared():
-            return replace(
-                entry, session=replace(entry.session, spared=entry.session.spared | happening.processes)
-            )
-        case Reclaimed():
-            return replace(entry, reclaimed=happening.freed)
+            return replace(entry, session=replace(session, spared=session.spared | happening.processes))
+        case MembersLost():
+            return replace(entry, session=session.keeping(session.kept - happening.processes))
+        case OomCounted():
+            return replace(entry, session=replace(session, oom_kills=happening.kills))
+        case CauseTold():
+            return replace(entry, session=replace(session, cause=happening.cause))
+        case ShmMeasured():
+            return replace(entry, shm_held_bytes=max(entry.shm_held_bytes, happening.held_bytes))
         case ReclaimStarted():
             return replace(entry, reclaim_asked=True)
-        case ShmMeasured():
-            return replace(entry, shm_held_bytes=happening.held_bytes)
+        case Reclaimed():
+            return replace(entry, reclaimed=happening.freed)
         case Concluded():
             return replace(entry, concluded=True)
 
@@ -254,7 +298,7 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
     for member in new:
         stage = Stage.TRUSTED if member.role is Role.TRACKER else Stage.FOUND
         targets[member.process.id] = Target(member, stage, max(looked.at_s, entry.signal_from_s))
-    quiet = 0 if new_workers else entry.quiet_looks + 1
+    quiet = 0 if new_workers or not looked.complete else entry.quiet_looks + 1
     changed = replace(
         entry,
         session=entry.session.keeping(entry.session.kept | unmarked),
@@ -295,10 +339,9 @@ def _exited(entry: Entry, exited: Exited) -> Entry:
     )
 
 
-def apply_signalled(entry: Entry, signalled: Iterable[Signalled]) -> Entry:
-    """Return the entry after many signals at once: a session can have thousands of workers."""
+def _signals_sent(entry: Entry, sent: SignalsSent) -> Entry:
     targets, leader_target = dict(entry.targets), entry.leader_target
-    for one in signalled:
+    for one in sent.signals:
         target = targets.get(one.process)
         if leader_target is not None and one.process == entry.session.leader:
             leader_target = _advance(leader_target, one)

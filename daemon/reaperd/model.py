@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 # signal(7), the same numbers on x86, ARM, RISC-V and POWER.
-SIGKILL, SIGTERM, SIGCONT, SIGSTOP = 9, 15, 18, 19
-SIGNAL_NAMES = {SIGKILL: "SIGKILL", SIGTERM: "SIGTERM", SIGCONT: "SIGCONT", SIGSTOP: "SIGSTOP"}
+SIGKILL, SIGTERM, SIGSTOP = 9, 15, 19
+SIGNAL_NAMES = {SIGKILL: "SIGKILL", SIGTERM: "SIGTERM", SIGSTOP: "SIGSTOP"}
 
 
 class ProcessId(NamedTuple):
@@ -101,21 +101,26 @@ class Session:
     gid: int
     leader: ProcessId
     started_at_utc: str
-    page_fd: int = -1  # the page's descriptor number in the leader; -1: it has none
-    cgroup: str | None = "/"  # None: never learned, so no environment stamp counts
-    adopters: frozenset[ProcessId] = (
-        frozenset()
-    )  # its ancestors: one that is a subreaper inherits what it leaves
+    # The page's descriptor number in the leader; -1: it has none.
+    page_fd: int = -1
+    # None: never learned, so no environment stamp counts.
+    cgroup: str | None = "/"
+    # The leader's ancestors: one that is a subreaper inherits what it leaves.
+    adopters: frozenset[ProcessId] = frozenset()
     namespaces: Namespaces = Namespaces()
-    oom_counter: str = ""  # the file that counts OOM kills in the leader's memory cgroup
-    oom_kills: int | None = None  # what it said when last looked at
-    kept: frozenset[ProcessId] = frozenset()  # members without a mark of their own
-    spared: frozenset[ProcessId] = (
-        frozenset()
-    )  # started under spared(), by the page: its environment may not say so
-    cause: Cause | None = None  # set once the leader is dead
-    temp_dirs: tuple[str, ...] = ()  # where joblib may have put memmapped arrays, /dev/shm apart
-    ending: bool = False  # the leader has unregistered: what it starts from now on is not the session's
+    # The file that counts OOM kills in the leader's memory cgroup, and what it said when last looked at.
+    oom_counter: str = ""
+    oom_kills: int | None = None
+    # Members without a mark of their own.
+    kept: frozenset[ProcessId] = frozenset()
+    # Where joblib may have put memmapped arrays, /dev/shm apart.
+    temp_dirs: tuple[str, ...] = ()
+    # The leader has unregistered: what it starts from now on is not the session's.
+    ending: bool = False
+    # Started under spared(), as the page says: their environment may not say so.
+    spared: frozenset[ProcessId] = frozenset()
+    # Set once the leader is dead.
+    cause: Cause | None = None
 
     def keeping(self, members: frozenset[ProcessId]) -> Session:
         """Return the session with ``members`` as those that only descent tells."""
@@ -139,6 +144,13 @@ class Family:
 
     members: Mapping[ProcessId, Member]
     left_alone: Mapping[ProcessId, str]
+
+
+class Usage(NamedTuple):
+    """What a process takes of the machine."""
+
+    cpu_percent: float  # of one core, since the last scan; since its start where it is new
+    rss_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What is there: reads /proc into snapshots, finds session pages, takes down who a leader is. Decides nothing, signals nobody.
+"""What is there: reads /proc into snapshots and takes down who a leader is. Decides nothing, signals nobody.
 
 While a snapshot of a dead leader's survivors is taken, a pidfd is opened for each process before anything of it is
 read: whatever the evidence says then holds for exactly the process that a signal would reach.
@@ -7,12 +7,12 @@ read: whatever the evidence says then holds for exactly the process that a signa
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
+import resource
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 from agent import wire
 from reaperd.linux import cgroup, helper, page, pidfd
@@ -27,11 +27,9 @@ from reaperd.linux.procfs import (
     parse_memfd_link,
     parse_uid,
 )
-from reaperd.model import Process, ProcessId, Session, Snapshot
+from reaperd.model import Process, ProcessId, Session, Snapshot, Usage
 
 _MAX_ANCESTORS = 200
-# Pages of processes that are no longer new are looked for in one of so many scans: nearly all register by message.
-_SWEEP_TURNS = 16
 _BLOCKED_READ_S = 0.05
 _USAGE_S = 1.0  # CPU shares are told over no less than that, where there is a choice
 
@@ -43,33 +41,6 @@ class _Marks(TypedDict):
     spared: list[str]
 
 
-class FoundPage(NamedTuple):
-    """A session page, and a process that holds it."""
-
-    page: wire.Page
-    holder: Stat
-    uid: int
-    gid: int
-    descriptor: int  # ours, to be closed by whoever takes the page on
-
-
-class Stray(NamedTuple):
-    """A process whose environment names a session."""
-
-    session: str
-    holder: Stat
-    uid: int
-    gid: int
-    cgroup: str
-
-
-class Usage(NamedTuple):
-    """What a process takes of the machine."""
-
-    cpu_percent: float  # of one core, since the last scan; since its start where it is new
-    rss_bytes: int
-
-
 class Observer:
     """Reads one /proc."""
 
@@ -78,8 +49,9 @@ class Observer:
         self.boot_id = proc.boot_id()
         self._held: dict[ProcessId, int] = {}
         self._cpu: dict[ProcessId, tuple[float, int]] = {}  # monotonic seconds and CPU ticks at the last scan
-        self._known: set[tuple[int, int]] = set()
-        self._turn = 0
+        # The reaper opens what is beyond this, and then compares start times.
+        self._most_held = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+        self._bounded = helper.BoundedReader(_BLOCKED_READ_S)
 
     # -- snapshots ---------------------------------------------------------------------------
 
@@ -98,7 +70,7 @@ class Observer:
             pid = pending.pop()
             if pid in processes:
                 continue
-            process = self._read(pid, session)
+            process = self._read(pid, session, hold=True)
             if process is None:
                 continue
             processes[pid] = process
@@ -111,7 +83,7 @@ class Observer:
         """Return every process that can belong to ``session``."""
         processes: dict[int, Process] = {}
         for pid, _ in self.proc.listing():
-            process = self._read(pid, session)
+            process = self._read(pid, session, hold=True)
             if process is not None:
                 processes[pid] = process
         return self._whole(processes, self._living(session.adopters))
@@ -143,15 +115,15 @@ class Observer:
                     processes[pid] = process
         return self._whole(processes, self._living(frozenset(adopters)))
 
-    def _read(self, pid: int, session: Session) -> Process | None:
+    def _read(self, pid: int, session: Session, *, hold: bool = False) -> Process | None:
         oldest = {session.uid: session.leader.start_ticks}
-        return self._read_candidate(pid, oldest, {session.page_fd}, hold=session.cause is not None)
+        return self._read_candidate(pid, oldest, {session.page_fd}, hold=hold)
 
     def _read_candidate(
         self, pid: int, oldest: dict[int, int], page_fds: set[int], *, hold: bool
     ) -> Process | None:
         """Return what ``pid`` is, None when it is gone, dead, or of no uid in ``oldest``, or started earlier than that."""
-        handle = self._open_handle(pid) if hold else -1
+        handle = self._open_handle(pid) if hold and len(self._held) < self._most_held else -1
         try:
             stat = self.proc.stat(pid)
             if stat.dead or stat.id.start_ticks < min(oldest.values()):
@@ -201,10 +173,30 @@ class Observer:
         pid = stat.id.pid
         if stat.state != "D":
             return self._read_memory(pid, task, page_fds, forked=stat.forked)
-        marks: _Marks | None = helper.run_bounded(
-            lambda: self._read_memory(pid, task, page_fds, forked=stat.forked), _BLOCKED_READ_S
+        marks: _Marks | None = self._bounded.run(
+            lambda: self._read_memory(pid, task, page_fds, forked=stat.forked)
         )
         return marks or _Marks(argv=[], lineage=[], pages=[], spared=[])
+
+    def mapped_paths(self, pid: int) -> list[str]:
+        """Return the paths that ``pid`` has mapped; empty when it is gone, or blocked in the kernel."""
+        with contextlib.suppress(ProcessGone, PermissionError):
+            stat = self.proc.stat(pid)
+            task = self.proc.living_task(stat)
+            if stat.state != "D":
+                return self.proc.mapped_paths(pid, task)
+            return self._bounded.run(lambda: self.proc.mapped_paths(pid, task)) or []
+        return []
+
+    def argv(self, process: Process) -> list[str]:
+        """Return the command line, a forked process's too; empty when it is gone, or blocked in the kernel."""
+        if process.argv:
+            return list(process.argv)
+        with contextlib.suppress(ProcessGone, PermissionError):
+            stat = self.proc.stat(process.id.pid)
+            if stat.id == process.id and stat.state != "D":
+                return list(self.proc.argv(process.id.pid, self.proc.living_task(stat)))
+        return []
 
     def _read_memory(self, pid: int, task: int, page_fds: set[int], *, forked: bool) -> _Marks:
         names = self._memfd_names(pid, task, page_fds) if forked else set()
@@ -262,13 +254,6 @@ class Observer:
             return pidfd.open_pid(pid)
         except ProcessGone:
             return -1
-        except OSError as error:
-            if error.errno in (
-                errno.EMFILE,
-                errno.ENFILE,
-            ):  # the reaper opens it later, comparing start times
-                return -1
-            raise
 
     def claim(self, process_id: ProcessId) -> int | None:
         """Return the pidfd that was opened before ``process_id`` was read; it is the caller's to close from now on."""
@@ -328,6 +313,30 @@ class Observer:
         """Return the file that counts OOM kills where ``pid`` runs, "" where none does."""
         return cgroup.counter_file(self.proc.cgroup(pid))
 
+    def describe_leader(self, session: Session) -> Session:
+        """Return ``session`` with what only its living leader tells; ProcessGone."""
+        pid = session.leader.pid
+        stat = self.proc.stat(pid)
+        task = self.proc.living_task(stat)
+        folders: list[str] = self._read_folders(pid, task) if stat.state != "D" else []
+        session = replace(session, oom_counter=self.oom_counter(pid))
+        return replace(
+            session,
+            cgroup=self.cgroup_path(pid),
+            adopters=self.ancestors(pid),
+            namespaces=self.proc.namespaces(pid),
+            oom_kills=self.oom_kills_in(session),
+            temp_dirs=tuple(folder for folder in (*folders, "/tmp") if os.path.isabs(folder)),  # noqa: S108
+        )
+
+    def _read_folders(self, pid: int, task: int) -> list[str]:
+        environ = self.proc.environ(pid, task) or b""
+        return [environment_value(environ, name) for name in ("JOBLIB_TEMP_FOLDER", "TMPDIR")]
+
+    def open_page(self, leader: int, page_fd: int, uid: int) -> int:
+        """Return a descriptor of ours for the page that ``leader`` has at ``page_fd``; OSError, or WireError."""
+        return page.open_page(self.proc.descriptor_path(leader, page_fd), uid=uid)
+
     def leader(self, session: Session) -> Process | None:
         """Return the leader as it is now, None when it is dead."""
         process = self._read(session.leader.pid, session)
@@ -361,51 +370,6 @@ class Observer:
         """Say whether the pids and paths of ``session`` mean here what they mean there."""
         ours = self.proc.namespaces(os.getpid())
         return session.namespaces.pid == ours.pid and session.namespaces.mnt == ours.mnt
-
-    # -- pages -------------------------------------------------------------------------------
-
-    def sweep(self, *, all_of_them: bool) -> Iterator[FoundPage | Stray]:
-        """Yield what marks new processes carry, and a part of the others in turn (all of them, when asked to)."""
-        listing = self.proc.listing()
-        self._turn = (self._turn + 1) % _SWEEP_TURNS
-        for key in listing:
-            if all_of_them or key not in self._known or key[0] % _SWEEP_TURNS == self._turn:
-                yield from self._marks_of(key[0])
-        self._known = set(listing)
-
-    def _marks_of(self, pid: int) -> Iterator[FoundPage | Stray]:
-        try:
-            stat = self.proc.stat(pid)
-            if stat.dead:
-                return
-            task = self.proc.living_task(stat)
-            environ = b"" if stat.state == "D" else self.proc.environ(pid, task) or b""
-            lineage = wire.parse_lineage(environment_value(environ, wire.LINEAGE_VARIABLE))
-            if lineage:
-                uid, gid = self.owner(pid)
-                for session_id in lineage if uid is not None and gid is not None else ():
-                    yield Stray(session_id, stat, uid or 0, gid or 0, self.cgroup_path(pid))
-            for number, link in self.proc.descriptors(pid, task).items():
-                if parse_memfd_link(link).startswith(wire.PAGE_PREFIX):
-                    found = self._open_page(stat, number)
-                    if found is not None:
-                        yield found
-        except (ProcessGone, PermissionError, ValueError):
-            return
-
-    def _open_page(self, stat: Stat, number: int) -> FoundPage | None:
-        uid, gid = self.owner(stat.id.pid)
-        if uid is None or gid is None:
-            return None
-        try:
-            descriptor = page.open_page(self.proc.descriptor_path(stat.id.pid, number), uid=uid)
-        except (OSError, wire.WireError):
-            return None
-        try:
-            return FoundPage(page.read_page(descriptor), stat, uid, gid, descriptor)
-        except wire.WireError:
-            os.close(descriptor)
-            return None
 
     # -- figures for people ------------------------------------------------------------------
 

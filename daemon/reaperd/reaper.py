@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 import os
+import resource
 
 from reaperd.linux import pidfd
 from reaperd.linux.procfs import ProcessGone, ProcFS
@@ -28,6 +29,7 @@ class Reaper:
         self._proc = proc
         self._untouchable = untouchable
         self._pidfds: dict[ProcessId, int] = {}
+        self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
     def take(self, target: ProcessId, handle: int | None) -> int | None:
         """Own a pidfd of ``target`` (``handle``, or one opened here) and return it; None when it is gone already."""
@@ -42,6 +44,10 @@ class Reaper:
                 return None
         self._pidfds[target] = handle
         return handle
+
+    def is_full(self) -> bool:
+        """Say whether no more processes can be held: some descriptors must be left for looking at them."""
+        return len(self._pidfds) >= self._most
 
     def holds(self, target: ProcessId) -> bool:
         """Say whether ``target`` is held."""

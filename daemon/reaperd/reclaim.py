@@ -24,27 +24,27 @@ class Claim:
     mapped: frozenset[str]
 
 
-def reclaim_work(claims: list[Claim], proc_root: str) -> Callable[[], dict[str, int]]:
-    """Return the work of one helper: it frees all ``claims`` and returns the bytes freed outside /dev/shm, by session."""
+def reclaim_work(claims: list[Claim], proc_root: str) -> Callable[[], int]:
+    """Return the work of one helper: it frees all ``claims`` and returns how many bytes that were."""
     return lambda: _reclaim_all(claims, ProcFS(proc_root))
 
 
-def _reclaim_all(claims: list[Claim], proc: ProcFS) -> dict[str, int]:
+def _reclaim_all(claims: list[Claim], proc: ProcFS) -> int:
     found = {claim.session.id: _find(claim) for claim in claims}
     names = frozenset(name for entries in found.values() for _, name in entries)
     used = _used_names(proc, names) if names else frozenset()
-    return {claim.session.id: _remove_as_owner(claim, found[claim.session.id], used) for claim in claims}
+    return sum(_remove_as_owner(claim, found[claim.session.id], used) for claim in claims)
 
 
 def _find(claim: Claim) -> list[tuple[str, str]]:
     """Return (directory, name) of what is there and was made after the leader started."""
-    since_s = shm.started_at_s(claim.session.leader.start_ticks)
+    since_epoch_s = shm.started_at_epoch_s(claim.session.leader.start_ticks)
     found = []
     for directory in dict.fromkeys((shm.SHM, *claim.session.temp_dirs)):
         mapped = claim.mapped if directory == shm.SHM else frozenset()
         with contextlib.suppress(OSError), shm.open_directory(os.path.realpath(directory)) as opened:
             for name in shm.candidates(opened, claim.session.leader.pid, mapped):
-                if shm.made_after(opened, name, since_s):
+                if shm.made_after(opened, name, since_epoch_s):
                     found.append((os.path.realpath(directory), name))
     return found
 

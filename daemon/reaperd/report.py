@@ -8,9 +8,7 @@ from typing import Any
 from agent import wire
 from reaperd.escalation import Stage
 from reaperd.ledger import Entry, Phase, Target
-from reaperd.model import SIGNAL_NAMES, Cause, CauseKind, Freed, Member, ProcessId, Session
-
-_RESULTS = {Stage.GONE: "killed", Stage.STUCK: "stuck"}
+from reaperd.model import SIGNAL_NAMES, Cause, CauseKind, Freed, Member, ProcessId, Session, Usage
 
 
 def cause_words(cause: Cause | None) -> str:
@@ -30,17 +28,30 @@ def cause_record(cause: Cause | None) -> dict[str, Any] | None:
     return record
 
 
-def session_event(kind: str, session: Session, **more: Any) -> dict[str, Any]:
-    """Return an event about a session; its time is added when it is stored."""
+def event(kind: str, **fields: Any) -> dict[str, Any]:
+    """Return an event with every field that others rely on; its time is added when it is stored."""
     return {
         "kind": kind,
-        "session": session.id,
-        "name": session.name,
-        "uid": session.uid,
-        "leader": {"pid": session.leader.pid, "start_ticks": session.leader.start_ticks},
-        "cause": cause_record(session.cause),
-        **more,
+        "session": None,
+        "uid": None,
+        "cause": None,
+        "processes": [],
+        "latency_s": None,
+        "freed": _freed_record(Freed()),
+        **fields,
     }
+
+
+def session_event(kind: str, session: Session, **fields: Any) -> dict[str, Any]:
+    """Return an event about a session."""
+    return event(
+        kind,
+        session=session.id,
+        name=session.name,
+        uid=session.uid,
+        leader={"pid": session.leader.pid, "start_ticks": session.leader.start_ticks},
+        **{"cause": cause_record(session.cause), **fields},
+    )
 
 
 def end_event(entry: Entry, *, dry_run: bool) -> dict[str, Any]:
@@ -48,48 +59,60 @@ def end_event(entry: Entry, *, dry_run: bool) -> dict[str, Any]:
     targets = entry.targets.values()
     gone_at_s = [t.gone_at_s for t in targets if t.gone_at_s is not None and not t.tracker]
     latency_s = max(gone_at_s) - entry.died_at_s if gone_at_s and entry.died_at_s is not None else None
-    touched = dry_run or any(target.signals for target in targets)
-    freed = freed_by(entry, dry_run=dry_run)
-    more: dict[str, Any] = {
-        "processes": [process_record(target, dry_run=dry_run) for target in targets],
-        "spared": [{"pid": id_.pid, "reason": reason} for id_, reason in entry.left_alone.items()],
-        "latency_s": None if latency_s is None else round(latency_s, 6),
-        "freed": {"rss_bytes": freed.rss_bytes, "shm_bytes": freed.shm_bytes, "gpu_bytes": freed.gpu_bytes},
-    }
-    if dry_run:
-        more["dry_run"] = True
-    return session_event("reaped" if touched and targets else "ended", entry.session, **more)
+    touched = any(target.signals or (dry_run and target.stage is not Stage.GONE) for target in targets)
+    return session_event(
+        "reaped" if touched else "ended",
+        entry.session,
+        processes=[process_record(target) for target in targets],
+        left_alone=_left_alone(entry),
+        latency_s=None if latency_s is None else round(latency_s, 6),
+        freed=_freed_record(freed_by(entry)),
+        **({"dry_run": True} if dry_run else {}),
+    )
 
 
-def freed_by(entry: Entry, *, dry_run: bool = False) -> Freed:
+def _left_alone(entry: Entry) -> list[dict[str, Any]]:
+    return [{"pid": id_.pid, "reason": reason} for id_, reason in entry.left_alone.items()]
+
+
+def _freed_record(freed: Freed) -> dict[str, int]:
+    return {"rss_bytes": freed.rss_bytes, "shm_bytes": freed.shm_bytes, "gpu_bytes": freed.gpu_bytes}
+
+
+def freed_by(entry: Entry) -> Freed:
     """Return the memory that the end of a session gave back."""
-    gone = [] if dry_run else [t for t in entry.targets.values() if t.stage is Stage.GONE and t.signals]
+    gone = [t for t in entry.targets.values() if t.stage is Stage.GONE and t.signals]
     shm_bytes = entry.reclaimed.shm_bytes if entry.reclaimed is not None else 0
     return Freed(rss_bytes=sum(t.member.process.rss_bytes for t in gone), shm_bytes=shm_bytes)
 
 
-def process_record(target: Target, *, dry_run: bool = False) -> dict[str, Any]:
+def process_record(target: Target) -> dict[str, Any]:
     """Return what an event says of one process."""
     member = target.member
     signals = [SIGNAL_NAMES[number] for number in target.signals]
-    result = "kept" if dry_run else _RESULTS.get(target.stage, "kept")
-    if target.stage is Stage.GONE and not signals:
-        result = "exited"
     return {
         "pid": member.process.id.pid,
         "role": member.role.value,
         "framework": member.framework,
         "signal": signals[-1] if signals else None,
         "signals": signals,
-        "result": "denied" if target.denied and target.stage is not Stage.GONE else result,
+        "result": _result(target),
         "evidence": list(member.evidence),
     }
+
+
+def _result(target: Target) -> str:
+    if target.stage is Stage.GONE:
+        return "killed" if target.signals else "exited"
+    if target.denied:
+        return "denied"
+    return "stuck" if target.stage is Stage.STUCK else "kept"
 
 
 def session_record(
     entry: Entry,
     members: Mapping[ProcessId, Member],
-    usage: Mapping[ProcessId, tuple[float, int]],
+    usage: Mapping[ProcessId, Usage],
     *,
     leader_cmdline: list[str] | None,
     progress: wire.Progress | None,
@@ -115,13 +138,13 @@ def session_record(
                 "start_ticks": id_.start_ticks,
                 "role": member.role.value,
                 "framework": member.framework,
-                "cpu_percent": round(usage[id_][0], 1) if id_ in usage else None,
-                "rss_bytes": usage[id_][1] if id_ in usage else member.process.rss_bytes,
+                "cpu_percent": round(usage[id_].cpu_percent, 1),
+                "rss_bytes": usage[id_].rss_bytes,
                 "evidence": list(member.evidence),
             }
             for id_, member in members.items()
         ],
-        "spared": [{"pid": id_.pid, "reason": reason} for id_, reason in entry.left_alone.items()],
+        "left_alone": _left_alone(entry),
     }
 
 

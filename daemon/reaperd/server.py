@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agent import wire
 from reaperd import __version__, report
-from reaperd.adoption import describe_leader
-from reaperd.core import Core, count_stuck, now_utc
+from reaperd.core import Core, count_stuck
 from reaperd.gate_link import GateLink, Peer, Return
 from reaperd.ledger import Entry
 from reaperd.linux import page, pidfd
 from reaperd.linux.procfs import ProcessGone
 from reaperd.model import Family, ProcessId, Role, Session
+from reaperd.times import moment, now_utc
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ _LONGEST_WAIT_S = 25
 _WAITERS_PER_UID = 64
 _FRESH_S = 0.1  # a look that is younger answers the next question, too
 _MOST_EVENTS = 500
+_NOBODY = ProcessId(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,46 +102,46 @@ class Server:
         told = wire.SessionId.parse(session_id)
         name = _name(message.get("name"))
         page_fd = wire.integer_field(message, "page_fd", default=-1, least=-1)
-        start_ticks = wire.integer_field(message, "start_ticks")
-        if start_ticks != told.start_ticks:
+        if wire.integer_field(message, "start_ticks") != told.start_ticks:
             raise wire.WireError("bad-session", "start_ticks: does not match the session id")
         try:
-            handle = peer.open_pidfd()
+            with contextlib.ExitStack() as ours:
+                handle = peer.open_pidfd()
+                ours.callback(os.close, handle)
+                session = self._describe(
+                    peer, Session(session_id, name, peer.uid, peer.gid, _NOBODY, now_utc(), page_fd)
+                )
+                if not self._is_new(session):
+                    return self._registered(session_id)
+                descriptor = self._open_page(session)
+                if descriptor is not None:
+                    ours.callback(os.close, descriptor)
+                session = self._core.observer.describe_leader(session)
+                if pidfd.has_exited(handle):  # what was read may be the next owner's of the pid
+                    raise ProcessGone(str(peer.pid))
+                self._supersede(session)
+                ours.pop_all()  # the core's from here on, whatever take_on() does
+                log.info("registered session=%s name=%r pid=%d uid=%d", session_id, name, peer.pid, peer.uid)
+                self._core.record(report.session_event("registered", session))
+                self._core.take_on(session, handle, descriptor)
         except ProcessGone:
             raise wire.WireError("gone", "you have exited") from None
-        try:
-            session = self._describe(peer, session_id, name, start_ticks, page_fd)
-            if not self._is_new(session):
-                return self._registered(session_id)
-            session = describe_leader(session, self._core.observer)
-            descriptor = self._open_page(session)
-            if pidfd.has_exited(handle):  # what was read may be the next owner's of the pid
-                raise wire.WireError("gone", "you have exited")
-            self._supersede(session)
-            self._core.take_on(session, handle, descriptor)
-            handle = -1
-        except ProcessGone:
-            raise wire.WireError("gone", "you have exited") from None
-        finally:
-            if handle >= 0:
-                os.close(handle)
-        log.info("registered session=%s name=%r pid=%d uid=%d", session_id, name, peer.pid, peer.uid)
-        self._core.record(report.session_event("registered", session))
         return self._registered(session_id)
 
     def _registered(self, session_id: str) -> dict[str, Any]:
         return {"session": session_id, "max_workers": self.facts.max_workers}
 
-    def _describe(self, peer: Peer, session_id: str, name: str, start_ticks: int, page_fd: int) -> Session:
-        observer = self._core.observer
+    def _describe(self, peer: Peer, session: Session) -> Session:
+        """Return ``session`` with its leader, who is the peer and nobody else."""
+        observer, told = self._core.observer, wire.SessionId.parse(session.id)
         leader = observer.proc.stat(peer.pid).id
-        if observer.namespaced_pid(peer.pid) != wire.SessionId.parse(session_id).pid:
+        if observer.namespaced_pid(peer.pid) != told.pid:
             raise wire.WireError("bad-session", "session: the id does not begin with your pid")
-        if not observer.same_ticks(leader, start_ticks):
-            raise wire.WireError("bad-request", "start_ticks: that is not when you started")
+        if not observer.same_ticks(leader, told.start_ticks):
+            raise wire.WireError("bad-session", "start_ticks: that is not when you started")
         if peer.pid in self._core.policy.untouchable:
             raise wire.WireError("not-allowed", "the daemon, its ancestors and init cannot be sessions")
-        return Session(session_id, name, peer.uid, peer.gid, leader, now_utc(), page_fd=page_fd)
+        return replace(session, leader=leader)
 
     def _is_new(self, session: Session) -> bool:
         """Say whether the session is to be taken on; registering twice is granted, another's session is refused."""
@@ -161,9 +162,7 @@ class Server:
         if session.page_fd < 0:
             return None
         try:
-            descriptor = page.open_page(
-                self._core.observer.proc.descriptor_path(session.leader.pid, session.page_fd), uid=session.uid
-            )
+            descriptor = self._core.observer.open_page(session.leader.pid, session.page_fd, session.uid)
         except OSError as error:
             raise wire.WireError("bad-page", f"cannot open the session page: {error.strerror}") from None
         try:
@@ -203,7 +202,7 @@ class Server:
             )
         last = self._core.store.last_event()
         if entry.died_at_s is None and entry.leader_target is None:
-            log.info("stopping session=%s name=%r asked_by_uid=%d", session.id, session.name, peer.uid)
+            log.info("asked to stop session=%s name=%r asked_by_uid=%d", session.id, session.name, peer.uid)
             self._core.stop_leader(session.id)
         return {"session": session.id, "after": last}
 
@@ -288,17 +287,9 @@ class Server:
             members = family.members if family is not None else {}
         else:
             members = {id_: t.member for id_, t in entry.targets.items() if t.gone_at_s is None}
-        usage: dict[ProcessId, tuple[float, int]] = {
-            id_: self._core.observer.usage(member.process) for id_, member in members.items()
-        }
-        cmdline = None
+        usage = {id_: self._core.observer.usage(member.process) for id_, member in members.items()}
         leader = self._core.observer.leader(session) if self._may_act(peer, session) else None
-        if leader is not None:
-            proc = self._core.observer.proc
-            try:
-                cmdline = list(leader.argv or proc.argv(leader.id.pid, leader.id.pid))
-            except ProcessGone:
-                cmdline = None
+        cmdline = None if leader is None else self._core.observer.argv(leader)
         told = self._core.page_of(session.id)
         return report.session_record(
             entry, members, usage, leader_cmdline=cmdline, progress=told.progress if told else None
@@ -316,22 +307,20 @@ class Server:
         self._waiters.append(_Waiter(to, peer.uid, message, time.monotonic() + wait_s))
 
     def _events(self, uid: int, message: dict[str, Any]) -> dict[str, Any]:
-        since_s = 0.0
+        since_epoch_s = 0.0
         if message.get("since") is not None:
             text = wire.text_field(message, "since", limit=64)
-            try:
-                since_s = datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
-            except (ValueError, OverflowError):
-                raise wire.WireError(
-                    "bad-request", f"since: must be an RFC 3339 time, got {text!r:.60}"
-                ) from None
+            when = moment(text)
+            if when is None:
+                raise wire.WireError("bad-request", f"since: must be an RFC 3339 time, got {text!r:.60}")
+            since_epoch_s = when.timestamp()
         session = (
             wire.text_field(message, "session", limit=64) if message.get("session") is not None else None
         )
         sees_all = uid == 0 or uid in self.facts.admins
         events = self._core.store.events(
             after=wire.integer_field(message, "after", default=0),
-            since_s=since_s,
+            since_epoch_s=since_epoch_s,
             session=session,
             uid=None if sees_all else uid,
             limit=_MOST_EVENTS,

@@ -23,9 +23,10 @@ _SCHEMA = f"""
     PRAGMA user_version = {_SCHEMA_VERSION};
     CREATE TABLE sessions (id TEXT PRIMARY KEY, boot_id TEXT NOT NULL, record TEXT NOT NULL);
     CREATE TABLE events (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT, at_s REAL NOT NULL, kind TEXT NOT NULL, session TEXT,
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, at_epoch_s REAL NOT NULL, kind TEXT NOT NULL, session TEXT,
         uid INTEGER, record TEXT NOT NULL);
-    CREATE INDEX events_at ON events (at_s);
+    CREATE INDEX events_at ON events (at_epoch_s);
+    CREATE TABLE settled (id TEXT PRIMARY KEY, boot_id TEXT NOT NULL);
     CREATE TABLE totals (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 """
 
@@ -52,7 +53,7 @@ class Store:
         return self._connect(":memory:")
 
     def _connect(self, path: str) -> sqlite3.Connection:
-        database = sqlite3.connect(path, timeout=0.2, isolation_level=None)
+        database = sqlite3.connect(path, timeout=0.02, isolation_level=None)
         try:
             # kill -9 loses nothing that was written; only a power failure does, and no session outlives that.
             database.execute("PRAGMA journal_mode = WAL")
@@ -84,7 +85,8 @@ class Store:
                 found.append(_session(json.loads(text)))
             except (ValueError, TypeError, KeyError) as error:
                 log.warning("cannot read a session on record: %r", error)
-        self._write("DELETE FROM sessions WHERE boot_id != ?", self._boot_id)
+        for table in ("sessions", "settled"):
+            self._write(f"DELETE FROM {table} WHERE boot_id != ?", self._boot_id)  # noqa: S608 - a literal
         return found
 
     def save(self, session: Session) -> None:
@@ -97,31 +99,45 @@ class Store:
         """Take a session off the record."""
         self._write("DELETE FROM sessions WHERE id = ?", session_id)
 
+    def is_settled(self, session_id: str) -> bool:
+        """Say whether a session of this boot is over, though processes with its marks may live on."""
+        return bool(
+            self._read("SELECT 1 FROM settled WHERE id = ? AND boot_id = ?", session_id, self._boot_id)
+        )
+
+    def settle(self, session_id: str) -> None:
+        """Put on record that a session is over for good."""
+        self._write("REPLACE INTO settled VALUES (?, ?)", session_id, self._boot_id)
+
     # -- events ------------------------------------------------------------------------------
 
-    def add_event(self, event: dict[str, Any], at_s: float) -> int:
-        """Append an event and return its number; ``at_s`` is in seconds since 1970."""
+    def add_event(self, event: dict[str, Any], at_epoch_s: float) -> int:
+        """Append an event and return its number; ``at_epoch_s`` is in seconds since 1970."""
         return self._write(
-            "INSERT INTO events (at_s, kind, session, uid, record) VALUES (?, ?, ?, ?, ?)",
-            at_s, event["kind"], event.get("session"), event.get("uid"), json.dumps(event),
+            "INSERT INTO events (at_epoch_s, kind, session, uid, record) VALUES (?, ?, ?, ?, ?)",
+            at_epoch_s, event["kind"], event.get("session"), event.get("uid"), json.dumps(event),
         )  # fmt: skip
 
     def events(
         self,
         *,
         after: int = 0,
-        since_s: float = 0.0,
+        since_epoch_s: float = 0.0,
         session: str | None = None,
         uid: int | None = None,
         limit: int = 500,
     ) -> list[dict[str, Any]]:
         """Return events after number ``after``, oldest first; of one session or one uid, where asked for."""
         rows = self._read(
-            "SELECT seq, record FROM events WHERE seq > ? AND at_s >= ? AND (? IS NULL OR session = ?)"
+            "SELECT seq, record FROM events WHERE seq > ? AND at_epoch_s >= ? AND (? IS NULL OR session = ?)"
             " AND (? IS NULL OR uid = ? OR uid IS NULL) ORDER BY seq LIMIT ?",
-            after, since_s, session, session, uid, uid, limit,
+            after, since_epoch_s, session, session, uid, uid, limit,
         )  # fmt: skip
-        return [{"seq": seq, **json.loads(record)} for seq, record in rows]
+        found = []
+        for seq, record in rows:
+            with contextlib.suppress(ValueError, TypeError):  # a row that somebody has damaged
+                found.append({"seq": seq, **json.loads(record)})
+        return found
 
     def last_event(self) -> int:
         """Return the number of the newest event, 0 where there is none."""
@@ -131,7 +147,7 @@ class Store:
 
     def prune(self, keep_s: float) -> None:
         """Drop events older than ``keep_s``."""
-        self._write("DELETE FROM events WHERE at_s < ?", time.time() - keep_s)
+        self._write("DELETE FROM events WHERE at_epoch_s < ?", time.time() - keep_s)
 
     def add_total(self, name: str, amount: int) -> None:
         """Add to a sum that outlives the events."""

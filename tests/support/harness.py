@@ -236,11 +236,10 @@ def list_shm() -> set[str]:
         return set()
 
 
-def shm_left(before: set[str], ours: set[str], within_s: float) -> list[str]:
+def shm_left(before: set[str], ours: set[str], run: str, within_s: float) -> list[str]:
     """Return what is new in /dev/shm since ``before``, and stays for ``within_s``.
 
-    ``ours`` are names that are known to be of the test's own. Of other names nobody can tell whose they are while
-    tests run elsewhere on this machine; they count only when none do.
+    ``ours`` are names that are known to be of the test's own; of others it counts what can be no stranger's.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     end_s = time.monotonic() + within_s
@@ -251,26 +250,31 @@ def shm_left(before: set[str], ours: set[str], within_s: float) -> list[str]:
         poll.register(watch.number, select.POLLIN)
         while new := list_shm() - before:
             if not poll.poll(max(0.0, end_s - time.monotonic()) * 1000):
-                return sorted(new & ours if _other_tests_run() else new)
+                return sorted(new - (_strangers(new, run) - ours))
             with contextlib.suppress(BlockingIOError):
                 os.read(watch.number, 65536)
     return []
 
 
-def _other_tests_run() -> bool:
-    family = {os.getpid(), os.getppid()}
-    return any("pytest" in " ".join(cmdline(pid)) for pid in all_pids() if pid not in family)
+def _strangers(entries: set[str], run: str) -> set[str]:
+    """Return those of ``entries`` that may be somebody else's: a living process has or names them, or tests run there."""
+    family = {os.getpid(), os.getppid(), *marked(RUN_MARK, run)}
+    others = [pid for pid in all_pids() if pid not in family]
+    if any("pytest" in " ".join(cmdline(pid)) for pid in others):
+        return entries
+    return entries & shm_of(others)
 
 
 def shm_of(pids: Iterable[int]) -> set[str]:
     """Return the entries of /dev/shm that ``pids`` have mapped, or that are named after one of them."""
     found = set()
+    entries = list_shm()
     for pid in pids:
         for line in read_proc(pid, "maps").splitlines():
             _, _, path = line.partition(b"/dev/shm/")
             if path:
                 found.add(os.fsdecode(path.removesuffix(b" (deleted)").partition(b"/")[0]))
-        found.update(entry for entry in list_shm() if f"_{pid}_" in entry or f"-{pid}-" in entry)
+        found.update(entry for entry in entries if f"_{pid}_" in entry or f"-{pid}-" in entry)
     return found
 
 

@@ -127,7 +127,7 @@ def socket_file(options: Namespace) -> Finding:
         paths = sockets_of(options)
     except CommandError as error:
         return problem(str(error), "chmod 700 the directory, or use --system")
-    path = next((path for path in paths if not client.listens(path)), paths[0])
+    path = next((path for path in paths if client.why_deaf(path) is None), paths[0])
     directory = os.path.dirname(path)
     if not os.path.lexists(path):
         return ok(f"{path} would be used; nothing is there yet")

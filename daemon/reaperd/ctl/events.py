@@ -13,7 +13,8 @@ from reaperd.ctl import DONE, FAILED, render
 from reaperd.ctl.link import Link, follow, next_after
 from reaperd.ctl.terminal import look_of_stdout, put, put_now, tell
 from reaperd.ctl.text import plain
-from reaperd.ctl.units import list_of, rfc3339, text_of
+from reaperd.ctl.units import list_of, text_of
+from reaperd.times import rfc3339
 
 _ENDS = ("reaped", "ended")  # the kinds of event that end a session
 

@@ -15,13 +15,13 @@ from reaperd.ctl.units import (
     count_of,
     duration,
     list_of,
-    moment,
     number_of,
     plain_number,
     plural,
     size,
     text_of,
 )
+from reaperd.times import moment
 
 NO_SESSIONS = "no sessions: a script becomes one with `import agent; agent.register()`"
 NO_EVENTS = "no events: nothing was registered, ended or reaped in that time"

@@ -7,8 +7,10 @@ reads as None, never as an exception.
 from __future__ import annotations
 
 import math
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import Any
+
+from reaperd.times import moment
 
 _SIZES = ("KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -82,25 +84,6 @@ def plural(count: int, word: str) -> str:
     if count == 1:
         return f"1 {word}"
     return f"{count} {word}{'es' if word.endswith('s') else 's'}"
-
-
-def moment(text: str) -> datetime | None:
-    """Return an RFC 3339 time; None for what is none. One without a zone is UTC, as every time here."""
-    try:  # Python 3.10 takes neither "Z" nor other than 3 or 6 digits of a second's fraction
-        whole, zone = (text[:-1], "+00:00") if text[-1:] in ("Z", "z") else (text, "")
-        head, dot, fraction = whole.partition(".")
-        if dot:
-            digits = fraction[: len(fraction) - len(fraction.lstrip("0123456789"))]
-            whole = f"{head}.{digits[:6].ljust(6, '0')}{fraction[len(digits) :]}" if digits else whole
-        found = datetime.fromisoformat(whole + zone)
-    except ValueError:
-        return None
-    return found.replace(tzinfo=timezone.utc) if found.tzinfo is None else found
-
-
-def rfc3339(when: datetime) -> str:
-    """Return ``when`` as the wire has it: UTC, milliseconds and a Z."""
-    return when.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def parse_when(text: str, now: datetime) -> datetime:

@@ -68,25 +68,29 @@ def finish_helper(helper: Helper) -> Any:
         return None
 
 
-def run_bounded(work: Callable[[], Any], timeout_s: float) -> Any:
-    """Return what ``work`` returns in a helper, None when it takes longer than ``timeout_s``."""
-    running = start_helper(work)
-    poller = select.poll()
-    poller.register(running.pidfd, select.POLLIN)
-    if poller.poll(timeout_s * 1000):
-        return finish_helper(running)
-    signal.pidfd_send_signal(running.pidfd, signal.SIGKILL)
-    os.close(running.pidfd)
-    os.close(running.reader)
-    # Waited for later, if ever: it may be as stuck as what it read.
-    _abandoned.append(running.pid)
-    for pid in tuple(_abandoned):
-        if os.waitpid(pid, os.WNOHANG)[0]:
-            _abandoned.remove(pid)
-    return None
+class BoundedReader:
+    """Runs work that may block in helpers, and leaves behind those that do not come back in time."""
 
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._abandoned: list[int] = []
 
-_abandoned: list[int] = []
+    def run(self, work: Callable[[], Any]) -> Any:
+        """Return what ``work`` returns, None when that takes too long."""
+        self._wait_for_abandoned()
+        running = start_helper(work)
+        poller = select.poll()
+        poller.register(running.pidfd, select.POLLIN)
+        if poller.poll(self._timeout_s * 1000):
+            return finish_helper(running)
+        signal.pidfd_send_signal(running.pidfd, signal.SIGKILL)
+        os.close(running.pidfd)
+        os.close(running.reader)
+        self._abandoned.append(running.pid)  # it may be as stuck as what it read
+        return None
+
+    def _wait_for_abandoned(self) -> None:
+        self._abandoned = [pid for pid in self._abandoned if not os.waitpid(pid, os.WNOHANG)[0]]
 
 
 def become(uid: int, gid: int) -> None:

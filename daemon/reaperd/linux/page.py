@@ -5,6 +5,7 @@ Mapping it would let its owner end us: a truncated file is a SIGBUS.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -12,7 +13,7 @@ import stat
 from agent import wire
 
 _F_GET_SEALS = 1034  # linux/fcntl.h
-_SEALS = 0x2 | 0x4 | 0x10  # SHRINK, GROW, FUTURE_WRITE
+_SEALS = 0x1 | 0x2 | 0x4 | 0x10  # SEAL, SHRINK, GROW, FUTURE_WRITE
 _FLAGS = (
     os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 )  # a FIFO or a terminal can bear the same name
@@ -39,12 +40,9 @@ def open_page(path: str, *, uid: int) -> int:
 def read_page(descriptor: int) -> wire.Page:
     """Return what the page says; TornPage when it never holds still, WireError when it is broken."""
     for _ in range(_ATTEMPTS):
-        before = os.pread(descriptor, wire.PAGE_BYTES, 0)
-        if (
-            os.pread(descriptor, 64, 0) == before[:64]
-        ):  # the sequence is in the header: nothing was written meanwhile
-            try:
-                return wire.parse_page(before)
-            except wire.TornPage:
-                continue
-    raise wire.TornPage("torn-page", "the page never held still")
+        data = os.pread(descriptor, wire.PAGE_BYTES, 0)
+        # The same sequence number before and after: nothing was written while we read.
+        if wire.page_sequence(os.pread(descriptor, wire.HEADER_BYTES, 0)) == wire.page_sequence(data):
+            with contextlib.suppress(wire.TornPage):
+                return wire.parse_page(data)
+    raise wire.TornPage

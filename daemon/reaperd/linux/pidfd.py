@@ -5,6 +5,7 @@ A pidfd stands for one process for ever; a pid does not. Nothing in Reaper signa
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import select
@@ -31,7 +32,7 @@ def open_pid(pid: int) -> int:
         raise ProcessGone(str(pid)) from None
     except OSError as error:
         # EINVAL: the pid is a thread's; ENODATA: it is being reaped. Neither is a process to hold.
-        if error.errno in (22, 61):
+        if error.errno in (errno.EINVAL, errno.ENODATA):
             raise ProcessGone(str(pid)) from None
         raise
 

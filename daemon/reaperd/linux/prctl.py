@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_SET_PDEATHSIG, _PR_SET_NAME = 4, 38, 1, 15
+_PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_NO_NEW_PRIVS = 4, 15, 38
 
 
 def _prctl(option: int, argument: int | bytes) -> None:
@@ -29,11 +29,6 @@ def forbid_new_privileges() -> None:
 def forbid_tracing() -> None:
     """Nobody of the same uid may attach a debugger or read this process's memory."""
     _prctl(_PR_SET_DUMPABLE, 0)
-
-
-def die_with_parent(signal_number: int) -> None:
-    """Have ``signal_number`` sent when the thread that forked this process ends; see prctl(2) on exec and setuid."""
-    _prctl(_PR_SET_PDEATHSIG, signal_number)
 
 
 def set_name(name: str) -> None:

@@ -57,8 +57,8 @@ def candidates(directory: int, pid: int, names: frozenset[str]) -> list[str]:
     return [name for name in os.listdir(directory) if name.startswith(prefixes) or name in names]
 
 
-def made_after(directory: int, name: str, since_s: float) -> bool:
-    """Say whether an entry was made after ``since_s`` (seconds since 1970); False where the file system can't tell."""
+def made_after(directory: int, name: str, since_epoch_s: float) -> bool:
+    """Say whether an entry was made after ``since_epoch_s`` (seconds since 1970); False where the file system can't tell."""
     buffer = ctypes.create_string_buffer(_STATX_BYTES)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.statx(directory, os.fsencode(name), _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, buffer) != 0:
@@ -66,10 +66,10 @@ def made_after(directory: int, name: str, since_s: float) -> bool:
     if not int.from_bytes(buffer.raw[:4], "little") & _STATX_BTIME:
         return False
     seconds = int.from_bytes(buffer.raw[_BTIME_AT : _BTIME_AT + 8], "little", signed=True)
-    return seconds >= int(since_s)
+    return seconds >= int(since_epoch_s)
 
 
-def started_at_s(start_ticks: int) -> float:
+def started_at_epoch_s(start_ticks: int) -> float:
     """Return when a process started, in seconds since 1970, one second early: clocks are set now and then."""
     boot_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     return boot_s + start_ticks / os.sysconf("SC_CLK_TCK") - 1
