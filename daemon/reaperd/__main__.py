@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
+import time
+from dataclasses import replace
 
 from reaperd import __version__
 from reaperd.config import Config, ConfigError
@@ -34,7 +37,7 @@ def run(arguments: list[str] | None = None) -> int:
         print("reaperd: --pidfile goes with --detach", file=sys.stderr)
         return 2
     paths = default_paths()
-    config_path = options.config or os.environ.get("REAPER_CONFIG") or paths.config
+    config_path = os.path.abspath(options.config or os.environ.get("REAPER_CONFIG") or paths.config)
     required = bool(options.config or os.environ.get("REAPER_CONFIG"))
 
     def read() -> Config:
@@ -52,6 +55,7 @@ def run(arguments: list[str] | None = None) -> int:
             socket_path=options.socket or os.environ.get("REAPER_SOCKET") or paths.socket,
             state_dir=os.path.abspath(options.state_dir or paths.state),
             config_path=config_path,
+            config=config,
             read_config=read,
         )
         if options.detach:
@@ -84,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--socket", metavar="PATH", help="where agents and reaperctl reach this daemon")
     add("--state-dir", metavar="DIR", help="where reaper.db is kept")
     add("--detach", action="store_true", help="go into the background, for hosts without systemd")
-    add("--pidfile", metavar="FILE", help="with --detach: write the daemon's pid into FILE, locked")
+    add("--pidfile", metavar="FILE", help="with --detach: write the daemon's pid into FILE")
     add("--check-config", action="store_true", help="report every fault in the settings and leave")
     add("--dry-run", action="store_true", help="signal nobody: say what would have been done")
     add("--version", action="version", version=f"reaperd {__version__}")
@@ -92,8 +96,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _with_dry_run(config: Config) -> Config:
-    from dataclasses import replace
-
     return replace(config, kill=replace(config.kill, dry_run=True))
 
 
@@ -101,8 +103,6 @@ class _JsonLines(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        import json
-
         at = self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}Z"
         line = {
             "at": at,
@@ -126,8 +126,6 @@ class _JournalLines(logging.Formatter):
 
 
 def _set_up_logging(config: Config) -> None:
-    import time
-
     handler = logging.StreamHandler()
     if config.daemon.log_format == "json":
         handler.setFormatter(_JsonLines())
@@ -145,22 +143,32 @@ def _set_up_logging(config: Config) -> None:
 
 def _run_detached(daemon: Daemon, pidfile: str | None) -> None:
     """Go into the background as daemon(7) describes; python-daemon knows the steps."""
+    import lockfile
+
     import daemon as python_daemon
     from daemon import pidfile as python_daemon_pidfile
 
     lock = python_daemon_pidfile.TimeoutPIDLockFile(os.path.abspath(pidfile), -1) if pidfile else None
-    if lock is not None and lock.is_locked():
-        if _is_running(lock.read_pid()):
-            raise StartError(f"cannot use {pidfile}: reaperd runs already with pid {lock.read_pid()}")
-        lock.break_lock()
-    with python_daemon.DaemonContext(
-        pidfile=lock, umask=0o022, stdout=None, stderr=sys.stderr, detach_process=True
-    ):
-        daemon.run()
+    try:
+        if lock is not None and lock.is_locked():
+            if _is_reaperd(lock.read_pid()):
+                raise StartError(f"cannot use {pidfile}: reaperd runs already with pid {lock.read_pid()}")
+            lock.break_lock()
+        with python_daemon.DaemonContext(
+            pidfile=lock, umask=0o022, stdout=None, stderr=sys.stderr, detach_process=True
+        ):
+            daemon.run()
+    except (lockfile.Error, OSError) as error:
+        raise StartError(f"cannot use {pidfile}: {error}") from None
 
 
-def _is_running(pid: int | None) -> bool:
-    return pid is not None and os.path.exists(f"/proc/{pid}")
+def _is_reaperd(pid: int | None) -> bool:
+    """Say whether the pid in an old file is still a daemon's, and not somebody else's by now."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return b"reaperd" in file.read()
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

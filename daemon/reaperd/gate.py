@@ -11,7 +11,6 @@ import os
 import re
 import resource
 import socket
-import struct
 import sys
 import time
 
@@ -19,18 +18,15 @@ import time
 import zmq
 
 from agent import wire
+from reaperd import gate_frames
 from reaperd.linux import prctl
 
 GATE_USERS = ("reaper-gate", "nobody")
-TO_CORE = struct.Struct("=IIIB")  # uid, gid, pid, length of the routing id
-FROM_CORE = struct.Struct("=BB")  # 1 for the last part of a reply, length of the routing id
-CHUNK_BYTES = 60_000  # a SEQPACKET message must fit into the socket's buffer, 208 KiB by default
 
 _PEER_ADDRESS = re.compile(r"[^:]*:([0-9]{1,10}):([0-9]{1,10}):([0-9]{1,10})")
 _REQUESTS_PER_S, _BURST = 2000.0, 4000.0
 _DESCRIPTORS = 4096
 _MEMORY_BYTES = 256 * 1024 * 1024  # beyond what is mapped at the start
-_MAX_REPLY_BYTES = 64 * 1024 * 1024
 
 
 class Quota:
@@ -76,7 +72,7 @@ class Gate:
 
     def run(self) -> None:
         """Say that the gate is up, then pass messages until the core goes away."""
-        self._core.send(TO_CORE.pack(0, 0, 0, 0))
+        self._core.send(gate_frames.GATE_IS_UP)
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._core, zmq.POLLIN)
@@ -107,27 +103,24 @@ class Gate:
         if len(body) > wire.MAX_REQUEST_BYTES:
             raise wire.WireError("bad-request", f"a request has at most {wire.MAX_REQUEST_BYTES} bytes")
         wire.decode(body)
-        header = TO_CORE.pack(uid, gid, pid, len(routing_id))
+        message = gate_frames.pack_request(gate_frames.Request(uid, gid, pid, routing_id, body))
         # The connection itself goes along: the core asks the kernel once more who is at its other end.
         connection = array.array("i", [int(request.get(zmq.SRCFD))])
         try:
-            self._core.sendmsg(
-                [header, routing_id, body], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, connection)]
-            )
-        except OSError as error:
-            if self._core.fileno() < 0 or error.errno in (32, 104):  # EPIPE, ECONNRESET: the core is gone
-                sys.exit(0)
-            # EBADF: the peer has hung up; nobody waits for an answer.
+            self._core.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, connection)])
+        except (BrokenPipeError, ConnectionResetError):
+            sys.exit(0)  # the core is gone
+        except OSError:
+            return  # EBADF: the peer has hung up, nobody waits for an answer
 
     def _pass_reply(self) -> bool:
         """Pass one part of a reply on; False when the core is gone."""
-        part = self._core.recv(CHUNK_BYTES + 1024)
-        if not part:
+        data = self._core.recv(gate_frames.MAX_REPLY_BYTES)
+        if not data:
             return False
-        last, length = FROM_CORE.unpack_from(part)
-        routing_id = part[FROM_CORE.size : FROM_CORE.size + length]
+        routing_id, part, last = gate_frames.parse_reply(data)
         parts = self._parts.setdefault(routing_id, [])
-        parts.append(part[FROM_CORE.size + length :])
+        parts.append(part)
         if last:
             del self._parts[routing_id]
             # A peer that does not read its replies loses them: a ROUTER drops what it cannot queue.

@@ -18,15 +18,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from agent import wire
+from reaperd import gate_frames
 from reaperd.linux import pidfd
 from reaperd.poller import Poller
 
 log = logging.getLogger(__name__)
 
-_TO_CORE = struct.Struct("=IIIB")
-_FROM_CORE = struct.Struct("=BB")
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
-CHUNK_BYTES = 60_000
 _LAST_WORDS_S = 1.0
 _MAX_WAITING = 2000  # parts of replies that the gate has not taken
 _MESSAGES_A_TURN = 64  # then whoever died meanwhile is looked at
@@ -77,11 +75,6 @@ class GateLink:
         self.restart_at_s: float | None = None
         self.lives_lost = 0
         self.on_up: Callable[[], None] = lambda: None
-
-    @property
-    def pid(self) -> int | None:
-        """Return the gate's pid while it runs."""
-        return self._child.pid if self._child else None
 
     def start(self, now_s: float) -> None:
         """Start a gate; the listening socket is handed to it, and stays ours."""
@@ -136,14 +129,11 @@ class GateLink:
         """Send a reply; it is lost with the gate whose peer it is for, or when the gate does not keep up."""
         if self._channel is None or to.life != self._life:
             return
-        data = wire.encode(message)
-        parts = [data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)]
+        parts = list(gate_frames.pack_reply(to.routing_id, wire.encode(message)))
         if len(self._waiting) + len(parts) > _MAX_WAITING:
-            log.warning("the gate does not take replies: dropped one of %d bytes", len(data))
+            log.warning("the gate does not take replies: dropped one of %d parts", len(parts))
             return
-        for number, part in enumerate(parts, 1):
-            header = _FROM_CORE.pack(number == len(parts), len(to.routing_id))
-            self._waiting.append(header + to.routing_id + part)
+        self._waiting.extend(parts)
         self._flush()
 
     def _exchange(self) -> None:
@@ -169,9 +159,8 @@ class GateLink:
     def _receive(self) -> bool:
         """Take one message; False when there is none now."""
         assert self._channel is not None, "only called while there is a gate"
-        size = _TO_CORE.size + 255 + wire.MAX_REQUEST_BYTES
         try:
-            data, descriptors, flags, _ = socket.recv_fds(self._channel, size, 4)
+            data, descriptors, flags, _ = socket.recv_fds(self._channel, gate_frames.MAX_REQUEST_BYTES, 4)
         except BlockingIOError:
             return False
         except OSError:
@@ -185,7 +174,7 @@ class GateLink:
                 return False
             if len(connections) == 1:
                 self._take(data, connections[0])
-            elif data == _TO_CORE.pack(0, 0, 0, 0):
+            elif data == gate_frames.GATE_IS_UP:
                 self.on_up()
         finally:
             for connection in connections:
@@ -194,16 +183,16 @@ class GateLink:
 
     def _take(self, data: bytes, connection: socket.socket) -> None:
         try:
-            uid, gid, pid, length = _TO_CORE.unpack_from(data)
-            routing_id = data[_TO_CORE.size : _TO_CORE.size + length]
-            message = wire.decode(data[_TO_CORE.size + length :])
-            peer_pid, peer_uid, peer_gid = _CREDENTIALS.unpack(
+            request = gate_frames.parse_request(data)
+            message = wire.decode(request.body)
+            pid, uid, gid = _CREDENTIALS.unpack(
                 connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             )
-        except (wire.WireError, struct.error, OSError):
+        except (wire.WireError, ValueError, OSError):
             return  # no gate of ours sends that
-        if (uid, gid, pid) == (peer_uid, peer_gid, peer_pid) and pid > 0:
-            self._on_request(Peer(uid, gid, pid, connection), Return(self._life, routing_id), message)
+        # Another pid or uid than the gate saw: the descriptor was given to another connection meanwhile.
+        if (uid, gid, pid) == (request.uid, request.gid, request.pid) and pid > 0:
+            self._on_request(Peer(uid, gid, pid, connection), Return(self._life, request.routing_id), message)
 
 
 def _is_socket(descriptor: int) -> bool:

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import pwd
+import resource
 import signal
 import socket
 import stat
@@ -14,11 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from reaperd import __version__
+from agent import client
+from reaperd import __version__, report
 from reaperd.adoption import Adoption
 from reaperd.config import Config, ConfigError, render_config, without_effect
 from reaperd.core import Core
-from reaperd.gate_link import GateLink
+from reaperd.gate_link import GateLink, Peer, Return
 from reaperd.linux.procfs import ProcFS
 from reaperd.linux.systemd import Notifier
 from reaperd.observer import Observer
@@ -49,6 +51,7 @@ class Daemon:
         socket_path: str,
         state_dir: str,
         config_path: str,
+        config: Config,
         read_config: Callable[[], Config],
     ) -> None:
         self._mode = mode
@@ -56,12 +59,12 @@ class Daemon:
         self._state_dir = state_dir
         self._config_path = config_path
         self._read_config = read_config
-        self._config = read_config()
+        self._config = config
         self._signals: set[int] = set()
         self._notifier = Notifier(os.environ, os.getpid())
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; StartError, or ConfigError, when that cannot begin."""
+        """Serve until SIGTERM or SIGINT; StartError when that cannot begin."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(_single_instance(self._socket_path, private=self._mode == "user"))
             listener = stack.enter_context(_listening(self._socket_path, private=self._mode == "user"))
@@ -97,7 +100,7 @@ class Daemon:
             __version__, os.getpid(), self._mode, self._socket_path, self._config_path,
             " dry_run" if self._config.kill.dry_run else "",
         )  # fmt: skip
-        self._core.record({"kind": "started", "version": __version__, "session": None, "uid": None})
+        self._core.record(report.event("started", version=__version__))
         self._adoption.recover()
         self._adoption.sweep(all_of_them=True)
         self._core.step()
@@ -113,7 +116,7 @@ class Daemon:
 
     def _end(self) -> None:
         self._notifier.send("STOPPING=1")
-        self._core.record({"kind": "stopped", "session": None, "uid": None})
+        self._core.record(report.event("stopped"))
         self._link.stop()
         self._core.close()
         log.info("stopped sessions=%d", len(self._core.entries))
@@ -127,7 +130,7 @@ class Daemon:
             self._core.step()
             self._do_due(time.monotonic())
 
-    def _on_request(self, peer: Any, to: Any, message: dict[str, Any]) -> None:
+    def _on_request(self, peer: Peer, to: Return, message: dict[str, Any]) -> None:
         self._server.answer(peer, to, message)
 
     # -- time --------------------------------------------------------------------------------
@@ -197,7 +200,7 @@ class Daemon:
         except ConfigError as error:
             for fault in error.faults:
                 log.error("kept the old settings: %s", fault)
-            self._core.record({"kind": "reload", "session": None, "uid": None, "faults": list(error.faults)})
+            self._core.record(report.event("reload", faults=list(error.faults)))
         else:
             self._config = config
             set_log_level(config)
@@ -206,10 +209,12 @@ class Daemon:
             self._scan_due_s = time.monotonic() + config.scan.interval_s
             log.info("reloaded config=%s", self._config_path)
             self._tell_without_effect()
-            self._core.record({"kind": "reload", "session": None, "uid": None, "faults": []})
+            self._core.record(report.event("reload", faults=[]))
         self._notifier.send("READY=1")
 
     def _tell_without_effect(self) -> None:
+        if self._config.scan.enabled:
+            log.info("[scan] has no effect yet, save for interval: only what registered is reaped")
         for name in without_effect(self._config):
             log.warning("%s has no effect yet", name)
 
@@ -266,7 +271,10 @@ def _uids(names: tuple[str, ...], where: str) -> frozenset[int]:
 @contextlib.contextmanager
 def _single_instance(path: str, *, private: bool) -> Iterator[None]:
     """Hold ``<socket>.lock``: a second ZeroMQ bind would silently take the socket away from the first."""
-    _make_directory(os.path.dirname(path), private=private)
+    directory = os.path.dirname(path)
+    _make_directory(directory, private=private)
+    if private and not client.is_private(directory):
+        raise StartError(f"cannot use {directory}: it must be yours alone (your uid, mode 0700, no link)")
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         descriptor = os.open(f"{path}.lock", flags, 0o600)
@@ -330,7 +338,5 @@ def _make_directory(path: str, *, private: bool = True) -> None:
 
 def _raise_descriptor_limit() -> None:
     """Take as many descriptors as are allowed: a pidfd for each process that is to be ended."""
-    import resource
-
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

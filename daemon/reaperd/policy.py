@@ -16,7 +16,7 @@ class Policy:
     tracker_grace_s: float = 10.0  # what trackers get once the workers are gone
     reclaim_shm: bool = True
     dry_run: bool = False
-    untouchable: frozenset[int] = frozenset((1,))  # pids: init, the daemon, its helpers and its ancestors
+    untouchable: frozenset[int] = frozenset((1,))  # pids: init, the daemon and its ancestors
     protected_uids: frozenset[int] = frozenset()
     protected_names: frozenset[str] = frozenset()
     protected_units: frozenset[str] = frozenset()

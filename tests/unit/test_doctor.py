@@ -11,29 +11,43 @@ import pytest
 from reaperd.ctl import check_kernel, check_setup, doctor, probes
 from reaperd.ctl.findings import LIMIT, OK, PROBLEM, Finding, limit, ok, problem, run
 from reaperd.ctl.text import Look
+from reaperd.linux.mounts import Mount, parse_mount_table
 
 MOUNTS = r"""
-22 1 0:20 / /proc rw,nosuid shared:5 - proc proc rw,hidepid=invisible
-23 1 0:21 / /dev/shm rw - tmpfs tmp\040fs rw,size=64k
-24 1 0:22 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw
-25 1 0:23 / /mnt/with\040space\134 rw - ext4 /dev/sda1 rw
+proc /proc proc rw,nosuid,hidepid=invisible 0 0
+tmp\040fs /dev/shm tmpfs rw,size=64k 0 0
+cgroup2 /sys/fs/cgroup cgroup2 rw 0 0
+/dev/sda1 /mnt/with\040space\134040\043\011 ext4 rw 0 0
 """
 
 
-def test_mounts_are_read_with_both_kinds_of_options_and_with_escaped_names() -> None:
-    mounts = {mount.point: mount for mount in probes.parse_mounts(MOUNTS)}
-    assert mounts["/proc"].options == ("rw", "nosuid", "rw", "hidepid=invisible")
+def test_mounts_are_read_with_their_options_and_with_escaped_names() -> None:
+    mounts = {mount.point: mount for mount in parse_mount_table(MOUNTS)}
+    assert mounts["/proc"].options == ("rw", "nosuid", "hidepid=invisible")
     assert mounts["/dev/shm"].kind == "tmpfs"
-    assert "/mnt/with space\\" in mounts
+    assert "/mnt/with space\\040#\t" in mounts
+    assert len(mounts) == 4
 
 
-@pytest.mark.parametrize("text", ["", "\n\n", " - ", "1 2 3 - x", "1 2 3 4 5 6 7", "\0\xff - \n - - -"])
-def test_a_mountinfo_of_another_shape_names_no_mount(text: str) -> None:
-    assert probes.parse_mounts(text) == []
+@pytest.mark.parametrize("text", ["", "\n\n", " - ", "1 2 3", "\0\xff -\n- - \n"])
+def test_a_mount_table_of_another_shape_names_no_mount(text: str) -> None:
+    assert parse_mount_table(text) == []
 
 
-def mount(kind: str) -> probes.Mount:
-    return probes.Mount("/x", kind, ())
+@pytest.mark.parametrize("character", ["\x0b", "\x0c", "\x1c", "\r", "\x85", "\u2028"])
+def test_the_name_of_a_mount_point_cannot_forge_a_mount(character: str) -> None:
+    line = f"fuse /home/u/x{character}cgroup\\040/fake\\040cgroup2\\040rw fuse.sshfs rw 0 0\n"
+    (mount,) = parse_mount_table(line)
+    assert (mount.kind, mount.options) == ("fuse.sshfs", ("rw",))
+
+
+def test_the_mount_table_at_hand_has_proc() -> None:
+    text = probes.read_text("/proc/self/mounts")
+    assert "proc" in {mount.kind for mount in parse_mount_table(text) if mount.point == "/proc"}
+
+
+def mount(kind: str) -> Mount:
+    return Mount("/x", kind, ())
 
 
 @pytest.mark.parametrize(

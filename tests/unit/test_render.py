@@ -111,11 +111,12 @@ def test_a_session_may_be_hostile_in_every_field_and_still_prints_safely(text: s
         leader={"pid": 1, "cmdline": [f"/bin/{text}", text, ""]},
         progress={"done": 1, "total": 2, "message": text},
         workers=[worker(2, role=text, framework=text, evidence=[text, text])],
+        left_alone=[{"pid": 3, "reason": text}],
     )
     for look in (FANCY, ASCII, Look()):
         lines = render.sessions([hostile], look, now=NOW, user_of=lambda uid: text)
         assert all(line.isprintable() for line in lines)
-        assert len(lines) == 4
+        assert len(lines) == 5
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -145,12 +146,18 @@ json_like = st.recursive(
 
 
 @settings(max_examples=40)  # seconds matter: each example renders everything
-@given(json_like, st.dictionaries(st.sampled_from([*session(), *event(), *worker(1)]), json_like))
+@given(
+    json_like, st.dictionaries(st.sampled_from([*session(), *event(), *worker(1), "left_alone"]), json_like)
+)
 def test_replies_of_any_shape_are_rendered_without_an_exception(
     anything: Any, fields: dict[str, Any]
 ) -> None:
     for found in (anything, fields):
-        render.sessions([found, session(workers=[found], leader=found, progress=found)], FANCY, now=NOW)
+        render.sessions(
+            [found, session(workers=[found], leader=found, progress=found, left_alone=[found])],
+            FANCY,
+            now=NOW,
+        )
         render.event(found, FANCY)
         render.event(event(processes=[found], cause=found, freed=found), FANCY)
         render.status(found, "/s", FANCY)
@@ -179,6 +186,26 @@ def test_a_session_is_a_tree_with_its_leader_progress_and_workers() -> None:
         "├─ worker     4250  loky             99.8 %   1.2 GiB  REAPER_LINEAGE names the session",
         "└─ tracker   14251  multiprocessing   0.0 %  11.8 MiB  REAPER_LINEAGE names the session",
     ]
+
+
+def test_who_is_left_alone_is_one_line_below_the_workers_with_the_reasons() -> None:
+    spared = {"pid": 4711, "reason": "was started under spared()"}
+    below = {"pid": 4712, "reason": "is below pid 4711, which was started under spared()"}
+    lines = tree(session(workers=[worker(9)], left_alone=[spared]))
+    assert lines[-1] == "└─ 1 left alone: pid 4711 was started under spared()"
+    assert lines[-2].startswith("├─ worker")
+    assert tree(session(left_alone=[spared, below]), look=Look())[-1] == (
+        "`- 2 left alone: pid 4711 was started under spared(); "
+        "pid 4712 is below pid 4711, which was started under spared()"
+    )
+    assert tree(session(left_alone=[]))[-1].startswith("└─ leader")
+
+
+def test_of_many_left_alone_the_first_are_named_and_the_rest_counted() -> None:
+    many = [{"pid": pid, "reason": "is spared"} for pid in range(1, 201)]
+    line = render.left_alone_line(many)
+    assert line.startswith("200 left alone: pid 1 is spared; pid 2 is spared; ")
+    assert line.endswith("; pid 10 is spared; 190 more")
 
 
 def test_where_the_terminal_cannot_show_boxes_the_tree_is_ascii() -> None:
@@ -226,6 +253,7 @@ def test_no_line_is_wider_than_the_terminal(width: int, unicode: bool) -> None:
         progress={"done": 1.5, "total": 3, "message": "m" * 500},
         workers=[worker(4194304, framework="multiprocessing.resource_tracker", evidence=["e" * 300] * 3)],
     )
+    found["left_alone"] = [{"pid": 4711, "reason": "東" * 300}]
     found["workers"].append(worker(5, role="r" * 99, cpu_percent=25600.0, rss_bytes=1023 * 1024**4))
     lines = tree(found, session(), look=Look(width=width, unicode=unicode))
     assert max(columns(line) for line in lines) <= width
@@ -346,8 +374,23 @@ def test_a_registration_names_the_leader_and_whether_it_was_found_running() -> N
 
 
 def test_processes_left_alone_are_counted() -> None:
-    one = event(cause={"kind": "exit", "code": 0}, spared=[{"pid": 5, "reason": "x"}])
+    one = event(cause={"kind": "exit", "code": 0}, left_alone=[{"pid": 5, "reason": "x"}])
     assert render.what_happened(one) == "ended by itself, 1 left alone"
+
+
+@pytest.mark.parametrize(
+    ("of_session", "since", "said"),
+    [
+        (False, False, "no events"),
+        (False, True, "no events in that time"),
+        (True, False, "no events of that session"),
+        (True, True, "no events of that session in that time"),
+    ],
+)
+def test_where_there_are_no_events_only_what_was_asked_for_is_denied(
+    of_session: bool, since: bool, said: str
+) -> None:
+    assert render.no_events(of_session=of_session, since=since) == said
 
 
 # -- status ---------------------------------------------------------------------------------------

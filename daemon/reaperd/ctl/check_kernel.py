@@ -8,6 +8,7 @@ import os
 from reaperd.ctl import probes
 from reaperd.ctl.findings import Check, Finding, limit, ok, problem
 from reaperd.ctl.units import size
+from reaperd.linux.mounts import Mount, parse_mount_table
 
 _SHM_BYTES = (
     256 * 1024 * 1024
@@ -85,7 +86,7 @@ def cgroups() -> Finding:
     from agent.wire import parse_cgroup
 
     own = parse_cgroup(probes.read_text("/proc/self/cgroup"))
-    layout = cgroup_layout(probes.parse_mounts(probes.read_text("/proc/self/mountinfo")))
+    layout = cgroup_layout(_mounts())
     if own != "/":
         return ok(f"{layout}; yours is {own}, which tells your session from other jobs")
     return limit(
@@ -94,7 +95,11 @@ def cgroups() -> Finding:
     )
 
 
-def cgroup_layout(mounts: list[probes.Mount]) -> str:
+def _mounts() -> list[Mount]:
+    return parse_mount_table(probes.read_text("/proc/self/mounts"))
+
+
+def cgroup_layout(mounts: list[Mount]) -> str:
     """Return the layout in words."""
     second = [mount for mount in mounts if mount.kind == "cgroup2"]
     first = [mount for mount in mounts if mount.kind == "cgroup"]
@@ -145,8 +150,7 @@ def _yama() -> str:
 
 def hidden_processes() -> Finding:
     """hidepid on /proc (proc(5))."""
-    mounts = probes.parse_mounts(probes.read_text("/proc/self/mountinfo"))
-    options = next((m.options for m in reversed(mounts) if m.point == "/proc" and m.kind == "proc"), ())
+    options = next((m.options for m in reversed(_mounts()) if m.point == "/proc" and m.kind == "proc"), ())
     hiding = [word for word in options if word.startswith(("hidepid=", "subset="))]
     hiding = [word for word in hiding if word not in ("hidepid=0", "hidepid=off")]
     if "subset=pid" in hiding:
@@ -165,8 +169,7 @@ def hidden_processes() -> Finding:
 
 def shared_memory() -> Finding:
     """The tmpfs where pools share arrays and where Reaper reclaims them."""
-    mounts = probes.parse_mounts(probes.read_text("/proc/self/mountinfo"))
-    kind = next((mount.kind for mount in reversed(mounts) if mount.point == _SHM), "")
+    kind = next((mount.kind for mount in reversed(_mounts()) if mount.point == _SHM), "")
     try:
         probes.write_in(_SHM)
     except OSError as error:

@@ -44,19 +44,6 @@ def zeromq() -> Finding:
     return ok(f"{versions}: an ipc socket tells the uid and pid of its peer")
 
 
-def psutil_module() -> Finding:
-    """Psutil, which the daemon needs and the agent does not."""
-    from importlib import import_module
-
-    try:
-        psutil = import_module("psutil")
-    except ImportError as error:
-        return problem(f"psutil cannot be imported: {error}", "pip install psutil")
-    if psutil.version_info < (5, 9):
-        return problem(f"psutil {psutil.__version__}", "pip install -U psutil: 5.9 or newer is needed")
-    return ok(f"psutil {psutil.__version__}")
-
-
 def agent_module() -> Finding:
     """Whether ``import agent`` gets Reaper's: another distribution on PyPI has the same import name."""
     from importlib.util import find_spec
@@ -231,7 +218,6 @@ def checks(options: Namespace) -> list[tuple[str, Check]]:
     return [
         ("Python", python),
         ("pyzmq", zeromq),
-        ("psutil", psutil_module),
         ("runtime directory", runtime_directory),
         ("state directory", state_directory),
         ("socket", lambda: socket_file(options)),

@@ -40,7 +40,7 @@ def events(options: Namespace) -> int:
         else:
             put(line)
     if none and not options.json:
-        put(render.NO_EVENTS)
+        put(render.no_events(of_session=bool(options.session), since=bool(options.since)))
     return DONE
 
 

@@ -160,7 +160,7 @@ def _common_options() -> _Parser:
     group.add_argument("--system", action="store_true", help="only the system's daemon")
     group.add_argument("--socket", metavar="PATH", type=_path, help="only the daemon on this socket")
     group.add_argument(
-        "--timeout", metavar="S", type=_seconds, help="seconds to wait for an answer (default 5)"
+        "--timeout", metavar="S", type=_seconds, help="seconds to wait for an answer, more than 0 (default 5)"
     )
     return common
 
@@ -248,7 +248,7 @@ def _seconds(text: str) -> float:
         value = 0.0
     if not 0 < value <= _LONGEST_S:
         raise argparse.ArgumentTypeError(
-            f"must be a number of seconds from 0 up to {_LONGEST_S}, got {text!r:.40}"
+            f"must be a number of seconds, more than 0 and at most {_LONGEST_S}, got {text!r:.40}"
         )
     return value
 

@@ -13,7 +13,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from reaperd.linux.pidfd import exit_status
 from reaperd.linux.procfs import ProcFS
@@ -132,38 +131,12 @@ def write_in(directory: str) -> None:
         file.flush()
 
 
-# -- mounts --------------------------------------------------------------------
-
-
-class Mount(NamedTuple):
-    """One line of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
-
-    point: str
-    kind: str
-    options: tuple[str, ...]
-
-
-def parse_mounts(text: str) -> list[Mount]:
-    """Return the mounts in a mountinfo text, the latest last; lines of another shape are left out."""
-    found = []
-    for line in text.splitlines():
-        left, _, right = line.partition(" - ")
-        words, more = left.split(" "), right.split(" ")
-        if len(words) >= 6 and len(more) >= 3:
-            options = (*words[5].split(","), *more[2].split(","))
-            found.append(Mount(_unescaped(words[4]), more[0], options))
-    return found
-
-
-def _unescaped(path: str) -> str:
-    for octal, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        path = path.replace(octal, character)
-    return path
+# -- files ----------------------------------------------------------------------------------------
 
 
 def read_text(path: str) -> str:
     """Return a small file's text, whatever bytes are in it."""
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         return file.read()
 
 

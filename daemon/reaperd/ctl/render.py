@@ -24,14 +24,15 @@ from reaperd.ctl.units import (
 from reaperd.times import moment
 
 NO_SESSIONS = "no sessions: a script becomes one with `import agent; agent.register()`"
-NO_EVENTS = "no events: nothing was registered, ended or reaped in that time"
 
 _NAME_COLUMNS = 40
 _FRAMEWORK_COLUMNS = 20
 _WORD_COLUMNS = 12  # of a role, a state, a user's name
 _ID_COLUMNS = 12  # of a session id at least: pid and some of the start time
+_BRANCH_COLUMNS = 3  # of the tree
 _LEAST_TEXT = 4  # columns that free text needs to be worth showing
 _BAR_COLUMNS = 20
+_MOST_REASONS = 10  # that are given for processes left alone, on a line of any length
 
 
 # -- ps -------------------------------------------------------------------------------------------
@@ -40,7 +41,7 @@ _BAR_COLUMNS = 20
 class _Limb(NamedTuple):
     """One line below a session: two cells that align over the whole tree, then more cells, then free text."""
 
-    role: str
+    role: str  # "": nothing but the text
     pid: str
     cells: tuple[str, ...] = ()  # framework, CPU, memory
     text: str = ""
@@ -100,7 +101,10 @@ def _limbs(session: Any, look: Look) -> list[_Limb]:
     progress = session.get("progress") if isinstance(session, dict) else None
     if isinstance(progress, dict):
         limbs.append(_Limb("progress", "", text=progress_line(progress, look)))
-    return limbs + [_worker_limb(worker, look) for worker in list_of(session, "workers")]
+    limbs += [_worker_limb(worker, look) for worker in list_of(session, "workers")]
+    if left_alone := list_of(session, "left_alone"):
+        limbs.append(_Limb("", "", text=left_alone_line(left_alone)))
+    return limbs
 
 
 def _worker_limb(worker: Any, look: Look) -> _Limb:
@@ -128,8 +132,10 @@ def _widths(limbs: list[_Limb]) -> _Widths:
 
 
 def _limb_line(limb: _Limb, widths: _Widths, look: Look) -> str:
+    if not limb.role:
+        return limb.text if look.width is None else cut(limb.text, look.width - _BRANCH_COLUMNS, look)
     words = [look.paint(_padded(limb.role, widths.role), limb.colour)]
-    used = 3 + widths.role  # the branch of the tree is three columns wide
+    used = _BRANCH_COLUMNS + widths.role
     if limb.pid:
         words.append(" " * (widths.pid - columns(limb.pid)) + limb.pid)
         used += 2 + widths.pid
@@ -163,6 +169,16 @@ def _evidence(process: Any) -> str:
     return ", ".join(plain(word[:LONGEST_TEXT]) for word in words)
 
 
+def left_alone_line(left_alone: list[Any]) -> str:
+    """Return how many look like members and are left alone, and of the first ones who and why."""
+    reasons = [
+        f"pid {_whole(process, 'pid')} {field(process, 'reason')}".rstrip()
+        for process in left_alone[:_MOST_REASONS]
+    ]
+    more = len(left_alone) - len(reasons)
+    return f"{len(left_alone)} left alone: " + "; ".join([*reasons, f"{more} more"] if more else reasons)
+
+
 def progress_line(progress: Any, look: Look) -> str:
     """Return a bar and per cent where the total is known, the count, and the script's own message."""
     done, total = number_of(progress, "done"), number_of(progress, "total")
@@ -192,6 +208,11 @@ _KIND_COLOURS = {
     "started": "green",
 }
 _KIND_COLUMNS = 11  # "quarantined"
+
+
+def no_events(*, of_session: bool, since: bool) -> str:
+    """Return what is said where there are none."""
+    return "no events" + (" of that session" if of_session else "") + (" in that time" if since else "")
 
 
 def cause_in_words(cause: Any) -> str:
@@ -239,7 +260,7 @@ def what_happened(one: Any) -> str:
     """Return cause, processes, signals, time and memory of an event, as far as it has any."""
     fields = one if isinstance(one, dict) else {}
     facts = [cause_in_words(fields.get("cause")), *_of_kind(fields), _processes(one), freed(one)]
-    left_alone, stuck = list_of(one, "spared"), remaining(one)
+    left_alone, stuck = list_of(one, "left_alone"), remaining(one)
     if left_alone:
         facts.append(f"{len(left_alone)} left alone")
     if stuck:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 
+from reaperd.linux.mounts import parse_mount_table
+
 
 def parse_mounts(text: str) -> tuple[str, str]:
     """Return the mount points of cgroup v2 and of v1's memory controller in /proc/self/mounts; "" where there is none."""
     unified = memory = ""
-    for line in text.splitlines():
-        fields = line.split(" ")
-        if len(fields) < 4:
-            continue
-        point = fields[1].replace("\\040", " ")
-        if fields[2] == "cgroup2":
-            unified = unified or point
-        elif fields[2] == "cgroup" and "memory" in fields[3].split(","):
-            memory = memory or point
+    for mount in parse_mount_table(text):
+        if mount.kind == "cgroup2":
+            unified = unified or mount.point
+        elif mount.kind == "cgroup" and "memory" in mount.options:
+            memory = memory or mount.point
     return unified, memory
 
 
@@ -44,7 +42,7 @@ def parse_oom_kills(text: str) -> int | None:
 
 def counter_file(cgroup_text: str, mounts: str = "/proc/self/mounts") -> str:
     """Return the file that counts OOM kills in the memory cgroup that /proc/PID/cgroup names, "" where none does."""
-    with open(mounts, encoding="utf-8", errors="surrogateescape") as file:
+    with open(mounts, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         unified_mount, memory_mount = parse_mounts(file.read())
     unified, memory = parse_memory_path(cgroup_text)
     candidates = []
