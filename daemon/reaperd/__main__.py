@@ -148,6 +148,10 @@ def _run_detached(daemon: Daemon, pidfile: str | None) -> None:
     import daemon as python_daemon
     from daemon import pidfile as python_daemon_pidfile
 
+    daemon.check_start()
+    folder = os.path.dirname(os.path.abspath(pidfile)) if pidfile else "/"
+    if not os.access(folder, os.W_OK):
+        raise StartError(f"cannot use {pidfile}: {folder} is no directory that can be written to")
     lock = python_daemon_pidfile.TimeoutPIDLockFile(os.path.abspath(pidfile), -1) if pidfile else None
     try:
         if lock is not None and lock.is_locked():

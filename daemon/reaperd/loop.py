@@ -63,6 +63,11 @@ class Daemon:
         self._signals: set[int] = set()
         self._notifier = Notifier(os.environ, os.getpid())
 
+    def check_start(self) -> None:
+        """Raise StartError where another daemon serves the socket: once in the background, nobody sees the exit code."""
+        with _single_instance(self._socket_path, private=self._mode == "user"):
+            pass
+
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; StartError when that cannot begin."""
         with contextlib.ExitStack() as stack:
