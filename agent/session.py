@@ -13,7 +13,7 @@ import threading
 import warnings
 from typing import TYPE_CHECKING
 
-from agent import client, wire
+from agent import client, sockets, wire
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -96,7 +96,7 @@ def register(
             if inherited is not None:
                 return inherited
             try:
-                session = _stamp(name, client.candidate_sockets(socket))
+                session = _stamp(name, sockets.candidate_sockets(socket))
             except (OSError, ValueError, wire.WireError) as error:  # ValueError: a path that is no text
                 return _without_daemon(
                     Session("", name, os.getpid()),
@@ -136,17 +136,17 @@ def _session_of_parent(name: str) -> Session | None:
     return Session(lineage[-1], name, wire.SessionId.parse(lineage[-1]).pid)
 
 
-def _stamp(name: str, sockets: list[str]) -> Session:
+def _stamp(name: str, paths: list[str]) -> Session:
     """Put both marks on this process: from here on, whatever it starts is recognised without any daemon's help."""
     from agent.page import SessionPage
 
     pid, start_ticks = os.getpid(), _start_ticks()
     cgroup = wire.parse_cgroup(_read_text("/proc/self/cgroup"))
-    place = wire.place_of(_first_listening(sockets), cgroup, os.geteuid())
+    place = wire.place_of(_first_listening(paths), cgroup, os.geteuid())
     session_id = wire.format_session_id(pid, start_ticks, place, int.from_bytes(os.urandom(4), "little"))
     page = SessionPage(session_id, name, start_ticks, _read_text("/proc/sys/kernel/random/boot_id").strip())
     try:
-        page.write_record(sockets)
+        page.write_record(paths)
     except (ValueError, wire.WireError):
         page.close()
         raise
@@ -161,11 +161,11 @@ def _stamp(name: str, sockets: list[str]) -> Session:
     return session
 
 
-def _first_listening(sockets: list[str]) -> str:
-    for path in sockets:
-        if client.why_deaf(path) is None:
+def _first_listening(paths: list[str]) -> str:
+    for path in paths:
+        if sockets.why_deaf(path) is None:
             return path
-    return sockets[0]
+    return paths[0]
 
 
 def _announce(session: Session, socket: str | None, timeout_s: float, required: bool) -> None:
@@ -180,7 +180,7 @@ def _announce(session: Session, socket: str | None, timeout_s: float, required: 
         "page_fd": page.fd,
     }
     reasons = []
-    for path in client.candidate_sockets(socket):
+    for path in sockets.candidate_sockets(socket):
         try:
             reply = client.request(path, message, timeout_s=timeout_s)
         except client.Unreachable as error:

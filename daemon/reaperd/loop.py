@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from agent import client
+from agent import sockets
 from reaperd import __version__, report
 from reaperd.adoption import Adoption
 from reaperd.config import Config, ConfigError, render_config, without_effect
@@ -278,7 +278,7 @@ def _single_instance(path: str, *, private: bool) -> Iterator[None]:
     """Hold ``<socket>.lock``: a second ZeroMQ bind would silently take the socket away from the first."""
     directory = os.path.dirname(path)
     _make_directory(directory, private=private)
-    if private and not client.is_private(directory):
+    if private and not sockets.is_private(directory):
         raise StartError(f"cannot use {directory}: it must be yours alone (your uid, mode 0700, no link)")
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from agent import client
+from agent import sockets
 
 
 class Paths(NamedTuple):
@@ -20,12 +20,12 @@ class Paths(NamedTuple):
 def default_paths() -> Paths:
     """Return the paths of the mode that the effective uid decides."""
     if os.geteuid() == 0:
-        return Paths("system", client.SYSTEM_SOCKET, "/var/lib/reaper", "/etc/reaper/reaper.toml")
+        return Paths("system", sockets.SYSTEM_SOCKET, "/var/lib/reaper", "/etc/reaper/reaper.toml")
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return Paths(
         "user",
-        client.user_socket(),
+        sockets.user_socket(),
         os.path.join(state, "reaper"),
         os.path.join(config, "reaper", "reaper.toml"),
     )

@@ -38,7 +38,9 @@ SETTINGS = CONFIG.format(grace=GRACE_S, exit_grace=EXIT_GRACE_S, tracker_grace=T
 FORKED = ("pools.py", "executor", "--idle", "--method", "fork")
 MEMMAP = ("pools.py", "memmap", "--idle")
 
-REGISTERED_AND_WAITING = "import agent, sys; print(agent.register().socket or '-', flush=True); sys.stdin.read()"
+REGISTERED_AND_WAITING = (
+    "import agent, sys; print(agent.register().socket or '-', flush=True); sys.stdin.read()"
+)
 
 
 def register_once(daemon: Daemon, run: str, uid: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -129,7 +131,9 @@ def test_the_gate_has_no_privileges(daemon: Daemon) -> None:
     assert fields["NoNewPrivs"].strip() == "1"
 
 
-def test_a_killed_gate_comes_back_and_nobody_is_lost(daemon: Daemon, start_leader: StartLeader, run: str) -> None:
+def test_a_killed_gate_comes_back_and_nobody_is_lost(
+    daemon: Daemon, start_leader: StartLeader, run: str
+) -> None:
     leader = start_leader(*FORKED, socket=daemon.socket)
     core = daemon.pid
     end_process(gate_of(daemon))
@@ -205,7 +209,9 @@ def test_a_process_that_sigkill_does_not_end_is_stuck_and_holds_up_nobody(
     repeat_until(lambda: removed(group), 10, "the cgroup is gone")
 
 
-def test_what_a_killed_tracker_did_not_free_is_freed_by_name(daemon: Daemon, start_leader: StartLeader) -> None:
+def test_what_a_killed_tracker_did_not_free_is_freed_by_name(
+    daemon: Daemon, start_leader: StartLeader
+) -> None:
     before = list_shm()
     leader = start_leader(*MEMMAP, socket=daemon.socket)
     folders = [entry for entry in list_shm() - before if f"folder_{leader.pid}_" in entry]
@@ -296,5 +302,3 @@ def removed(path: str) -> bool | None:
     with contextlib.suppress(OSError):
         os.rmdir(path)
     return True if not os.path.exists(path) else None
-
-

@@ -148,21 +148,20 @@ def test_a_signal_to_a_helper_does_not_wake_the_daemon() -> None:
 
 
 def test_bounded_work_returns_its_result_within_its_time() -> None:
-    assert helper.run_bounded(lambda: [os.getppid()], SOON_S) == [os.getpid()]
-    assert helper.run_bounded(fail, SOON_S) is None
+    assert helper.BoundedReader(SOON_S).run(lambda: [os.getppid()]) == [os.getpid()]
+    assert helper.BoundedReader(SOON_S).run(fail) is None
 
 
 def test_bounded_work_that_takes_too_long_is_ended_and_waited_for_by_the_next_that_does() -> None:
-    begin_s = time.monotonic()
-    assert helper.run_bounded(block, 0.01) is None
+    begin_s, reader = time.monotonic(), helper.BoundedReader(0.01)
+    assert reader.run(block) is None
     assert time.monotonic() - begin_s < SOON_S
     (first,) = ProcFS().children(os.getpid())
     os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)  # ended, and left to be waited for
-    assert helper.run_bounded(block, 0.01) is None
+    assert reader.run(block) is None
     (second,) = ProcFS().children(os.getpid())
     assert second != first
     os.waitpid(second, 0)
-    helper._abandoned.remove(second)
 
 
 # -- another user -----------------------------------------------------------------------------------

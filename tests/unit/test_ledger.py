@@ -22,6 +22,7 @@ from reaperd.ledger import (
     ReclaimStarted,
     ShmMeasured,
     Signalled,
+    SignalsSent,
     Spared,
     StopAsked,
     Target,
@@ -50,8 +51,8 @@ def exited(at_s: float, *pids: int) -> Exited:
     return Exited(frozenset(ProcessId(pid, 2000) for pid in pids), at_s)
 
 
-def sent(pid: int, event: Event = Event.DUE, *, due_s: float = 99.0, **facts: Any) -> Signalled:
-    return Signalled(ProcessId(pid, 2000), event, facts.pop("signal", 15), due_s, **facts)
+def sent(pid: int, event: Event = Event.DUE, *, due_s: float = 99.0, **facts: Any) -> SignalsSent:
+    return SignalsSent((Signalled(ProcessId(pid, 2000), event, facts.pop("signal", 15), due_s, **facts),))
 
 
 def living(**facts: Any) -> Entry:
@@ -295,7 +296,7 @@ def test_a_signal_to_the_gone_or_the_unknown_changes_nothing() -> None:
 def test_a_leader_that_is_to_be_stopped_goes_through_the_same_stages() -> None:
     entry = after(living(), StopAsked(member(100), 5.0))
     assert next_deadline([entry], TRACKER_GRACE_S) == 5.0
-    entry = after(entry, Signalled(LEADER, Event.DUE, 15, 10.0))
+    entry = after(entry, SignalsSent((Signalled(LEADER, Event.DUE, 15, 10.0),)))
     assert entry.leader_target is not None
     assert (entry.leader_target.stage, entry.leader_target.due_s) == (Stage.ASKED, 10.0)
     assert entry.phase is Phase.WATCHED

@@ -17,10 +17,10 @@ import pytest
 
 from agent import wire
 from agent.page import SessionPage, SparedMark
-from reaperd.linux import helper
 from reaperd.linux.procfs import ProcessGone, ProcFS, Stat
 from reaperd.model import Cause, CauseKind, Process, ProcessId, Session, Snapshot
-from reaperd.observer import FoundPage, Observer, Stray
+from reaperd.observer import Observer
+from reaperd.sweep import FoundPage, StampedProcess, Sweep
 
 ME, UID = os.getpid(), os.getuid()
 NOBODY = 65534
@@ -226,7 +226,6 @@ def test_a_process_whose_memory_cannot_be_read_holds_nobody_up(page: SessionPage
         assert (one.pages, one.lineage, one.spared) == (frozenset(), (), frozenset())
     for helper_pid in ProcFS().children(ME):  # what was left behind, and is dead
         os.waitpid(helper_pid, 0)
-    helper._abandoned.clear()
 
 
 # -- who is in a snapshot ---------------------------------------------------------------------------
@@ -382,7 +381,6 @@ def test_looking_twice_holds_no_more_pidfds_than_looking_once(observer: Observer
 
 def test_a_look_at_the_living_holds_no_pidfd(observer: Observer) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    observer.look(session())
     observer.look_at_all([session()])
     observer.look_below(session())
     assert len(os.listdir("/proc/self/fd")) == before
@@ -459,11 +457,11 @@ def test_a_holder_is_an_orphan_only_of_a_leader_that_is_dead_and_was_there_befor
 # -- sweeping ---------------------------------------------------------------------------------------
 
 
-def swept(observer: Observer, *, all_of_them: bool) -> list[FoundPage | Stray]:
+def swept(sweep: Sweep, *, all_of_them: bool) -> list[FoundPage | StampedProcess]:
     """Return what a sweep finds at this process and its children, with every descriptor closed."""
     mine = {ME, *ProcFS().children(ME)}
     found = []
-    for one in observer.sweep(all_of_them=all_of_them):
+    for one in sweep.run(all_of_them=all_of_them):
         if isinstance(one, FoundPage):
             os.close(one.descriptor)
         if one.holder.id.pid in mine:
@@ -473,7 +471,7 @@ def swept(observer: Observer, *, all_of_them: bool) -> list[FoundPage | Stray]:
 
 def test_a_sweep_finds_the_page_of_a_leader_and_of_its_worker(observer: Observer, page: SessionPage) -> None:
     with child() as pid:
-        found = [one for one in swept(observer, all_of_them=True) if isinstance(one, FoundPage)]
+        found = [one for one in swept(Sweep(observer), all_of_them=True) if isinstance(one, FoundPage)]
         assert {one.holder.id.pid for one in found} == {ME, pid}
         assert {(one.page.id, one.uid, one.gid) for one in found} == {(session(page).id, UID, os.getgid())}
 
@@ -481,16 +479,17 @@ def test_a_sweep_finds_the_page_of_a_leader_and_of_its_worker(observer: Observer
 def test_a_sweep_looks_at_new_processes_and_at_a_part_of_the_others_in_turn(
     observer: Observer, page: SessionPage
 ) -> None:
-    assert swept(observer, all_of_them=False)
-    turns = [bool(swept(observer, all_of_them=False)) for _ in range(16)]
+    sweep = Sweep(observer)
+    assert swept(sweep, all_of_them=False)
+    turns = [bool(swept(sweep, all_of_them=False)) for _ in range(16)]
     assert turns.count(True) == 1
-    assert swept(observer, all_of_them=True)
+    assert swept(sweep, all_of_them=True)
 
 
 def test_a_sweep_names_who_carries_a_session_in_its_environment(observer: Observer, run: str) -> None:
     stamps = {wire.LINEAGE_VARIABLE: f"{OTHER_ID}:{OTHER_ID}:x", "REAPER_TEST_RUN": run}
     with executed(**stamps) as pid:
-        found = [one for one in swept(observer, all_of_them=True) if isinstance(one, Stray)]
+        found = [one for one in swept(Sweep(observer), all_of_them=True) if isinstance(one, StampedProcess)]
         assert {(one.session, one.holder.id, one.uid) for one in found} == {(OTHER_ID, id_of(pid), UID)}
         assert {one.cgroup for one in found} == {observer.cgroup_path(pid)}
 
@@ -498,7 +497,7 @@ def test_a_sweep_names_who_carries_a_session_in_its_environment(observer: Observ
 def test_a_sweep_passes_over_what_only_looks_like_a_page(observer: Observer) -> None:
     broken = os.memfd_create(wire.PAGE_PREFIX + OTHER_ID, os.MFD_CLOEXEC)
     try:
-        assert swept(observer, all_of_them=True) == []
+        assert swept(Sweep(observer), all_of_them=True) == []
     finally:
         os.close(broken)
 
@@ -507,7 +506,7 @@ def test_a_sweep_passes_over_the_dead(observer: Observer, page: SessionPage) -> 
     with child() as pid:
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        assert {one.holder.id.pid for one in swept(observer, all_of_them=True)} == {ME}
+        assert {one.holder.id.pid for one in swept(Sweep(observer), all_of_them=True)} == {ME}
 
 
 # -- figures ----------------------------------------------------------------------------------------

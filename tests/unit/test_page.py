@@ -19,8 +19,8 @@ from reaperd.linux import page
 ID = "4711-2a-0000000b-0000000c"
 UID = os.getuid()
 F_ADD_SEALS, F_GET_SEALS = 1033, 1034
-SEAL_SHRINK, SEAL_GROW, SEAL_WRITE, SEAL_FUTURE_WRITE = 0x2, 0x4, 0x8, 0x10
-ALL_SEALS = SEAL_SHRINK | SEAL_GROW | SEAL_FUTURE_WRITE
+SEAL_SEAL, SEAL_SHRINK, SEAL_GROW, SEAL_WRITE, SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x8, 0x10
+ALL_SEALS = SEAL_SEAL | SEAL_SHRINK | SEAL_GROW | SEAL_FUTURE_WRITE
 
 
 @pytest.fixture
@@ -168,6 +168,7 @@ def test_only_a_memfd_of_the_right_size_and_owner_with_all_seals_is_a_page() -> 
         with memfd(size=size) as odd:
             assert "size" in str(refused(path_of(odd)))
     for seals in (
+        ALL_SEALS - SEAL_SEAL,
         0,
         SEAL_SHRINK,
         ALL_SEALS & ~SEAL_SHRINK,

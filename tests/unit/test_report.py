@@ -19,6 +19,7 @@ from reaperd.ledger import (
     Looked,
     Reclaimed,
     Signalled,
+    SignalsSent,
     Unregistered,
     apply,
 )
@@ -33,6 +34,7 @@ from reaperd.model import (
     ProcessId,
     Role,
     Session,
+    Usage,
 )
 
 LEADER = ProcessId(100, 1000)
@@ -54,8 +56,8 @@ def exited(at_s: float, *pids: int) -> Exited:
     return Exited(frozenset(ProcessId(pid, 2000) for pid in pids), at_s)
 
 
-def sent(pid: int, number: int, *, denied: bool = False) -> Signalled:
-    return Signalled(ProcessId(pid, 2000), Event.DUE, number, 0.0, denied=denied)
+def sent(pid: int, number: int, *, denied: bool = False) -> SignalsSent:
+    return SignalsSent((Signalled(ProcessId(pid, 2000), Event.DUE, number, 0.0, denied=denied),))
 
 
 def dead(*happenings: Happening, cause: Cause = Cause(CauseKind.SIGNAL, 9)) -> Entry:  # noqa: B008 (a value)
@@ -135,7 +137,7 @@ def test_the_event_of_an_end_has_every_field_that_others_rely_on() -> None:
                 "evidence": ["holds the page"],
             }
         ],
-        "spared": [{"pid": 300, "reason": "was started under spared()"}],
+        "left_alone": [{"pid": 300, "reason": "was started under spared()"}],
         "latency_s": 0.0125,
         "freed": {"rss_bytes": 4096, "shm_bytes": 512, "gpu_bytes": 0},
     }
@@ -219,7 +221,7 @@ def test_a_session_is_told_with_every_field_that_others_rely_on() -> None:
     told = record(
         entry,
         member(201, rss_bytes=4096),
-        usage={ProcessId(201, 2000): (99.96, 8192)},
+        usage={ProcessId(201, 2000): Usage(99.96, 8192)},
         leader_cmdline=["python", "train.py"],
         progress=wire.Progress(3.0, 64.0, "fold 3"),
     )
@@ -243,14 +245,8 @@ def test_a_session_is_told_with_every_field_that_others_rely_on() -> None:
                 "evidence": ["holds the page"],
             }
         ],
-        "spared": [{"pid": 300, "reason": "was started under spared()"}],
+        "left_alone": [{"pid": 300, "reason": "was started under spared()"}],
     }
-
-
-def test_a_worker_whose_usage_is_not_known_is_told_as_it_was_found() -> None:
-    (worker,) = record(Entry(SESSION), member(201, rss_bytes=4096))["workers"]
-    assert worker["cpu_percent"] is None
-    assert worker["rss_bytes"] == 4096
 
 
 def test_progress_is_told_in_whole_numbers_where_it_is_whole() -> None:

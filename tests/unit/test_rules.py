@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PURE = [
     *("model", "policy", "signatures", "lineage", "decide", "escalation", "ledger", "report"),
-    *("config", "config_values"),
+    *("config", "config_values", "gate_frames"),
 ]
 PURE_MODULES = ["agent.wire", *(f"reaperd.{name}" for name in PURE)]
 # A list of what is allowed: nobody can name everything that touches the world.
@@ -178,6 +178,7 @@ def test_the_core_knows_nothing_of_the_control_command() -> None:
 def test_the_gate_imports_nothing_of_ours_that_decides_reads_or_kills() -> None:
     assert reached_from("reaperd.gate") - {"reaperd.gate"} <= {
         "agent.wire",
+        "reaperd.gate_frames",
         "reaperd.linux",
         "reaperd.linux.prctl",
     }

@@ -195,7 +195,7 @@ def test_where_no_file_can_be_made_all_is_kept_in_memory_with_a_warning(
 def test_a_fault_of_the_file_while_it_is_used_is_told_once_and_never_raised(
     tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for table in ("sessions", "events", "totals"):
+    for table in ("sessions", "events", "totals", "settled"):
         execute(tmp_path, f"DROP TABLE {table}")
     store.save(PLAIN)
     store.forget("s")
@@ -203,6 +203,7 @@ def test_a_fault_of_the_file_while_it_is_used_is_told_once_and_never_raised(
     store.add_total("reaped", 1)
     assert store.add_event(event(), 1.0) == 0
     assert store.sessions() == []
+    assert not store.is_settled("s")
     assert store.events() == []
     assert store.last_event() == 0
     assert store.total("reaped") == 0
@@ -239,7 +240,7 @@ def test_events_are_asked_for_by_number_time_session_and_limit(store: Store) -> 
     for n in range(1, 7):
         store.add_event(event(session="even" if n % 2 == 0 else "odd"), 100.0 + n)
     assert sequence(store.events(after=4)) == [5, 6]
-    assert sequence(store.events(since_s=105.0)) == [5, 6]
+    assert sequence(store.events(since_epoch_s=105.0)) == [5, 6]
     assert sequence(store.events(session="even")) == [2, 4, 6]
     assert sequence(store.events(session="even", after=2, limit=1)) == [4]
     assert sequence(store.events(limit=2)) == [1, 2]

@@ -249,12 +249,13 @@ def test_what_is_no_session_id_is_refused_briefly() -> None:
         assert len(str(caught.value)) < 120
 
 
-def test_the_place_tells_sockets_and_cgroups_apart() -> None:
-    places = {wire.place_of(socket, cgroup) for socket in ("/a", "/b") for cgroup in ("/", "/x")}
-    assert len(places) == 4
-    assert wire.place_of("/a", "b") != wire.place_of("/", "ab")
+def test_the_place_tells_sockets_cgroups_and_users_apart() -> None:
+    words = [(socket, cgroup, uid) for socket in ("/a", "/b") for cgroup in ("/", "/x") for uid in (0, 1)]
+    places = {wire.place_of(*one) for one in words}
+    assert len(places) == 8
+    assert wire.place_of("/a", "b", 0) != wire.place_of("/", "ab", 0)
     assert all(0 <= place < 2**32 for place in places)
-    wire.place_of("/a", "/\udcff")  # a cgroup's name is any bytes
+    wire.place_of("/a", "/\udcff", 0)  # a cgroup's name is any bytes
 
 
 def test_a_lineage_is_read_outermost_first_and_words_that_are_no_id_are_left_out() -> None:

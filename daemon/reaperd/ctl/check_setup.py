@@ -85,12 +85,12 @@ def _is_ours(spec: ModuleSpec) -> bool:
 
 def runtime_directory() -> Finding:
     """Where this user's own socket would be."""
-    from agent import client
+    from agent import sockets
 
     if os.geteuid() == 0:
         return ok("root needs none of its own: root's daemon is the system's")
-    path = client.user_runtime_directory()
-    if os.path.lexists(path) and not client.is_private(path):
+    path = sockets.user_runtime_directory()
+    if os.path.lexists(path) and not sockets.is_private(path):
         return problem(
             f"{path} is not yours alone ({_describe(path)}), so your own daemon's socket is not looked for there",
             f"chmod 700 {path}, or, where it is not yours, have its owner remove it",
@@ -107,14 +107,14 @@ def runtime_directory() -> Finding:
 
 def socket_file(options: Namespace) -> Finding:
     """The socket that would be used, and who could put another in its place."""
-    from agent import client
+    from agent import sockets
     from reaperd.ctl.link import sockets_of
 
     try:
         paths = sockets_of(options)
     except CommandError as error:
         return problem(str(error), "chmod 700 the directory, or use --system")
-    path = next((path for path in paths if client.why_deaf(path) is None), paths[0])
+    path = next((path for path in paths if sockets.why_deaf(path) is None), paths[0])
     directory = os.path.dirname(path)
     if not os.path.lexists(path):
         return ok(f"{path} would be used; nothing is there yet")

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from agent import client, wire
+from agent import client, sockets, wire
 from reaperd.ctl import FAILED, NO_DAEMON, NOT_ALLOWED, USAGE, CommandError
 from reaperd.ctl.units import list_of, number_of
 
@@ -30,16 +30,16 @@ class NoDaemonError(CommandError):
 def sockets_of(options: Namespace) -> list[str]:
     """Return the sockets that the global options allow, in the order to try them."""
     if options.system:
-        return [client.SYSTEM_SOCKET]
+        return [sockets.SYSTEM_SOCKET]
     if options.user:
-        directory = client.user_runtime_directory()
-        if os.path.lexists(directory) and not client.is_private(directory):
+        directory = sockets.user_runtime_directory()
+        if os.path.lexists(directory) and not sockets.is_private(directory):
             raise NoDaemonError(
                 f"will not speak to a daemon in {directory}: the directory is not yours alone",
                 "Make it yours with mode 0700, or use --system",
             )
-        return [os.path.realpath(client.user_socket())]
-    return client.candidate_sockets(options.socket)
+        return [os.path.realpath(sockets.user_socket())]
+    return sockets.candidate_sockets(options.socket)
 
 
 class Link:
@@ -84,12 +84,12 @@ def _no_daemon(reasons: list[str], socket: str) -> NoDaemonError:
 
 def how_to_start(socket: str) -> str:
     """Return the command that starts a daemon on ``socket``."""
-    if socket == client.SYSTEM_SOCKET:
+    if socket == sockets.SYSTEM_SOCKET:
         if os.geteuid() == 0:
             systemd = os.path.isdir("/run/systemd/system")
             return "Start one with `systemctl start reaperd`" if systemd else "Start one with `reaperd`"
         return "Start your own with `reaperd`, or have an administrator start the system's"
-    if socket == os.path.realpath(client.user_socket()) and os.geteuid() != 0:
+    if socket == os.path.realpath(sockets.user_socket()) and os.geteuid() != 0:
         return "Start your own with `reaperd`"
     return f"Start one there with `reaperd --socket {socket}`"
 
