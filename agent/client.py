@@ -1,14 +1,10 @@
-"""One round trip to a daemon. Nothing stays open afterwards.
-
-pyzmq is imported at the first request only: ``import agent`` must cost nothing.
-"""
+"""One round trip to a daemon. Nothing stays open afterwards."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from agent import wire
-from agent.sockets import why_deaf
+from agent import wire, zmtp
 
 
 class Unreachable(Exception):
@@ -20,29 +16,21 @@ def request(path: str, message: dict[str, Any], *, timeout_s: float = 1.0) -> di
 
     Raises Unreachable when none comes within ``timeout_s``, WireError when the daemon refuses or answers nonsense.
     """
+    data = wire.encode(message)
     try:
-        import zmq
-    except ImportError as error:
-        raise Unreachable(f"pyzmq cannot be imported: {error}") from None
-    reason = why_deaf(path)
-    if reason is not None:
-        raise Unreachable(f"{path}: {reason}")
-    context = zmq.Context()
-    dealer = context.socket(zmq.DEALER)
-    try:
-        dealer.linger = 0
-        dealer.connect(f"ipc://{path}")
-        dealer.send(wire.encode(message))
-        if not dealer.poll(int(timeout_s * 1000)):
-            raise Unreachable(f"{path}: no answer within {timeout_s:g} s")
-        frames = dealer.recv_multipart()
-    except (zmq.ZMQError, ValueError) as error:  # ValueError: a path that is no text
+        dealer = zmtp.Dealer(path, timeout_s)
+        try:
+            answer = dealer.round_trip(data)
+        finally:
+            dealer.close()
+    except (TimeoutError, BlockingIOError):  # BlockingIOError: a full backlog, connect(2) on a Unix socket
+        raise Unreachable(f"{path}: no answer within {timeout_s:g} s") from None
+    except (OSError, ValueError) as error:  # ValueError: a path that is no text, or has a NUL
+        raise Unreachable(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except zmtp.ZmtpError as error:
         raise Unreachable(f"{path}: {error}") from None
-    finally:
-        dealer.close()
-        context.term()
     try:
-        reply = wire.decode(frames[-1])
+        reply = wire.decode(answer)
     except wire.WireError as error:
         raise wire.WireError("bad-reply", f"{path} answered nonsense: {error}") from None
     if reply.get("ok") is not True:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import sys
 import threading
 
 from agent import wire
@@ -32,7 +33,8 @@ class SessionPage:
         self.fd = os.memfd_create(wire.PAGE_PREFIX + session, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, wire.PAGE_BYTES)
-            self._memory = mmap.mmap(self.fd, wire.PAGE_BYTES)
+            self._inode = os.fstat(self.fd).st_ino
+            self._memory, self._duplicate = _map(self.fd, wire.PAGE_BYTES)
             fcntl.fcntl(self.fd, _F_ADD_SEALS, _SEALS)
         except OSError:
             os.close(self.fd)
@@ -74,12 +76,47 @@ class SessionPage:
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Unmap and close the page: the mark is gone from this process."""
+        """Unmap and close the page: the mark is gone from this process.
+
+        A program that closed all its descriptors (as daemons do) may have given our numbers to files of its own: then
+        nothing is closed, and the mapping stays.
+        """
         with self._lock:
-            self._memory.close()
-            with contextlib.suppress(OSError):  # the program may have closed all its descriptors
+            if self.fd < 0:
+                return
+            if self._is_ours(self.fd) and (self._duplicate < 0 or self._is_ours(self._duplicate)):
+                self._memory.close()
                 os.close(self.fd)
+            else:
+                _abandoned.append(self._memory)
             self.fd = -1
+
+    def _is_ours(self, descriptor: int) -> bool:
+        try:
+            return os.fstat(descriptor).st_ino == self._inode
+        except OSError:
+            return False
+
+
+# Mappings whose descriptors are the program's by now: were they collected, mmap would close those.
+_abandoned: list[mmap.mmap] = []
+
+
+def _map(descriptor: int, size: int) -> tuple[mmap.mmap, int]:
+    """Return a mapping, and the number of the duplicate that mmap keeps of ``descriptor`` before Python 3.13, else -1."""
+    if sys.version_info >= (3, 13):
+        return mmap.mmap(descriptor, size, trackfd=False), -1
+    inode, before = os.fstat(descriptor).st_ino, _open_descriptors()
+    memory = mmap.mmap(descriptor, size)
+    for number in _open_descriptors() - before:
+        with contextlib.suppress(OSError):
+            if os.fstat(number).st_ino == inode:
+                return memory, number
+    return memory, -1
+
+
+def _open_descriptors() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/fd")}
 
 
 class SparedMark:

@@ -7,9 +7,12 @@ and never a second leader.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+import struct
 import sys
 import threading
+import time
 import warnings
 from typing import TYPE_CHECKING
 
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from agent.page import SessionPage, SparedMark
+
+
+_RETRY_S = 30.0
 
 
 class RegistrationError(RuntimeError):
@@ -66,7 +72,8 @@ class _Process:
         self.sparing = 0
         self.spared: list[tuple[int, int]] = []  # (pid, start ticks) of what was started under spared()
         self.spared_mark: SparedMark | None = None
-        self.kept_pages: list[SessionPage] = []  # of sessions whose end no daemon has noted
+        self.outer_spared: str | None = None
+        self.retry_at_s = 0.0  # a daemon that did not answer is not asked again before
         self.hooked = False
         self.warned = False
 
@@ -94,17 +101,18 @@ def register(
         if session is None:
             inherited = _session_of_parent(name)
             if inherited is not None:
+                _process.session = inherited
                 return inherited
             try:
                 session = _stamp(name, sockets.candidate_sockets(socket))
-            except (OSError, ValueError, wire.WireError) as error:  # ValueError: a path that is no text
+            except (OSError, ValueError, AttributeError, wire.WireError) as error:
                 return _without_daemon(
                     Session("", name, os.getpid()),
                     f"the session cannot be marked: {error}",
                     required=required,
                     stacklevel=4,
                 )
-        if session.socket is None:
+        if session.socket is None and (required or time.monotonic() >= _process.retry_at_s):
             _announce(session, socket, float(timeout), required)
         return session
 
@@ -121,18 +129,20 @@ def _checked_name(name: str | None) -> str:
 
 
 def _session_of_parent(name: str) -> Session | None:
-    """Return the parent's session while a spawned worker imports the parent's main module anew.
+    """Return the leader's session in a worker that multiprocessing or loky started: it is never a leader itself.
 
-    An unguarded ``agent.register()`` at the top of a script runs in every spawn, forkserver and loky worker too.
-    ``_inheriting`` is what multiprocessing itself looks at to refuse starting a process at that moment
-    (multiprocessing/spawn.py, ``_check_not_importing_main``).
+    An unguarded ``agent.register()`` at the top of a script runs in every spawn, forkserver and loky worker too, while
+    the worker imports the script anew (``_inheriting`` is what multiprocessing/spawn.py itself looks at then).
     """
     module = sys.modules.get("multiprocessing.process")
-    if module is None or not getattr(module.current_process(), "_inheriting", False):
+    if module is None:
+        return None
+    process = module.current_process()
+    if process.name == "MainProcess" and not getattr(process, "_inheriting", False):
         return None
     lineage = wire.parse_lineage(os.environ.get(wire.LINEAGE_VARIABLE, ""))
-    if not lineage:
-        return Session("", name, 0)
+    if not lineage:  # the leader did not register
+        return Session("", name, 0) if getattr(process, "_inheriting", False) else None
     return Session(lineage[-1], name, wire.SessionId.parse(lineage[-1]).pid)
 
 
@@ -150,7 +160,7 @@ def _stamp(name: str, paths: list[str]) -> Session:
     except (ValueError, wire.WireError):
         page.close()
         raise
-    outer = os.environ.get(wire.LINEAGE_VARIABLE)
+    outer = _outer_lineage(pid, start_ticks)
     os.environ[wire.LINEAGE_VARIABLE] = f"{outer}:{session_id}" if outer else session_id
     _process.outer_lineage, _process.page = outer, page
     _process.session = session = Session(session_id, name, pid)
@@ -159,6 +169,15 @@ def _stamp(name: str, paths: list[str]) -> Session:
         atexit.register(_at_exit)
         _process.hooked = True
     return session
+
+
+def _outer_lineage(pid: int, start_ticks: int) -> str | None:
+    """Return the sessions that this process is a worker of: not those that it led itself before it exec'ed."""
+    outer = os.environ.get(wire.LINEAGE_VARIABLE)
+    if outer is None:
+        return None
+    mine = f"{pid}-{start_ticks:x}-"
+    return ":".join(word for word in outer.split(":") if word and not word.startswith(mine)) or None
 
 
 def _first_listening(paths: list[str]) -> str:
@@ -193,6 +212,7 @@ def _announce(session: Session, socket: str | None, timeout_s: float, required: 
             session.max_workers = limit if isinstance(limit, int) and limit > 0 else None
             page.write_record([path])
             return
+    _process.retry_at_s = time.monotonic() + _RETRY_S
     _without_daemon(session, "; ".join(reasons), required=required, stacklevel=5)
 
 
@@ -217,16 +237,11 @@ def unregister() -> None:
             return
         _remove_environment_stamp(session.id)
         _process.session = _process.page = None
-        page.raise_flag(wire.ENDED)
+        page.raise_flag(wire.ENDED)  # for the daemon that comes later: forked workers hold the page, too
         if session.socket is not None:
-            try:
+            with contextlib.suppress(client.Unreachable, wire.WireError):
                 client.request(session.socket, {"op": "unregister", "session": session.id})
-            except (client.Unreachable, wire.WireError):
-                pass
-            else:
-                page.close()
-                return
-        _process.kept_pages.append(page)  # its flag tells a daemon that comes later
+        page.close()
 
 
 def _remove_environment_stamp(session_id: str) -> None:
@@ -241,8 +256,16 @@ def _remove_environment_stamp(session_id: str) -> None:
 def progress(done: float, total: float | None = None, message: str = "") -> None:
     """Say how far the session is; see ``agent.progress``."""
     page, session = _process.page, _process.session
-    if page is not None and session is not None and session.leading:
+    if page is None or session is None or not session.leading:
+        return
+    try:
         page.write_progress(done, total, message)
+    except (TypeError, AttributeError, struct.error):
+        raise TypeError(
+            f"done and total must be numbers and message a text, got {done!r}, {total!r}, {message!r}"
+        ) from None
+    except OverflowError:
+        raise ValueError("done and total must be numbers that fit into a float") from None
 
 
 class Spared:
@@ -250,7 +273,6 @@ class Spared:
 
     def __init__(self) -> None:
         """Nothing happens before the block is entered."""
-        self._outer: str | None = None
         self._pid = 0
         self._before: set[tuple[int, int]] = set()
 
@@ -261,10 +283,13 @@ class Spared:
             session = _spared_session()
             if session is None:
                 return
-            _process.sparing += 1
             self._before = _children()
-            self._outer = os.environ.get(wire.SPARED_VARIABLE)
-            os.environ[wire.SPARED_VARIABLE] = f"{self._outer}:{session}" if self._outer else session
+            _process.sparing += 1
+            if (
+                _process.sparing == 1
+            ):  # blocks of several threads can overlap: the first sets, the last takes away
+                _process.outer_spared = outer = os.environ.get(wire.SPARED_VARIABLE)
+                os.environ[wire.SPARED_VARIABLE] = f"{outer}:{session}" if outer else session
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -273,12 +298,14 @@ class Spared:
         with _process.lock:
             if self._pid != os.getpid() or not _process.sparing:
                 return
-            _process.sparing -= 1
             self._note_children()
-            if self._outer is None:
+            _process.sparing -= 1
+            if _process.sparing:
+                return
+            if _process.outer_spared is None:
                 os.environ.pop(wire.SPARED_VARIABLE, None)
             else:
-                os.environ[wire.SPARED_VARIABLE] = self._outer
+                os.environ[wire.SPARED_VARIABLE] = _process.outer_spared
 
     def _note_children(self) -> None:
         """Name in the page what was started meanwhile: its environment may lack the mark."""
@@ -313,9 +340,6 @@ def _spared_session() -> str | None:
 def _after_fork_in_child() -> None:
     """Make the child what it is: a worker, or, inside ``spared()``, a process of its own."""
     _process.lock = threading.RLock()
-    for page in _process.kept_pages:  # what is forked after unregister() is nobody's worker
-        page.close()
-    _process.kept_pages.clear()
     if _process.page is not None:
         _process.page.after_fork()
     if _process.sparing:

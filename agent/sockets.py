@@ -41,22 +41,29 @@ def candidate_sockets(explicit: str | None = None) -> list[str]:
     """
     chosen = explicit or os.environ.get("REAPER_SOCKET")
     if chosen:
-        return [os.path.realpath(chosen)]
+        return [_real(chosen)]
     if os.geteuid() == 0 or not is_private(user_runtime_directory()):
         return [SYSTEM_SOCKET]
-    return [os.path.realpath(user_socket()), SYSTEM_SOCKET]
+    return [_real(user_socket()), SYSTEM_SOCKET]
+
+
+def _real(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):  # a working directory that was removed, a NUL
+        return path
 
 
 def why_deaf(path: str) -> str | None:
     """Return why nobody listens on ``path``, None when somebody does.
 
-    libzmq would keep on connecting to a missing or dead socket until the deadline; one plain connect(2) knows at once.
+    One plain connect(2) knows at once.
     """
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         probe.settimeout(0.2)
         probe.connect(path)
-    except TimeoutError:
+    except (TimeoutError, BlockingIOError):
         return None  # a full backlog: somebody listens, if slowly
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         return getattr(error, "strerror", None) or str(error)

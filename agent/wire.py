@@ -16,6 +16,7 @@ MAX_REQUEST_BYTES = 16 * 1024
 MAX_NAME_CHARS = 200
 MAX_MESSAGE_BYTES = 1000  # of progress, after UTF-8 encoding
 MAX_SOCKETS = 8
+MAX_LINEAGE = 16
 _MAX_INTEGER = 2**63
 
 LINEAGE_VARIABLE = "REAPER_LINEAGE"
@@ -36,17 +37,16 @@ class WireError(Exception):
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """Return ``message`` as one frame; the version is added here."""
-    return json.dumps(
-        {"v": VERSION, **message}, ensure_ascii=False, separators=(",", ":"), allow_nan=False
-    ).encode()
+    """Return ``message`` as one frame; the version is added here. What is no Unicode (file names) becomes "?"."""
+    text = json.dumps({"v": VERSION, **message}, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode("utf-8", "replace")
 
 
 def decode(data: bytes) -> dict[str, Any]:
     """Return the message in one frame; raise WireError ``bad-request`` for anything but one strict JSON object.
 
-    Strict means: UTF-8, no duplicate keys, no NaN or Infinity, no integer beyond 64 bits, and nesting
-    that the parser can take.
+    Strict means: UTF-8, no lone surrogates, no duplicate keys, no NaN or Infinity, no integer beyond 64 bits, and
+    nesting that the parser can take.
     """
     try:
         message = json.loads(
@@ -63,10 +63,20 @@ def decode(data: bytes) -> dict[str, Any]:
         raise WireError("bad-request", f"the message is not strict JSON: {error}") from None
     if not isinstance(message, dict):
         raise WireError("bad-request", "the message must be a JSON object")
+    if b"\\u" in data and _has_lone_surrogate(message):
+        raise WireError("bad-request", "a text has half of a surrogate pair")
     version = message.get("v")
     if version != VERSION or isinstance(version, bool):
         raise WireError("bad-version", f"v: must be {VERSION}, got {version!r:.40}")
     return message
+
+
+def _has_lone_surrogate(message: dict[str, Any]) -> bool:
+    try:
+        json.dumps(message, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -149,8 +159,11 @@ def place_of(socket: str, cgroup: str, uid: int) -> int:
 
 
 def parse_lineage(text: str) -> tuple[str, ...]:
-    """Return the session ids in an environment stamp, outermost first; words that are no id are left out."""
-    return tuple(word for word in text.split(":") if _is_session_id(word))
+    """Return the session ids in an environment stamp, outermost first; words that are no id are left out.
+
+    Of more than ``MAX_LINEAGE`` the innermost count: nobody nests so deep, and each costs the daemon work.
+    """
+    return tuple(word for word in text.split(":")[-MAX_LINEAGE:] if _is_session_id(word))
 
 
 def _is_session_id(text: str) -> bool:

@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +29,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 ZOO = os.path.join(ROOT, "tests", "support", "zoo")
 PARENT = os.path.join(ROOT, "tests", "support", "parent.py")
 IMPORT_PATH = os.pathsep.join([ROOT, os.path.join(ROOT, "daemon")])
-SITE_PACKAGES = sysconfig.get_path("purelib")
+SITE_PACKAGES = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
 # Other users, who need no account. Not 65534: that uid stands for all who have none in this namespace.
 STRANGER = 61234
 NEIGHBOUR = 61235
@@ -386,7 +385,7 @@ def _virtual_environment(home: str, name: str) -> str:
     os.symlink(os.path.join(home, name), os.path.join(binaries, "python"))
     for path, text in (
         (os.path.join(root, "pyvenv.cfg"), f"home = {home}\n"),
-        (os.path.join(packages, "tree.pth"), "\n".join([*IMPORT_PATH.split(os.pathsep), SITE_PACKAGES])),
+        (os.path.join(packages, "tree.pth"), "\n".join([*IMPORT_PATH.split(os.pathsep), *SITE_PACKAGES])),
     ):
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)

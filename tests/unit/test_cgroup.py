@@ -6,6 +6,7 @@ from pathlib import Path
 
 from reaperd.linux import cgroup
 from reaperd.linux.cgroup import counter_file, parse_memory_path, parse_mounts, parse_oom_kills
+from reaperd.linux.mounts import Mount, parse_mount_table
 
 V2 = "cgroup2 {root}/unified cgroup2 rw,nosuid,nsdelegate 0 0\n"
 V1 = (
@@ -58,8 +59,27 @@ def test_a_mount_that_only_looks_like_a_cgroup_is_none() -> None:
     assert parse_mounts(hostile) == ("", "")
 
 
-def test_a_blank_in_a_mount_point_is_read_back() -> None:
-    assert parse_mounts("c /with\\040blank cgroup2 rw 0 0\n") == ("/with blank", "")
+def test_what_the_kernel_writes_in_octal_is_read_back() -> None:
+    assert parse_mounts("c /with\\040blank\\011\\134\\012\\043 cgroup2 rw 0 0\n") == (
+        "/with blank\t\\\n#",
+        "",
+    )
+    assert parse_mounts("c /no\\09octal\\ cgroup2 rw 0 0\n") == ("/no\\09octal\\", "")
+
+
+def test_only_a_line_feed_ends_a_line_of_the_mount_table() -> None:
+    for odd in ("\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\r"):
+        table = f"x{odd}c /c cgroup2 rw 0 0 /home/u/mnt fuse.x rw 0 0\n"
+        assert parse_mounts(table) == ("/c", ""), ascii(odd)
+        assert parse_mounts(f"source /home/u/a{odd}c fuse.x rw 0 0\n") == ("", ""), ascii(odd)
+
+
+def test_every_mount_is_told_with_its_kind_and_options() -> None:
+    table = parse_mount_table("proc /proc proc rw,relatime,hidepid=2 0 0\njunk\n\ntmpfs /tmp tmpfs rw 0 0\n")
+    assert table == [
+        Mount("/proc", "proc", ("rw", "relatime", "hidepid=2")),
+        Mount("/tmp", "tmpfs", ("rw",)),
+    ]
 
 
 def test_the_path_of_the_memory_controller_is_found() -> None:

@@ -36,6 +36,7 @@ from reaperd.ledger import (
     Signalled,
     SignalsSent,
     StopAsked,
+    Unregistered,
     apply,
 )
 from reaperd.model import (
@@ -422,6 +423,30 @@ def test_dry_run_switched_on_in_the_middle_of_a_reap_ends_it_without_another_sig
     reap.run()
     assert reap.signals == before
     assert reap.forgotten
+
+
+def test_a_dry_run_after_a_clean_exit_tells_what_ended_by_itself_as_soon_as_it_has() -> None:
+    reap = Reap([worker(201, ends_itself_at_s=3.0)], replace(POLICY, dry_run=True), clean=True).run()
+    assert reap.stage(201) is Stage.GONE
+    assert 3.0 <= reap.concluded_at_s[0] < 4.0
+    assert reap.forgotten
+
+
+# -- a session that its leader has ended ------------------------------------------------------------
+
+
+def test_a_session_that_its_leader_ended_is_concluded_once_it_has_no_worker_left() -> None:
+    entry = apply(Entry(Session("s", "", 1000, 1000, LEADER, "")), Unregistered())
+    busy = apply(entry, Looked(Family({ProcessId(201, 2000): worker(201).member}, {}), 1.0, 0.0))
+    assert decide.decide(busy, POLICY, 1e9) == []
+    idle = apply(busy, Looked(Family({ProcessId(202, 2000): tracker(202).member}, {}), 2.0, 0.0))
+    assert decide.decide(idle, POLICY, 2.0) == [Conclude()]
+    assert decide.decide(apply(idle, Concluded()), POLICY, 2.0) == [Forget()]
+
+
+def test_a_session_without_a_worker_goes_on_while_its_leader_has_not_ended_it() -> None:
+    entry = apply(Entry(Session("s", "", 1000, 1000, LEADER, "")), Looked(Family({}, {}), 1.0, 0.0))
+    assert decide.decide(entry, POLICY, 1e9) == []
 
 
 # -- stopping a leader ------------------------------------------------------------------------------

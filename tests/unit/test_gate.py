@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.wire import WireError
-from reaperd import gate
+from reaperd import gate, gate_frames
 from reaperd.gate import Quota, parse_peer_address
 
 OVERFLOW = 65534
@@ -68,6 +68,40 @@ def test_any_address_is_a_peer_or_one_wire_error(text: str) -> None:
     assert uid >= 0
     assert gid >= 0
     assert pid > 0
+
+
+# -- what the gate and the core say to each other ---------------------------------------------------
+
+
+def test_a_request_comes_back_as_it_was_passed_on() -> None:
+    for request in (
+        gate_frames.Request(1000, 100, 4711, b"\0\x80id", b'{"v":1}'),
+        gate_frames.Request(2**32 - 1, 0, 2**31, b"", b""),
+        gate_frames.Request(0, 0, 1, b"x" * 255, b"y" * 16384),
+    ):
+        data = gate_frames.pack_request(request)
+        assert gate_frames.parse_request(data) == request
+        assert len(data) <= gate_frames.MAX_REQUEST_BYTES
+
+
+def test_what_is_too_short_for_a_request_is_none() -> None:
+    for data in (b"", b"\0" * 12):
+        with pytest.raises(ValueError, match="short"):
+            gate_frames.parse_request(data)
+
+
+def test_a_reply_of_any_length_comes_back_in_parts_that_fit() -> None:
+    for size in (1, 59_999, 60_000, 60_001, 150_000):
+        body = bytes(range(256)) * (size // 256 + 1)
+        parts = list(gate_frames.pack_reply(b"id", body[:size]))
+        assert max(len(part) for part in parts) <= gate_frames.MAX_REPLY_BYTES
+        told = [gate_frames.parse_reply(part) for part in parts]
+        assert {routing_id for routing_id, _, _ in told} == {b"id"}
+        assert b"".join(part for _, part, _ in told) == body[:size]
+        assert [last for _, _, last in told] == [False] * (len(told) - 1) + [True]
+
+
+# -- quotas -----------------------------------------------------------------------------------------
 
 
 def granted(quota: Quota, uid: int, at_s: float, requests: int) -> int:

@@ -12,11 +12,15 @@ from reaperd.escalation import Event, Stage
 from reaperd.ledger import (
     QUIET_LOOKS,
     SPACING_S,
+    CauseTold,
     Concluded,
     Entry,
     Exited,
     LeaderDied,
     Looked,
+    LookFailed,
+    MembersLost,
+    OomCounted,
     Phase,
     Reclaimed,
     ReclaimStarted,
@@ -112,6 +116,17 @@ def test_processes_that_the_leader_named_as_spared_stay_spared_for_good() -> Non
     assert entry.session.spared == {first, second}
 
 
+def test_members_that_have_ended_are_kept_in_mind_no_longer() -> None:
+    entry = after(living(), looked(1.0, member(201, marked=False), member(202, marked=False)))
+    entry = after(entry, MembersLost(frozenset((ProcessId(201, 2000), ProcessId(777, 1)))))
+    assert entry.session.kept == {ProcessId(202, 2000)}
+
+
+def test_the_count_of_oom_kills_is_the_last_one_told() -> None:
+    assert after(living(oom_kills=1), OomCounted(3)).session.oom_kills == 3
+    assert after(living(oom_kills=1), OomCounted(None)).session.oom_kills is None
+
+
 # -- the leader dies --------------------------------------------------------------------------------
 
 
@@ -125,6 +140,10 @@ def test_the_death_of_a_leader_is_looked_into_at_once() -> None:
 def test_a_leader_dies_once() -> None:
     entry = dead(at_s=10.0)
     assert apply(entry, LeaderDied(Cause(CauseKind.EXIT, 0), 20.0, 30.0)) is entry
+
+
+def test_a_cause_may_be_told_later() -> None:
+    assert dead(CauseTold(Cause(CauseKind.EXIT, 3))).session.cause == Cause(CauseKind.EXIT, 3)
 
 
 def test_who_wanted_the_leader_stopped_has_what_it_wants_when_it_dies() -> None:
@@ -212,6 +231,19 @@ def test_a_session_grows_when_later_looks_find_workers_although_signals_were_all
     assert early.growth == 0
 
 
+def test_a_look_that_could_not_see_all_is_never_quiet() -> None:
+    entry = dead(looked(10.0), looked(10.1), replace(looked(10.2), complete=False))
+    assert entry.quiet_looks == 0
+    assert entry.look_due_s is not None
+    assert dead(looked(10.0), looked(10.1), looked(10.2)).look_due_s is None
+
+
+def test_a_look_that_failed_is_tried_again_and_counts_for_nothing() -> None:
+    entry = dead(looked(10.0), looked(10.1), LookFailed(10.2))
+    assert (entry.looks, entry.quiet_looks) == (2, 0)
+    assert entry.look_due_s == pytest.approx(10.2 + SPACING_S[-1])
+
+
 # -- exits ------------------------------------------------------------------------------------------
 
 
@@ -271,6 +303,14 @@ def test_a_signal_takes_its_target_a_stage_further_and_is_put_down() -> None:
     assert target(after(entry, sent(201, signal=9)), 201).signals == (15, 9)
 
 
+def test_many_signals_at_once_are_put_down_each_for_its_own_target() -> None:
+    entry = dead(looked(10.0, member(201), member(202), member(203)))
+    many = SignalsSent((*sent(201, signal=15).signals, *sent(202, signal=9, denied=True).signals))
+    entry = after(entry, many)
+    assert stages(entry) == {201: Stage.ASKED, 202: Stage.ASKED, 203: Stage.FOUND}
+    assert [target(entry, pid).signals for pid in (201, 202, 203)] == [(15,), (), ()]
+
+
 def test_a_signal_that_was_refused_is_not_put_down_as_sent() -> None:
     entry = dead(looked(10.0, member(201)), sent(201, denied=True))
     assert target(entry, 201).denied
@@ -308,6 +348,8 @@ def test_a_leader_that_is_to_be_stopped_goes_through_the_same_stages() -> None:
 def test_what_was_reclaimed_measured_and_concluded_is_on_record() -> None:
     entry = dead(ShmMeasured(4096), ReclaimStarted(), Reclaimed(Freed(shm_bytes=7)), Concluded())
     assert entry.shm_held_bytes == 4096
+    assert after(entry, ShmMeasured(1)).shm_held_bytes == 4096, "a later look finds less, for some is gone"
+    assert after(entry, ShmMeasured(8192)).shm_held_bytes == 8192
     assert entry.reclaim_asked
     assert entry.reclaimed == Freed(shm_bytes=7)
     assert entry.concluded

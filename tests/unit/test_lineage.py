@@ -566,6 +566,7 @@ def test_a_framework_is_known_by_the_tokens_of_the_command_line(
         ("python", "-m", "tool", "-c", "from multiprocessing.resource_tracker import main;main(3)"),
         ("grep", "from multiprocessing.resource_tracker import main"),
         ("vi", "joblib.externals.loky.backend.popen_loky_posix"),
+        ("python", "-W", "loky.backend.popen_loky_posix"),
         ("python", "-m", "x.joblib.externals.loky.backend.popen_loky_posix"),
         ("python", "-c", "print('from multiprocessing.resource_tracker import main')"),
     ],

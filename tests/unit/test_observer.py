@@ -55,6 +55,27 @@ def child(work: Callable[[], object] = lambda: None) -> Iterator[int]:
 
 
 @contextlib.contextmanager
+def child_of_child() -> Iterator[tuple[int, int]]:
+    """Run a child that has a child."""
+    reader, writer = os.pipe()
+
+    def have_a_child() -> None:
+        if pid := os.fork():
+            os.write(writer, b"%d\n" % pid)
+        else:
+            os.close(writer)
+            signal.pause()
+
+    with child(have_a_child) as pid, open(reader, "rb") as file:
+        os.close(writer)
+        grandchild = int(file.readline())
+        try:
+            yield pid, grandchild
+        finally:
+            os.kill(grandchild, signal.SIGKILL)
+
+
+@contextlib.contextmanager
 def executed(**environment: str) -> Iterator[int]:
     """Run a program with exactly this environment."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
@@ -129,7 +150,14 @@ def test_a_forked_child_is_seen_with_the_page_it_holds(observer: Observer, page:
 def test_a_child_that_closed_all_its_descriptors_still_has_the_page_mapped(
     observer: Observer, page: SessionPage
 ) -> None:
-    with child(lambda: os.close(page.fd)) as pid:
+    def close_all() -> None:
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if wire.PAGE_PREFIX in os.readlink(f"/proc/self/fd/{name}"):
+                    os.close(int(name))  # mmap has a duplicate of its own
+
+    with child(close_all) as pid:
+        assert wire.PAGE_PREFIX not in "".join(ProcFS().descriptors(pid, pid).values())
         assert found(observer.look(session(page)), pid).pages == {session(page).id}
 
 
@@ -240,6 +268,21 @@ def test_the_living_leader_is_in_its_own_snapshot_and_a_dead_child_is_not(observ
         assert seen(snapshot, pid) is None
 
 
+def test_whoever_dies_while_it_is_looked_at_is_not_in_the_snapshot() -> None:
+    class Dying(ProcFS):
+        """A /proc in which everybody but this process is a zombie already, and can still be read."""
+
+        def stat(self, pid: int) -> Stat:
+            told = super().stat(pid)
+            return told if pid == ME else told._replace(state="Z", threads=1)
+
+    observer = Observer(Dying())
+    with child() as pid:
+        assert seen(observer.look(dead_session()), pid) is None
+        assert [one for one in swept(Sweep(observer), all_of_them=True) if one.holder.id.pid == pid] == []
+    observer.release()
+
+
 def test_whoever_started_before_the_leader_is_not_in_the_snapshot(observer: Observer) -> None:
     with child() as pid:
         started = id_of(pid).start_ticks
@@ -272,26 +315,12 @@ def test_one_look_serves_several_sessions_and_none_costs_nothing(
 
 
 def test_what_stands_below_a_leader_is_found_down_to_the_last(observer: Observer) -> None:
-    reader, writer = os.pipe()
-
-    def have_a_child() -> None:
-        if pid := os.fork():
-            os.write(writer, b"%d\n" % pid)
-        else:
-            os.close(writer)
-            signal.pause()
-
-    with child(have_a_child) as pid, open(reader, "rb") as file:
-        os.close(writer)
-        grandchild = int(file.readline())
-        try:
-            snapshot = observer.look_below(session())
-            assert {ME, pid, grandchild} <= snapshot.processes.keys()
-            assert found(snapshot, grandchild).ppid == pid
-            assert set(observer.descendants(id_of(pid))) == {grandchild}
-            assert set(observer.look_below(session(leader=id_of(pid))).processes) == {pid, grandchild}
-        finally:
-            os.kill(grandchild, signal.SIGKILL)
+    with child_of_child() as (pid, grandchild):
+        snapshot = observer.look_below(session())
+        assert {ME, pid, grandchild} <= snapshot.processes.keys()
+        assert found(snapshot, grandchild).ppid == pid
+        assert set(observer.descendants(id_of(pid))) == {grandchild}
+        assert set(observer.look_below(session(leader=id_of(pid))).processes) == {pid, grandchild}
 
 
 def test_a_quick_look_goes_through_those_who_adopt_and_those_who_are_known(
@@ -305,6 +334,29 @@ def test_a_quick_look_goes_through_those_who_adopt_and_those_who_are_known(
         known = observer.look_quick(dead_session(page, kept=frozenset((id_of(pid),))))
         assert seen(known, pid)
         assert seen(observer.look_quick(dead_session(page)), pid) is None
+
+
+def test_a_quick_look_follows_the_children_of_whoever_carries_a_mark(
+    observer: Observer, page: SessionPage
+) -> None:
+    with child_of_child() as (pid, grandchild):
+        snapshot = observer.look_quick(dead_session(page, adopters=frozenset((id_of(ME),))))
+        assert found(snapshot, grandchild).ppid == pid
+        kept = frozenset((id_of(pid),))
+        assert seen(
+            observer.look_quick(dead_session(kept=kept, adopters=frozenset((id_of(ME),)))), grandchild
+        )
+
+
+def test_children_in_a_circle_end_the_search() -> None:
+    class Circle(ProcFS):
+        """A /proc that was read while pids were given away: everybody is somebody's child."""
+
+        def children(self, pid: int) -> list[int]:
+            return [ME, 2, 3] if pid == 3 else [pid + 1, 3]
+
+    observer = Observer(Circle())
+    assert set(observer.descendants(ProcessId(2, 0))) >= {3, ME}
 
 
 def test_an_adopter_whose_pid_is_another_process_now_is_none(observer: Observer, page: SessionPage) -> None:
@@ -500,6 +552,19 @@ def test_a_sweep_passes_over_what_only_looks_like_a_page(observer: Observer) -> 
         assert swept(Sweep(observer), all_of_them=True) == []
     finally:
         os.close(broken)
+
+
+def test_a_sweep_keeps_nothing_open_of_a_page_that_is_broken(observer: Observer, page: SessionPage) -> None:
+    page._memory[wire.RECORD_AT : wire.RECORD_AT + 4] = b"junk"
+    assert swept(Sweep(observer), all_of_them=True) == []
+
+
+def test_a_sweep_passes_over_the_sessions_that_a_process_is_spared_from(observer: Observer, run: str) -> None:
+    other = "8-8-00000008-00000008"
+    stamps = {wire.LINEAGE_VARIABLE: f"{OTHER_ID}:{other}", wire.SPARED_VARIABLE: OTHER_ID}
+    with executed(REAPER_TEST_RUN=run, **stamps):
+        found = swept(Sweep(observer), all_of_them=True)
+        assert [one.session for one in found if isinstance(one, StampedProcess)] == [other]
 
 
 def test_a_sweep_passes_over_the_dead(observer: Observer, page: SessionPage) -> None:

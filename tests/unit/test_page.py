@@ -198,12 +198,18 @@ def test_an_unlinked_file_that_has_no_seals_is_no_page(tmp_path: Path) -> None:
 
 def test_a_fifo_or_a_folder_in_the_place_of_a_page_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    signal.alarm(5)  # an open that waits for a writer would wait for ever
+
+    def give_up(number: int, frame: object) -> None:
+        raise AssertionError("it waits for a writer, for ever")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, 5)
     try:
         for name in ("fifo", ".", "missing"):
             refused(str(tmp_path / name))
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_page_is_opened_for_reading_alone_and_never_handed_on() -> None:

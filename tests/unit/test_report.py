@@ -196,6 +196,20 @@ def test_a_dry_run_says_what_it_would_have_done_and_claims_nothing() -> None:
     assert results(event) == {201: "kept"}
     assert event["freed"]["rss_bytes"] == 0
     assert end(dry_run=True)["kind"] == "ended"
+    assert end(looked(10.0, member(201)), exited(10.1, 201), dry_run=True)["kind"] == "ended"
+
+
+def test_an_event_of_the_daemon_itself_has_every_field_that_others_rely_on() -> None:
+    assert report.event("started", version="1") == {
+        "kind": "started",
+        "session": None,
+        "uid": None,
+        "cause": None,
+        "processes": [],
+        "latency_s": None,
+        "freed": {"rss_bytes": 0, "shm_bytes": 0, "gpu_bytes": 0},
+        "version": "1",
+    }
 
 
 def test_an_event_of_a_living_session_has_no_cause_and_what_was_added() -> None:

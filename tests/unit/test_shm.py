@@ -191,7 +191,7 @@ def test_a_segment_is_known_by_the_path_under_which_it_is_mapped() -> None:
     names = frozenset(("psm_a", "psm_b", "psm_c"))
     paths = [
         *("/dev/shm/psm_a", "/dev/shm/psm_a", "/dev/shm/other", "/tmp/psm_b", "/dev/shm/psm_b (deleted)"),
-        *("/dev/shm/x/psm_b", "/dev/shmpsm_b", "psm_b", "[heap]", ""),
+        *("/dev/shm/x/psm_b", "/dev/shm-psm_b", "psm_b", "[heap]", ""),
     ]
     assert shm.mapped_names(paths, names) == {"psm_a"}
 

@@ -140,6 +140,9 @@ def test_what_was_written_outlives_a_kill_at_any_moment(tmp_path: Path) -> None:
         assert store.sessions() == [FULL]
         assert store.last_event() == 1
         assert store.total("reaped") == 3
+    assert (tmp_path / "reaper.db").read_bytes()[18:20] == b"\2\2", (
+        "it is not in WAL mode (sqlite.org/fileformat.html)"
+    )
 
 
 def test_a_file_that_is_no_database_is_moved_aside_and_a_new_one_begun(

@@ -100,7 +100,11 @@ NOT_UTF8 = [
 
 def test_what_is_not_utf8_is_a_bad_request() -> None:
     for data in NOT_UTF8:
-        assert kind_of(data) == "bad-request", data
+        with pytest.raises(WireError, match=r"UTF-8|JSON") as caught:
+            pytest.fail(f"{data!r} was read as {wire.decode(data)}")
+        assert caught.value.kind == "bad-request"
+    with pytest.raises(WireError, match="is not UTF-8"):
+        wire.decode(NOT_UTF8[0])
 
 
 def test_the_largest_integers_of_64_bits_are_read() -> None:
