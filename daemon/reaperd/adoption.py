@@ -40,7 +40,10 @@ class Adoption:
                 log.info("leader died unseen session=%s pid=%d", session.id, session.leader.pid)
                 self._core.take_on(session, None, None)
                 continue
-            self._core.take_on(session, handle, self._open_page(session))
+            page_fd = self._open_page(session)
+            # A page that the leader no longer has: it has unregistered while no daemon was there, or exec'ed.
+            gone = page_fd is None and session.page_fd >= 0
+            self._core.take_on(replace(session, ending=session.ending or gone), handle, page_fd)
 
     def _open_page(self, session: Session) -> int | None:
         with contextlib.suppress(OSError, wire.WireError):
@@ -53,9 +56,11 @@ class Adoption:
             with contextlib.ExitStack() as ours:
                 if isinstance(found, FoundPage):
                     ours.callback(os.close, found.descriptor)
-                if self._is_known(found.page.id if isinstance(found, FoundPage) else found.session):
+                session_id = found.page.id if isinstance(found, FoundPage) else found.session
+                if self._is_known(session_id) or self._core.has_no_room_for(found.uid):
                     continue
-                with contextlib.suppress(ProcessGone):
+                # OSError: descriptors or processes ran out; the marks will be found again.
+                with contextlib.suppress(ProcessGone, OSError):
                     if not isinstance(found, FoundPage):
                         self._adopt_by_environment(found)
                     elif self._adopt_by_page(found):
@@ -73,6 +78,8 @@ class Adoption:
         if self._observer.namespaced_pid(holder.id.pid) == told.pid and self._observer.same_ticks(
             holder.id, told.start_ticks
         ):
+            if self._core.leads_another(session):
+                return False
             session = self._observer.describe_leader(session)
             leader_pidfd = pidfd.open_pidfd(holder.id, self._observer.proc)
             self._note(session, "its leader lives")

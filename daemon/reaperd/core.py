@@ -72,6 +72,7 @@ class Core:
             str, frozenset[str]
         ] = {}  # names in /dev/shm that a dead session's members had mapped
         self._unsaved: set[str] = set()
+        self._oom_seen: dict[str, int | None] = {}  # the OOM counters at the last scan
         self._told: set[str] = set()  # sessions that a dry run has spoken of
         self._reclaimer = Reclaimer(poller, observer, self._reclaimed)
 
@@ -93,6 +94,18 @@ class Core:
         family = self.judge(self.entries[session.id].session, self.observer.look_below(session))
         self._apply(session.id, ledger.Looked(family, time.monotonic(), 0.0))
         self._hold_kept(session.id)
+
+    def has_no_room_for(self, uid: int) -> bool:
+        """Say whether ``uid`` has as many sessions as one user may have."""
+        mine = sum(1 for entry in self.entries.values() if entry.session.uid == uid)
+        return mine >= self.policy.max_per_uid
+
+    def leads_another(self, session: Session) -> bool:
+        """Say whether the leader of ``session`` leads one already: it can have many pages, and lead but one session."""
+        return any(
+            entry.session.leader == session.leader and not entry.session.ending
+            for entry in self.entries.values()
+        )
 
     def is_settled(self, session_id: str) -> bool:
         """Say whether a session is over for good: whoever carries its marks still was left alone, or told of."""
@@ -136,7 +149,7 @@ class Core:
 
     def _read_cause(self, session: Session, handle: int) -> Cause:
         def vanished() -> int:
-            return sum(1 for id_ in session.kept if id_ in self._kept and pidfd.has_exited(self._kept[id_]))
+            return sum(1 for id_ in session.seen if not self.observer.is_alive(id_))
 
         return read_cause(session, handle, self.observer, vanished)
 
@@ -178,7 +191,7 @@ class Core:
         for session in living:
             self._drop_reused(session.id)
             self._read_page(session.id)
-        snapshot = self.observer.look_at_all(self.entries[session.id].session for session in living)
+        snapshot = self.observer.look_at_all([self.entries[session.id].session for session in living])
         if note_usage:
             self.observer.note_usage(snapshot)
         families = {}
@@ -191,11 +204,18 @@ class Core:
         return families
 
     def _refresh_oom(self, session_id: str) -> None:
-        """Take the counter as it stands while the leader lives: whoever was killed so far, it was not the leader."""
-        entry = self.entries[session_id]
-        count = self.observer.oom_kills_in(entry.session)
-        if count != entry.session.oom_kills:
+        """Take the counter as it stands while the leader lives: whoever was killed so far, it was not the leader.
+
+        The kernel counts before it kills, and who is killed may take seconds to free its memory: only a count that an
+        earlier scan saw, too, counts, and only while the leader is not condemned.
+        """
+        session = self.entries[session_id].session
+        count = self.observer.oom_kills_in(session)
+        if count == session.oom_kills:
+            return
+        if self._oom_seen.get(session_id) == count and not self.observer.is_condemned(session.leader.pid):
             self._apply(session_id, ledger.OomCounted(count))
+        self._oom_seen[session_id] = count
 
     def _drop_reused(self, session_id: str) -> None:
         """Forget members whose pidfd says that they are dead: their pid may be somebody else's."""
@@ -385,6 +405,7 @@ class Core:
         descriptor = self._pages.pop(session_id, None)
         if descriptor is not None:
             os.close(descriptor)
+        self._oom_seen.pop(session_id, None)
         self._unsaved.discard(session_id)
         self.store.forget(session_id)
         wanted = {id_ for other in self.entries.values() for id_ in other.targets}
@@ -400,7 +421,8 @@ class Core:
         entry = self.entries[session_id]
         self._apply(session_id, ledger.ReclaimStarted())
         if self.policy.reclaim_shm and entry.targets and self.observer.shares_our_namespaces(entry.session):
-            self._reclaimer.ask(entry.session)
+            dead_s = time.monotonic() - (entry.died_at_s or 0.0)
+            self._reclaimer.ask(entry.session, time.time() - dead_s)
         else:
             self._apply(session_id, ledger.Reclaimed(Freed()))
 

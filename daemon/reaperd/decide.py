@@ -12,6 +12,7 @@ from reaperd.policy import Policy
 
 FREEZE_S = 0.005  # from SIGSTOP to SIGKILL: all of a growing session must hold still first
 LATE_GRACE_S = 0.2  # the least that a worker found late gets between SIGTERM and SIGKILL
+FRESH_S = 0.05  # nobody is signalled on evidence that is older
 KILL_WAIT_S = 1.0  # how long SIGKILL may take to show before a process counts as stuck
 MAX_RETRY_S = 32.0
 
@@ -61,11 +62,16 @@ def decide(entry: Entry, policy: Policy, now_s: float) -> list[Action]:
     """Return what is to be done for one session now."""
     if entry.died_at_s is None:
         return _while_the_leader_lives(entry, policy, now_s)
+    if now_s < entry.blind_until_s:
+        return []
     if entry.look_due_s is not None and entry.look_due_s <= now_s:
         return [Look(quick=entry.looks == 0)]
     if policy.dry_run:
         return _tell(entry, now_s)
-    actions: list[Action] = list(_signals(entry, policy, now_s))
+    sends = _signals(entry, policy, now_s)
+    if sends and now_s - entry.looked_at_s > FRESH_S:
+        return [Look(quick=False)]
+    actions: list[Action] = list(sends)
     if not actions and entry.phase is Phase.RECLAIMING and not entry.reclaim_asked:
         actions.append(Reclaim())
     if entry.phase is Phase.FINISHED:
@@ -102,12 +108,12 @@ def _signals(entry: Entry, policy: Policy, now_s: float) -> list[Send]:
     multiplying = entry.growth >= GROWTH_LIMIT
     sends = []
     for target in entry.targets.values():
-        if target.stage is Stage.GONE:
+        if target.stage is Stage.GONE or target.excused:
             continue
         if target.stage is Stage.TRUSTED:
             if entry.phase is Phase.TRACKERS and tracker_due_s(entry, policy.tracker_grace_s) <= now_s:
                 sends.append(_send(target, Event.DUE, now_s, kill_at_s))
-        elif multiplying and target.stage in (Stage.FOUND, Stage.ASKED):
+        elif multiplying and target.late and target.stage in (Stage.FOUND, Stage.ASKED):
             sends.append(_send(target, Event.MULTIPLIED, now_s, kill_at_s))
         elif target.due_s <= now_s:
             sends.append(_send(target, Event.DUE, now_s, kill_at_s))

@@ -82,14 +82,22 @@ class GateLink:
         ours.setblocking(False)
         descriptors = (self._listener.fileno(), theirs.fileno())
         arguments = [sys.executable, "-I", "-m", "reaperd.gate", *map(str, descriptors), self._path]
-        # A session of its own: Ctrl-C in a terminal is for the core, which ends the gate by hanging up.
-        self._child = subprocess.Popen(
-            arguments,
-            pass_fds=descriptors,
-            stdin=subprocess.DEVNULL,
-            env=_ENVIRONMENT,
-            start_new_session=True,
-        )
+        try:
+            # A session of its own: Ctrl-C in a terminal is for the core, which ends the gate by hanging up.
+            self._child = subprocess.Popen(
+                arguments,
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                env=_ENVIRONMENT,
+                start_new_session=True,
+            )
+        except OSError as error:  # processes have run out
+            log.warning("cannot start the gate: %s, trying again", error.strerror)
+            ours.close()
+            theirs.close()
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            self.restart_at_s = now_s + self._pause_s
+            return
         theirs.close()
         self._channel, self._life, self._started_at_s = ours, self._life + 1, now_s
         self.restart_at_s = None

@@ -18,8 +18,10 @@ from reaperd.model import Cause, Family, Freed, Member, ProcessId, Role, Session
 # Seconds until the next look, by the number of looks in a row that changed nothing.
 SPACING_S = (0.002, 0.01, 0.05, 0.5)
 QUIET_LOOKS = 3
-# Looks that find new members although all known ones were signalled, before we freeze what multiplies.
+# Looks that find members without a living parent among those that were asked to end, before such are frozen.
 GROWTH_LIMIT = 2
+# A worker that was asked to end may start a few commands to end well; so many at once are a fork bomb.
+MOST_NEWCOMERS = 32
 DONE = (Stage.GONE, Stage.STUCK)
 _NOTHING: Mapping[ProcessId, Target] = MappingProxyType({})
 
@@ -45,6 +47,13 @@ class Target:
     signals: tuple[int, ...] = ()
     gone_at_s: float | None = None
     denied: bool = False
+    excused: bool = False  # the last look did not find that it belongs to the session any more
+    late: bool = False  # found when all others had been asked to end, with nobody of them for a parent
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is awaited of it."""
+        return self.excused or self.stage in DONE
 
     @property
     def tracker(self) -> bool:
@@ -60,6 +69,8 @@ class Entry:
     died_at_s: float | None = None
     signal_from_s: float = 0.0  # no signal earlier: a clean exit leaves its workers some time
     look_due_s: float | None = None
+    looked_at_s: float = 0.0
+    blind_until_s: float = 0.0  # nobody could look, and nobody is signalled unseen
     looks: int = 0
     quiet_looks: int = 0
     growth: int = 0
@@ -87,7 +98,7 @@ class Entry:
             return Phase.WATCHED
         if not self.workers_done:
             return Phase.REAPING
-        if not all(target.stage in DONE for target in self.targets.values()):
+        if not all(target.done for target in self.targets.values()):
             return Phase.TRACKERS
         return Phase.FINISHED if self.reclaimed is not None else Phase.RECLAIMING
 
@@ -244,7 +255,8 @@ def apply(entry: Entry, happening: Happening) -> Entry:  # noqa: PLR0912
         case Looked():
             return _looked(entry, happening)
         case LookFailed():
-            return replace(entry, quiet_looks=0, look_due_s=happening.at_s + SPACING_S[-1])
+            again_s = happening.at_s + SPACING_S[-1]
+            return replace(entry, quiet_looks=0, look_due_s=again_s, blind_until_s=again_s)
         case Exited():
             return _exited(entry, happening)
         case SignalsSent():
@@ -286,27 +298,27 @@ def _leader_died(entry: Entry, died: LeaderDied) -> Entry:
 
 
 def _looked(entry: Entry, looked: Looked) -> Entry:
-    unmarked = frozenset(member.process.id for member in looked.family.members.values() if not member.marked)
+    members = looked.family.members
     if entry.died_at_s is None:
-        workers = sum(member.role is Role.WORKER for member in looked.family.members.values())
-        session = entry.session.keeping(unmarked)
+        unmarked = frozenset(id_ for id_, member in members.items() if not member.marked)
+        workers = sum(member.role is Role.WORKER for member in members.values())
+        session = replace(entry.session.keeping(unmarked), seen=frozenset(members))
         return replace(entry, session=session, left_alone=looked.family.left_alone, workers=workers)
-    new = [member for id_, member in looked.family.members.items() if id_ not in entry.targets]
+    new = [member for id_, member in members.items() if id_ not in entry.targets]
     new_workers = [member for member in new if member.role is Role.WORKER]
-    growth = entry.growth + bool(new_workers and entry.looks and looked.at_s >= entry.signal_from_s)
-    targets = dict(entry.targets)
-    for member in new:
-        stage = Stage.TRUSTED if member.role is Role.TRACKER else Stage.FOUND
-        targets[member.process.id] = Target(member, stage, max(looked.at_s, entry.signal_from_s))
+    targets = {id_: _judged_again(target, looked) for id_, target in entry.targets.items()}
+    found = [_new_target(entry, member, looked.at_s, crowd=len(new_workers)) for member in new]
+    targets.update((target.member.process.id, target) for target in found)
     quiet = 0 if new_workers or not looked.complete else entry.quiet_looks + 1
     changed = replace(
         entry,
-        session=entry.session.keeping(entry.session.kept | unmarked),
+        session=entry.session.keeping(entry.session.kept | frozenset(members)),
         targets=targets,
-        left_alone={**entry.left_alone, **looked.family.left_alone},
+        left_alone={**entry.left_alone, **_excused(entry, looked), **looked.family.left_alone},
         looks=entry.looks + 1,
+        looked_at_s=looked.at_s,
         quiet_looks=quiet,
-        growth=growth,
+        growth=entry.growth + any(target.late for target in found),
         changed_at_s=looked.at_s if new_workers else entry.changed_at_s,
     )
     if changed.workers_done:
@@ -314,6 +326,34 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
     spacing = SPACING_S[min(quiet, len(SPACING_S) - 1)]
     # A look that takes long on a crowded machine must not become all that we do.
     return replace(changed, look_due_s=looked.at_s + max(spacing, 2 * looked.took_s))
+
+
+def _judged_again(target: Target, looked: Looked) -> Target:
+    """Excuse a process that became another user's, was spared or protected meanwhile; one that has ended tells so itself."""
+    excused = looked.complete and target.member.process.id not in looked.family.members
+    return target if target.excused == excused else replace(target, excused=excused)
+
+
+def _excused(entry: Entry, looked: Looked) -> Mapping[ProcessId, str]:
+    return {
+        id_: "does not belong to the session any more"
+        for id_, target in entry.targets.items()
+        if looked.complete and target.stage is not Stage.GONE and id_ not in looked.family.members
+    }
+
+
+def _new_target(entry: Entry, member: Member, at_s: float, *, crowd: int) -> Target:
+    if member.role is Role.TRACKER:
+        return Target(member, Stage.TRUSTED, max(at_s, entry.signal_from_s))
+    asked = [
+        target for target in entry.targets.values() if target.stage is Stage.ASKED and not target.tracker
+    ]
+    parent = next((target for target in asked if target.member.process.id.pid == member.process.ppid), None)
+    if parent is not None and crowd < MOST_NEWCOMERS:
+        # Part of how its parent ends well: it has as long as its parent, and is not asked itself.
+        return Target(member, Stage.ASKED, parent.due_s)
+    late = bool(entry.looks and (asked or entry.growth) and at_s > entry.signal_from_s)
+    return Target(member, Stage.FOUND, max(at_s, entry.signal_from_s), late=late)
 
 
 def _exited(entry: Entry, exited: Exited) -> Entry:
@@ -376,9 +416,13 @@ def tracker_due_s(entry: Entry, tracker_grace_s: float) -> float:
 def _deadline(entry: Entry, tracker_grace_s: float) -> float | None:
     if entry.died_at_s is None:
         return entry.leader_target.due_s if entry.leader_target is not None else None
-    due = [t.due_s for t in entry.targets.values() if t.stage not in (Stage.GONE, Stage.TRUSTED)]
+    due = [
+        t.due_s
+        for t in entry.targets.values()
+        if t.stage not in (Stage.GONE, Stage.TRUSTED) and not t.excused
+    ]
     if entry.look_due_s is not None:
         due.append(entry.look_due_s)
     if entry.phase is Phase.TRACKERS:
         due.append(tracker_due_s(entry, tracker_grace_s))
-    return min(due, default=None)
+    return max(min(due), entry.blind_until_s) if due else None

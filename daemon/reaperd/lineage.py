@@ -36,7 +36,8 @@ class _Search:
         self.session = session
         self.protection = protection
         self.processes = snapshot.processes
-        self.adopters = {1, *(id_.pid for id_ in session.adopters & snapshot.adopters)}
+        self.living_adopters = {id_.pid for id_ in session.adopters & snapshot.adopters}
+        self.adopters = {1}
         self.members: dict[ProcessId, Member] = {}
         self.left_alone: dict[ProcessId, str] = {}
         self.children: defaultdict[int, list[Process]] = defaultdict(list)
@@ -47,6 +48,7 @@ class _Search:
             if self._may_belong(process):
                 self.children[process.ppid].append(process)
         self._spare()
+        self.adopters |= self._subreapers()
         for processes in list(self.children.values()):
             for process in processes:
                 self._judge_alone(process)
@@ -61,6 +63,19 @@ class _Search:
                     " adopted it"
                 )
         return Family(self.members, self.left_alone)
+
+    def _subreapers(self) -> set[int]:
+        """Return the leader's ancestors that have adopted a process which was the leader's or a worker's child before.
+
+        /proc does not tell who is a subreaper, and an ancestor may have started a job of its own with a copied stamp.
+        """
+        session = self.session
+        return {
+            process.ppid
+            for pid in self.living_adopters
+            for process in self.children.get(pid, ())
+            if session.id in process.pages or process.id in session.kept or process.id in session.seen
+        }
 
     def _may_belong(self, process: Process) -> bool:
         session = self.session
@@ -95,12 +110,16 @@ class _Search:
             self._accept(
                 process, "holds the session page: it was forked by the leader or by a worker", marked=True
             )
+        elif process.id in self.session.kept and not self._in_cgroup(process):
+            self.left_alone[process.id] = (
+                f"was found below the leader, but was put into cgroup {process.cgroup!r}"
+            )
         elif process.id in self.session.kept:
             self._accept(process, "was found below the leader while the leader lived", marked=False)
         elif session_id in process.lineage:
             if not self._in_cgroup(process):
                 self.left_alone[process.id] = (
-                    f"carries the session's stamp, but runs in cgroup {process.cgroup}"
+                    f"carries the session's stamp, but runs in cgroup {process.cgroup!r}"
                 )
             elif self.session.cgroup == "/":
                 self.stamped[process.id] = process
@@ -132,7 +151,7 @@ class _Search:
                     continue
                 if not self._in_cgroup(child):
                     self.left_alone[child.id] = (
-                        f"is a child of pid {pid}, but was put into cgroup {child.cgroup}"
+                        f"is a child of pid {pid}, but was put into cgroup {child.cgroup!r}"
                     )
                     continue
                 marked = child.id in self.stamped

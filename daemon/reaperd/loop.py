@@ -84,9 +84,7 @@ class Daemon:
         _raise_descriptor_limit()
         proc = ProcFS()
         observer = Observer(proc)
-        self._untouchable = frozenset(
-            (0, 1, os.getpid(), *(id_.pid for id_ in observer.ancestors(os.getpid())))
-        )
+        self._untouchable = frozenset((proc.stat(os.getpid()).id, *observer.ancestors(os.getpid())))
         self._reaper = Reaper(proc, self._untouchable)
         self._store = Store(self._state_dir, observer.boot_id)
         self._core = Core(
@@ -189,7 +187,8 @@ class Daemon:
 
         signal.set_wakeup_fd(writer.fileno())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, _noted_by_wakeup_fd)
+            # The wake-up socket may be full: the number is noted here, too.
+            signal.signal(number, lambda number, _: self._signals.add(number))
         self._poller.watch(reader.fileno(), drain)
         try:
             yield
@@ -231,6 +230,7 @@ class Daemon:
             tracker_grace_s=kill.tracker_grace_s,
             reclaim_shm=kill.reclaim_shm,
             dry_run=kill.dry_run,
+            max_per_uid=self._config.sessions.max_per_uid,
             untouchable=self._untouchable,
             protected_uids=_uids(protect.users, "[protect] users"),
             protected_names=frozenset(protect.names),
@@ -245,7 +245,6 @@ class Daemon:
             config_path=self._config_path,
             config_toml=render_config(self._config, show_secrets=False),
             max_workers=sessions.max_workers,
-            max_per_uid=sessions.max_per_uid,
             admins=_uids(self._config.access.admins, "[access] admins"),
             dry_run=self._config.kill.dry_run,
         )
@@ -254,10 +253,6 @@ class Daemon:
 def set_log_level(config: Config) -> None:
     """Log from the configured level on."""
     logging.getLogger().setLevel(config.daemon.log_level.upper())
-
-
-def _noted_by_wakeup_fd(number: int, frame: object) -> None:
-    """Do nothing: signal.set_wakeup_fd() has written the number into the loop's socket."""
 
 
 def _uids(names: tuple[str, ...], where: str) -> frozenset[int]:

@@ -111,8 +111,10 @@ class Session:
     # The file that counts OOM kills in the leader's memory cgroup, and what it said when last looked at.
     oom_counter: str = ""
     oom_kills: int | None = None
-    # Members without a mark of their own.
+    # Members that are known to be ones whatever their marks and parents say by now.
     kept: frozenset[ProcessId] = frozenset()
+    # All members when last looked at while the leader lived. Whoever adopts one of them is a subreaper.
+    seen: frozenset[ProcessId] = frozenset()
     # Where joblib may have put memmapped arrays, /dev/shm apart.
     temp_dirs: tuple[str, ...] = ()
     # The leader has unregistered: what it starts from now on is not the session's.

@@ -22,6 +22,7 @@ from reaperd.linux.procfs import (
     ProcFS,
     Stat,
     environment_value,
+    has_pending_sigkill,
     parse_gid,
     parse_innermost_pid,
     parse_memfd_link,
@@ -30,8 +31,13 @@ from reaperd.linux.procfs import (
 from reaperd.model import Process, ProcessId, Session, Snapshot, Usage
 
 _MAX_ANCESTORS = 200
+_MOST_DESCRIPTORS = 4096  # of one process; what is mapped tells as well
 _BLOCKED_READ_S = 0.05
 _USAGE_S = 1.0  # CPU shares are told over no less than that, where there is a choice
+
+
+# Names of session pages, by the descriptor number at which their leaders have them.
+PagesAt = dict[int, set[str]]
 
 
 class _Marks(TypedDict):
@@ -48,6 +54,7 @@ class Observer:
         self.proc = proc
         self.boot_id = proc.boot_id()
         self._held: dict[ProcessId, int] = {}
+        self._blocked: list[Stat] = []
         self._cpu: dict[ProcessId, tuple[float, int]] = {}  # monotonic seconds and CPU ticks at the last scan
         # The reaper opens what is beyond this, and then compares start times.
         self._most_held = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
@@ -75,9 +82,9 @@ class Observer:
                 continue
             processes[pid] = process
             # Whoever carries no mark is followed too: its children may be a worker's that lost its environment.
-            if process.ppid not in adopters or _marked(process, session):
+            if process.ppid not in adopters or _marked(process, session) or self._is_blocked(process):
                 pending += self._children(pid)
-        return self._whole(processes, living)
+        return self._whole(processes, _pages_at([session]), living)
 
     def look(self, session: Session) -> Snapshot:
         """Return every process that can belong to ``session``."""
@@ -86,7 +93,7 @@ class Observer:
             process = self._read(pid, session, hold=True)
             if process is not None:
                 processes[pid] = process
-        return self._whole(processes, self._living(session.adopters))
+        return self._whole(processes, _pages_at([session]), self._living(session.adopters))
 
     def _living(self, adopters: frozenset[ProcessId]) -> frozenset[ProcessId]:
         """Return those of ``adopters`` that are still who they were."""
@@ -97,30 +104,27 @@ class Observer:
                     living.add(id_)
         return frozenset(living)
 
-    def look_at_all(self, sessions: Iterable[Session]) -> Snapshot:
+    def look_at_all(self, sessions: list[Session]) -> Snapshot:
         """Return every process that can belong to one of ``sessions``, whose leaders live."""
         oldest: dict[int, int] = {}
-        page_fds: set[int] = set()
-        adopters: set[ProcessId] = set()
         for session in sessions:
-            adopters |= session.adopters
             ticks = session.leader.start_ticks
             oldest[session.uid] = min(ticks, oldest.get(session.uid, ticks))
-            page_fds.add(session.page_fd)
+        pages_at = _pages_at(sessions)
         processes: dict[int, Process] = {}
-        if oldest:
-            for pid, _ in self.proc.listing():
-                process = self._read_candidate(pid, oldest, page_fds, hold=False)
-                if process is not None:
-                    processes[pid] = process
-        return self._whole(processes, self._living(frozenset(adopters)))
+        for pid, _ in self.proc.listing() if oldest else ():
+            process = self._read_candidate(pid, oldest, pages_at, hold=False)
+            if process is not None:
+                processes[pid] = process
+        adopters = frozenset(id_ for session in sessions for id_ in session.adopters)
+        return self._whole(processes, pages_at, self._living(adopters))
 
     def _read(self, pid: int, session: Session, *, hold: bool = False) -> Process | None:
         oldest = {session.uid: session.leader.start_ticks}
-        return self._read_candidate(pid, oldest, {session.page_fd}, hold=hold)
+        return self._read_candidate(pid, oldest, _pages_at([session]), hold=hold)
 
     def _read_candidate(
-        self, pid: int, oldest: dict[int, int], page_fds: set[int], *, hold: bool
+        self, pid: int, oldest: dict[int, int], pages_at: PagesAt, *, hold: bool
     ) -> Process | None:
         """Return what ``pid`` is, None when it is gone, dead, or of no uid in ``oldest``, or started earlier than that."""
         handle = self._open_handle(pid) if hold and len(self._held) < self._most_held else -1
@@ -131,7 +135,7 @@ class Observer:
             uid = parse_uid(self.proc.status(pid))
             if uid is None or stat.id.start_ticks < oldest.get(uid, stat.id.start_ticks + 1):
                 return None
-            process = self._describe(stat, uid, page_fds)
+            process = self._describe(stat, uid, pages_at)
         except (ProcessGone, PermissionError, ValueError):
             return None
         else:
@@ -146,37 +150,25 @@ class Observer:
             if handle >= 0:
                 os.close(handle)
 
-    def _describe(self, stat: Stat, uid: int, page_fds: set[int]) -> Process:
+    def _describe(self, stat: Stat, uid: int, pages_at: PagesAt) -> Process:
         task = self.proc.living_task(stat)
-        marks = self._read_marks(stat, task, page_fds)
-        return Process(
+        if stat.state == "D":
+            # Reading the memory of a process in state D can block for as long as it does.
+            self._blocked.append(stat)
+            marks = _no_marks()
+        else:
+            marks = self._read_memory(stat, task, pages_at)
+        process = Process(
             id=stat.id,
             ppid=stat.ppid,
             uid=uid,
             comm=stat.comm,
             forked=stat.forked,
-            argv=tuple(marks["argv"]),
-            lineage=tuple(marks["lineage"]),
-            pages=frozenset(marks["pages"]),
-            spared=frozenset(marks["spared"]),
             cgroup=wire.parse_cgroup(self.proc.cgroup(stat.id.pid)),
             rss_bytes=stat.rss_bytes,
             cpu_ticks=stat.cpu_ticks,
         )
-
-    def _read_marks(self, stat: Stat, task: int, page_fds: set[int]) -> _Marks:
-        """Return what lies in the memory of a process.
-
-        Reading that of one in state D can block for as long as it does, so a helper reads it, and is left behind if it
-        does not come back.
-        """
-        pid = stat.id.pid
-        if stat.state != "D":
-            return self._read_memory(pid, task, page_fds, forked=stat.forked)
-        marks: _Marks | None = self._bounded.run(
-            lambda: self._read_memory(pid, task, page_fds, forked=stat.forked)
-        )
-        return marks or _Marks(argv=[], lineage=[], pages=[], spared=[])
+        return _with_marks(process, marks)
 
     def mapped_paths(self, pid: int) -> list[str]:
         """Return the paths that ``pid`` has mapped; empty when it is gone, or blocked in the kernel."""
@@ -198,8 +190,25 @@ class Observer:
                 return list(self.proc.argv(process.id.pid, self.proc.living_task(stat)))
         return []
 
-    def _read_memory(self, pid: int, task: int, page_fds: set[int], *, forked: bool) -> _Marks:
-        names = self._memfd_names(pid, task, page_fds) if forked else set()
+    def _read_blocked(self, processes: dict[int, Process], pages_at: PagesAt) -> None:
+        """Have a helper read the marks of those in state D, all in one go; it is left behind if it does not come back."""
+        blocked, self._blocked = [stat for stat in self._blocked if stat.id.pid in processes], []
+        if not blocked:
+            return
+
+        def read_all() -> dict[str, _Marks]:
+            found = {}
+            for stat in blocked:
+                with contextlib.suppress(ProcessGone, PermissionError):
+                    found[str(stat.id.pid)] = self._read_memory(stat, self.proc.living_task(stat), pages_at)
+            return found
+
+        for pid, marks in (self._bounded.run(read_all) or {}).items():
+            processes[int(pid)] = _with_marks(processes[int(pid)], marks)
+
+    def _read_memory(self, stat: Stat, task: int, pages_at: PagesAt) -> _Marks:
+        pid, forked = stat.id.pid, stat.forked
+        names = self._memfd_names(pid, task, pages_at) if forked else set()
         environ = self.proc.environ(pid, task) or b""
         spared = {name[len(wire.SPARED_PREFIX) :] for name in names if name.startswith(wire.SPARED_PREFIX)}
         spared.update(wire.parse_lineage(environment_value(environ, wire.SPARED_VARIABLE)))
@@ -210,25 +219,27 @@ class Observer:
             spared=list(spared),
         )
 
-    def _memfd_names(self, pid: int, task: int, page_fds: set[int]) -> set[str]:
+    def _memfd_names(self, pid: int, task: int, pages_at: PagesAt) -> set[str]:
         """Return the names of our marks in a forked process: at the leader's descriptor, among all, else mapped."""
-        for number in page_fds:
+        for number, names in pages_at.items():
             name = parse_memfd_link(self.proc.descriptor(pid, task, number)) if number >= 0 else ""
-            if name.startswith(wire.PAGE_PREFIX):
+            if name in names:  # a spared process has no page of the session that spares it
                 return {name}
-        links = self.proc.descriptors(pid, task).values()
-        names = {name for name in map(parse_memfd_link, links) if _is_mark(name)}
-        if not names:
-            paths = self.proc.mapped_paths(pid, task)
-            names = {name for name in map(parse_memfd_link, paths) if _is_mark(name)}
-        return names
+        links = self.proc.descriptors(pid, task, most=_MOST_DESCRIPTORS).values()
+        marks = {name for name in map(parse_memfd_link, links) if _is_mark(name)}
+        return marks or {
+            name for name in map(parse_memfd_link, self.proc.mapped_paths(pid, task)) if _is_mark(name)
+        }
 
-    def _whole(self, processes: dict[int, Process], adopters: frozenset[ProcessId] = frozenset()) -> Snapshot:
+    def _whole(
+        self, processes: dict[int, Process], pages_at: PagesAt, adopters: frozenset[ProcessId]
+    ) -> Snapshot:
         """Return the snapshot, with a parent link only where the parent is still who it was when it was read.
 
         A pid that was given to another process in the middle of the pass would else pass its children off as a
         member's. Only the young can be such children.
         """
+        self._read_blocked(processes, pages_at)
         young = time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_PER_S - 10 * TICKS_PER_S
         for pid, process in processes.items():
             if process.id.start_ticks < young or process.ppid not in processes:
@@ -240,6 +251,9 @@ class Observer:
             if not same:
                 processes[pid] = replace(process, ppid=0)
         return Snapshot(processes, adopters)
+
+    def _is_blocked(self, process: Process) -> bool:
+        return any(stat.id == process.id for stat in self._blocked)
 
     def _children(self, pid: int) -> list[int]:
         try:
@@ -290,11 +304,15 @@ class Observer:
     def look_below(self, session: Session) -> Snapshot:
         """Return the leader and all that stands below it now: what was started before it registered, too."""
         processes: dict[int, Process] = {}
-        for pid in (session.leader.pid, *self.descendants(session.leader)):
+        for pid in (
+            session.leader.pid,
+            *self.descendants(session.leader),
+            *(id_.pid for id_ in session.kept),
+        ):
             process = self._read(pid, session)
             if process is not None:
                 processes[pid] = process
-        return self._whole(processes)
+        return self._whole(processes, _pages_at([session]), self._living(session.adopters))
 
     def owner(self, pid: int) -> tuple[int | None, int | None]:
         """Return uid and gid of ``pid``, None where its ids are mixed."""
@@ -312,6 +330,21 @@ class Observer:
     def oom_counter(self, pid: int) -> str:
         """Return the file that counts OOM kills where ``pid`` runs, "" where none does."""
         return cgroup.counter_file(self.proc.cgroup(pid))
+
+    def is_alive(self, process_id: ProcessId) -> bool:
+        """Say whether ``process_id`` still runs."""
+        try:
+            stat = self.proc.stat(process_id.pid)
+        except ProcessGone:
+            return False
+        return stat.id == process_id and not stat.dead
+
+    def is_condemned(self, pid: int) -> bool:
+        """Say whether ``pid`` is on its way out: SIGKILL is pending, or it frees its memory already."""
+        try:
+            return self.proc.stat(pid).exiting or has_pending_sigkill(self.proc.status(pid))
+        except ProcessGone:
+            return True
 
     def describe_leader(self, session: Session) -> Session:
         """Return ``session`` with what only its living leader tells; ProcessGone."""
@@ -392,6 +425,27 @@ class Observer:
             else (now_s, process.cpu_ticks)
             for process in snapshot.processes.values()
         }
+
+
+def _pages_at(sessions: Iterable[Session]) -> PagesAt:
+    found: PagesAt = {}
+    for session in sessions:
+        found.setdefault(session.page_fd, set()).add(wire.PAGE_PREFIX + session.id)
+    return found
+
+
+def _no_marks() -> _Marks:
+    return _Marks(argv=[], lineage=[], pages=[], spared=[])
+
+
+def _with_marks(process: Process, marks: _Marks) -> Process:
+    return replace(
+        process,
+        argv=tuple(marks["argv"]),
+        lineage=tuple(marks["lineage"]),
+        pages=frozenset(marks["pages"]),
+        spared=frozenset(marks["spared"]),
+    )
 
 
 def _is_mark(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reaperd.model import Process
+from reaperd.model import Process, ProcessId
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,14 +16,15 @@ class Policy:
     tracker_grace_s: float = 10.0  # what trackers get once the workers are gone
     reclaim_shm: bool = True
     dry_run: bool = False
-    untouchable: frozenset[int] = frozenset((1,))  # pids: init, the daemon and its ancestors
+    max_per_uid: int = 1000  # sessions
+    untouchable: frozenset[ProcessId] = frozenset()  # the daemon and its ancestors
     protected_uids: frozenset[int] = frozenset()
     protected_names: frozenset[str] = frozenset()
     protected_units: frozenset[str] = frozenset()
 
     def protection(self, process: Process) -> str | None:
         """Return why ``process`` must never be signalled, in words; None when nothing protects it."""
-        if process.id.pid in self.untouchable:
+        if process.id.pid <= 1 or process.id in self.untouchable:
             return "is init, the daemon itself or one of the daemon's ancestors"
         if process.uid in self.protected_uids:
             return f"belongs to uid {process.uid}, which [protect] users names"

@@ -25,7 +25,7 @@ class Outcome(enum.Enum):
 class Reaper:
     """Holds a pidfd for every process that is to be ended until it is gone."""
 
-    def __init__(self, proc: ProcFS, untouchable: frozenset[int]) -> None:
+    def __init__(self, proc: ProcFS, untouchable: frozenset[ProcessId]) -> None:
         self._proc = proc
         self._untouchable = untouchable
         self._pidfds: dict[ProcessId, int] = {}
@@ -59,7 +59,7 @@ class Reaper:
 
     def send(self, target: ProcessId, number: int) -> Outcome:
         """Send a signal to ``target``; whoever is untouchable is refused here too, whatever was decided."""
-        if target.pid in self._untouchable or target.pid <= 1:
+        if target in self._untouchable or target.pid <= 1:
             log.error("refused to signal pid=%d: it must never be touched", target.pid)
             return Outcome.DENIED
         handle = self._pidfds.get(target)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from reaperd.linux import helper, shm
 from reaperd.linux.procfs import ProcessGone, ProcFS
-from reaperd.model import Session
+from reaperd.model import ProcessId, Session
+
+_CLOCK_STEP_S = 1.0  # clocks are set now and then, and file systems count in ticks
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,7 @@ class Claim:
 
     session: Session
     mapped: frozenset[str]
+    until_epoch_s: float  # when the leader died: what was made later is somebody else's
 
 
 def reclaim_work(claims: list[Claim], proc_root: str) -> Callable[[], int]:
@@ -30,23 +33,33 @@ def reclaim_work(claims: list[Claim], proc_root: str) -> Callable[[], int]:
 
 
 def _reclaim_all(claims: list[Claim], proc: ProcFS) -> int:
-    found = {claim.session.id: _find(claim) for claim in claims}
+    found = {claim.session.id: _find(claim, proc) for claim in claims}
     names = frozenset(name for entries in found.values() for _, name in entries)
     used = _used_names(proc, names) if names else frozenset()
     return sum(_remove_as_owner(claim, found[claim.session.id], used) for claim in claims)
 
 
-def _find(claim: Claim) -> list[tuple[str, str]]:
-    """Return (directory, name) of what is there and was made after the leader started."""
-    since_epoch_s = shm.started_at_epoch_s(claim.session.leader.start_ticks)
+def _find(claim: Claim, proc: ProcFS) -> list[tuple[str, str]]:
+    """Return (directory, name) of what is there and was made while the leader lived."""
+    leader = claim.session.leader
+    since_epoch_s = shm.started_at_epoch_s(leader.start_ticks)
     found = []
     for directory in dict.fromkeys((shm.SHM, *claim.session.temp_dirs)):
         mapped = claim.mapped if directory == shm.SHM else frozenset()
         with contextlib.suppress(OSError), shm.open_directory(os.path.realpath(directory)) as opened:
-            for name in shm.candidates(opened, claim.session.leader.pid, mapped):
-                if shm.made_after(opened, name, since_epoch_s):
+            for name in shm.candidates(opened, leader.pid, mapped):
+                made = shm.made_at_epoch_s(opened, name)
+                if made is not None and since_epoch_s <= made <= claim.until_epoch_s + _CLOCK_STEP_S:
                     found.append((os.path.realpath(directory), name))
-    return found
+    return [] if _is_reused(leader, proc) else found
+
+
+def _is_reused(leader: ProcessId, proc: ProcFS) -> bool:
+    """Say whether the leader's pid is another process's by now, to whom the names could belong."""
+    try:
+        return proc.stat(leader.pid).id != leader
+    except ProcessGone:
+        return False
 
 
 def _used_names(proc: ProcFS, names: frozenset[str]) -> frozenset[str]:

@@ -14,6 +14,7 @@ from reaperd.poller import Poller
 
 log = logging.getLogger(__name__)
 
+_RETRY_S = 1.0  # where processes have run out
 _LONGEST_S = 30.0  # then a helper that hangs on a dead file system is ended
 
 
@@ -30,6 +31,7 @@ class Reclaimer:
         self._claims: list[reclaim.Claim] = []
         self._helper: helper.Helper | None = None
         self.deadline_s: float | None = None
+        self._retry_at_s = 0.0
 
     def measure(self, session: Session, members: Iterable[ProcessId]) -> int:
         """Note which nameless segments ``members`` have mapped, while they can be asked; return the bytes held in all."""
@@ -39,19 +41,27 @@ class Reclaimer:
             self._mapped[session.id] = self._mapped.get(session.id, frozenset()) | mapped
         return shm.held_bytes(session.leader.pid, self._mapped.get(session.id, frozenset()), session.uid)
 
-    def ask(self, session: Session) -> None:
-        """Have what ``session`` holds freed as soon as a helper is at hand."""
-        self._queue.append(reclaim.Claim(session, self._mapped.pop(session.id, frozenset())))
+    def ask(self, session: Session, until_epoch_s: float) -> None:
+        """Have what ``session`` held when its leader died freed as soon as a helper is at hand."""
+        self._queue.append(reclaim.Claim(session, self._mapped.pop(session.id, frozenset()), until_epoch_s))
 
     def step(self) -> bool:
         """Note a helper that is done and start the next; True when something was done."""
         finished = self._finish()
-        if self._helper is None and self._queue:
-            self._claims, self._queue = self._queue, []
-            self._helper = helper.start_helper(reclaim.reclaim_work(self._claims, self._observer.proc.root))
-            self.deadline_s = time.monotonic() + _LONGEST_S
-            self._poller.watch(self._helper.pidfd, lambda: None)
+        if self._helper is None and self._queue and time.monotonic() >= self._retry_at_s:
+            self._start()
         return finished
+
+    def _start(self) -> None:
+        try:
+            self._helper = helper.start_helper(reclaim.reclaim_work(self._queue, self._observer.proc.root))
+        except OSError as error:
+            log.warning("cannot start a helper: %s, trying again", error.strerror)
+            self.deadline_s = self._retry_at_s = time.monotonic() + _RETRY_S
+            return
+        self._claims, self._queue = self._queue, []
+        self.deadline_s = time.monotonic() + _LONGEST_S
+        self._poller.watch(self._helper.pidfd, lambda: None)
 
     def _finish(self) -> bool:
         if self._helper is None or self.deadline_s is None:

@@ -154,7 +154,7 @@ def _progress_record(progress: wire.Progress) -> dict[str, Any]:
 
 
 def _whole(number: float | None) -> float | int | None:
-    return int(number) if number is not None and number == int(number) else number
+    return int(number) if number is not None and abs(number) < 2**53 and number == int(number) else number
 
 
 def _state(entry: Entry) -> str:

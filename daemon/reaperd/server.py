@@ -37,7 +37,6 @@ class Facts:
     config_path: str
     config_toml: str
     max_workers: int
-    max_per_uid: int
     admins: frozenset[int]
     dry_run: bool
 
@@ -77,23 +76,25 @@ class Server:
     def answer(self, peer: Peer, to: Return, message: dict[str, Any]) -> None:
         """Answer one request, or let its peer wait for an event."""
         try:
-            operation = wire.text_field(message, "op", limit=64)
-            if operation == "events":
-                self._answer_events(peer, to, message)
-                return
-            perform = self._operations.get(operation)
-            if perform is None:
-                known = ", ".join(sorted((*self._operations, "events")))
-                raise wire.WireError("unknown-op", f"op: there is no {operation!r:.80}, there are {known}")
-            reply = wire.ok(**perform(peer, message))
+            reply = self._perform(peer, to, message)
+            if reply is not None:
+                self._link.reply(to, wire.ok(**reply))
         except wire.WireError as error:
-            reply = wire.refusal(error)
+            self._link.reply(to, wire.refusal(error))
         except Exception:  # one request must never end the daemon
             log.exception("cannot answer a request of uid=%d pid=%d", peer.uid, peer.pid)
-            reply = wire.refusal(
-                wire.WireError("internal", "the daemon made a mistake; its log has the details")
-            )
-        self._link.reply(to, reply)
+            mistake = wire.WireError("internal", "the daemon made a mistake; its log has the details")
+            self._link.reply(to, wire.refusal(mistake))
+
+    def _perform(self, peer: Peer, to: Return, message: dict[str, Any]) -> dict[str, Any] | None:
+        operation = wire.text_field(message, "op", limit=64)
+        if operation == "events":
+            return self._events_or_wait(peer, to, message)
+        perform = self._operations.get(operation)
+        if perform is None:
+            known = ", ".join(sorted((*self._operations, "events")))
+            raise wire.WireError("unknown-op", f"op: there is no {operation!r:.80}, there are {known}")
+        return perform(peer, message)
 
     # -- sessions ----------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class Server:
             raise wire.WireError("bad-session", "session: the id does not begin with your pid")
         if not observer.same_ticks(leader, told.start_ticks):
             raise wire.WireError("bad-session", "start_ticks: that is not when you started")
-        if peer.pid in self._core.policy.untouchable:
+        if peer.pid <= 1 or leader in self._core.policy.untouchable:
             raise wire.WireError("not-allowed", "the daemon, its ancestors and init cannot be sessions")
         return replace(session, leader=leader)
 
@@ -150,10 +151,10 @@ class Server:
             if entry.session.leader == session.leader and entry.session.uid == session.uid:
                 return False
             raise wire.WireError("session-exists", "another process leads that session")
-        mine = sum(1 for other in self._core.entries.values() if other.session.uid == session.uid)
-        if mine >= self.facts.max_per_uid:
+        if self._core.has_no_room_for(session.uid):
+            most = self._core.policy.max_per_uid
             raise wire.WireError(
-                "quota", f"you have {mine} sessions, and [sessions] max_per_uid allows no more"
+                "quota", f"you have {most} sessions, and [sessions] max_per_uid allows no more"
             )
         return True
 
@@ -297,14 +298,14 @@ class Server:
 
     # -- events ------------------------------------------------------------------------------
 
-    def _answer_events(self, peer: Peer, to: Return, message: dict[str, Any]) -> None:
+    def _events_or_wait(self, peer: Peer, to: Return, message: dict[str, Any]) -> dict[str, Any] | None:
         wait_s = min(wire.integer_field(message, "wait_s", default=0), _LONGEST_WAIT_S)
         reply = self._events(peer.uid, message)
         waiting = sum(1 for waiter in self._waiters if waiter.uid == peer.uid)
         if reply["events"] or not wait_s or waiting >= _WAITERS_PER_UID:
-            self._link.reply(to, wire.ok(**reply))
-            return
+            return reply
         self._waiters.append(_Waiter(to, peer.uid, message, time.monotonic() + wait_s))
+        return None
 
     def _events(self, uid: int, message: dict[str, Any]) -> dict[str, Any]:
         since_epoch_s = 0.0

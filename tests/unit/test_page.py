@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import mmap
 import os
 import signal
@@ -137,13 +138,38 @@ def test_a_forked_child_shares_the_page_and_can_write_it_whoever_held_its_lock(l
     assert read(leader.fd).progress == (9.0, 10.0, "from the child")
 
 
-def test_a_closed_page_is_gone_from_this_process_even_where_its_descriptor_was_closed_before(
-    leader: SessionPage,
-) -> None:
-    os.close(leader.fd)
+def test_a_closed_page_is_gone_from_this_process_and_takes_no_more_writes(leader: SessionPage) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    leader.close()
     leader.close()
     assert leader.fd == -1
+    assert len(os.listdir("/proc/self/fd")) < before
     assert ID not in Path("/proc/self/maps").read_text()
+    leader.write_progress(1, 2, "another thread did not know")
+    leader.raise_flag(wire.ENDED)
+
+
+def test_closing_a_page_closes_nothing_of_a_program_that_closed_all_its_descriptors() -> None:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            one = SessionPage(ID, "grid", 42, "boot")
+            for name in os.listdir("/proc/self/fd"):
+                if int(name) > 2 and int(name) != writer:
+                    with contextlib.suppress(OSError):
+                        os.close(int(name))
+            mine = [os.open("/dev/null", os.O_RDONLY) for _ in range(16)]
+            one.close()
+            del one
+            gc.collect()
+            still = [descriptor for descriptor in mine if os.path.exists(f"/proc/self/fd/{descriptor}")]
+            os.write(writer, b"kept" if still == mine else b"lost")
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        assert file.read() == b"kept"
+    os.waitpid(pid, 0)
 
 
 def test_a_spared_mark_is_seen_by_its_name_and_is_no_page() -> None:

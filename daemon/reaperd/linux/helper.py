@@ -24,9 +24,17 @@ class Helper(NamedTuple):
 
 
 def start_helper(work: Callable[[], Any]) -> Helper:
-    """Run ``work`` in a child that keeps none of our descriptors; its result must be fit for JSON."""
+    """Run ``work`` in a child that keeps none of our descriptors; its result must be fit for JSON.
+
+    OSError where processes or descriptors have run out.
+    """
     reader, writer = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:
+        os.close(reader)
+        os.close(writer)
+        raise
     if pid == 0:
         _run(work, writer)
     os.close(writer)
@@ -78,7 +86,10 @@ class BoundedReader:
     def run(self, work: Callable[[], Any]) -> Any:
         """Return what ``work`` returns, None when that takes too long."""
         self._wait_for_abandoned()
-        running = start_helper(work)
+        try:
+            running = start_helper(work)
+        except OSError:
+            return None
         poller = select.poll()
         poller.register(running.pidfd, select.POLLIN)
         if poller.poll(self._timeout_s * 1000):

@@ -22,6 +22,11 @@ _ATTEMPTS = 16
 
 def open_page(path: str, *, uid: int) -> int:
     """Return a descriptor for the page at ``path``; OSError, or WireError ``bad-page`` for what is no page of ``uid``."""
+    # Looked at before it is opened: opening a device or another's FIFO as root does things.
+    if not os.readlink(path).startswith("/memfd:" + wire.PAGE_PREFIX) or not stat.S_ISREG(
+        os.stat(path).st_mode
+    ):
+        raise wire.WireError("bad-page", "the session page is no memfd of that name")
     descriptor = os.open(path, _FLAGS)
     try:
         found = os.fstat(descriptor)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from reaperd.model import Namespaces, ProcessId
 
-PF_FORKNOEXEC = 0x40  # linux/sched.h
+PF_EXITING, PF_FORKNOEXEC = 0x4, 0x40  # linux/sched.h
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _GONE = (FileNotFoundError, ProcessLookupError)  # gone before open(2), or before read(2)
@@ -39,6 +39,11 @@ class Stat(NamedTuple):
     def forked(self) -> bool:
         """Whether the process has not exec'ed since it was forked."""
         return bool(self.flags & PF_FORKNOEXEC)
+
+    @property
+    def exiting(self) -> bool:
+        """Whether the process is on its way out."""
+        return bool(self.flags & PF_EXITING)
 
     @property
     def dead(self) -> bool:
@@ -81,6 +86,15 @@ def parse_gid(status: bytes) -> int | None:
     at = status.find(b"\nGid:")
     gids = status[at + 5 :].split(b"\n", 1)[0].split() if at >= 0 else []
     return int(gids[0]) if gids else None
+
+
+def has_pending_sigkill(status: bytes) -> bool:
+    """Say whether the text of /proc/PID/status has SIGKILL among the pending signals."""
+    for name in (b"\nSigPnd:", b"\nShdPnd:"):
+        at = status.find(name)
+        if at >= 0 and int(status[at + len(name) :].split(b"\n", 1)[0], 16) & 1 << 8:
+            return True
+    return False
 
 
 def parse_innermost_pid(status: bytes) -> int | None:
@@ -190,13 +204,13 @@ class ProcFS:
         except OSError:
             return ""
 
-    def descriptors(self, pid: int, task: int) -> dict[int, str]:
-        """Return what every descriptor of ``pid`` links to; empty when it may not be read."""
+    def descriptors(self, pid: int, task: int, *, most: int | None = None) -> dict[int, str]:
+        """Return what the first ``most`` descriptors of ``pid`` link to; empty when it may not be read."""
         try:
             numbers = os.listdir(f"{self.root}/{pid}/task/{task}/fd")
         except OSError:
             return {}
-        return {int(number): self.descriptor(pid, task, int(number)) for number in numbers}
+        return {int(number): self.descriptor(pid, task, int(number)) for number in numbers[:most]}
 
     def mapped_paths(self, pid: int, task: int) -> list[str]:
         """Return the paths that ``pid`` has mapped; empty when they may not be read."""
@@ -233,13 +247,11 @@ class ProcFS:
         except _GONE:
             raise ProcessGone(name) from None
         try:
-            # /proc gives a page at a time: only an empty read is the end.
-            data = os.read(descriptor, 4096)
-            if len(data) < 1024:
-                return data
-            chunks = [data]
-            while data and len(chunks) * 65536 < _MAX_BYTES:
-                chunks.append(data := os.read(descriptor, 65536))
+            # /proc gives a page at a time, or less: only an empty read is the end.
+            chunks, size = [os.read(descriptor, 65536)], 0
+            while chunks[-1] and size < _MAX_BYTES:
+                size += len(chunks[-1])
+                chunks.append(os.read(descriptor, 65536))
             return b"".join(chunks)
         except _GONE:
             raise ProcessGone(name) from None

@@ -57,16 +57,16 @@ def candidates(directory: int, pid: int, names: frozenset[str]) -> list[str]:
     return [name for name in os.listdir(directory) if name.startswith(prefixes) or name in names]
 
 
-def made_after(directory: int, name: str, since_epoch_s: float) -> bool:
-    """Say whether an entry was made after ``since_epoch_s`` (seconds since 1970); False where the file system can't tell."""
+def made_at_epoch_s(directory: int, name: str) -> float | None:
+    """Return when an entry was made, in seconds since 1970; None where the file system can't tell."""
     buffer = ctypes.create_string_buffer(_STATX_BYTES)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.statx(directory, os.fsencode(name), _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, buffer) != 0:
-        return False
+        return None
     if not int.from_bytes(buffer.raw[:4], "little") & _STATX_BTIME:
-        return False
+        return None
     seconds = int.from_bytes(buffer.raw[_BTIME_AT : _BTIME_AT + 8], "little", signed=True)
-    return seconds >= int(since_epoch_s)
+    return seconds + int.from_bytes(buffer.raw[_BTIME_AT + 8 : _BTIME_AT + 12], "little") / 1e9
 
 
 def started_at_epoch_s(start_ticks: int) -> float:
