@@ -42,7 +42,7 @@ class Adoption:
                 continue
             page_fd = self._open_page(session)
             # A page that the leader no longer has: it has unregistered while no daemon was there, or exec'ed.
-            gone = page_fd is None and session.page_fd >= 0
+            gone = page_fd is None and session.page_fd >= 0 and not pidfd.has_exited(handle)
             self._core.take_on(replace(session, ending=session.ending or gone), handle, page_fd)
 
     def _open_page(self, session: Session) -> int | None:

@@ -322,7 +322,7 @@ class Core:
 
     def _send(self, session_id: str, sends: list[decide.Send]) -> None:
         """Send every signal first; what is noted and logged about them costs as much again."""
-        outcomes = [self._reaper.send(send.member.process.id, send.signal) for send in sends]
+        outcomes = [self._signal(session_id, send) for send in sends]
         signalled = []
         for send, outcome in zip(sends, outcomes, strict=True):
             id_ = send.member.process.id
@@ -342,6 +342,13 @@ class Core:
                 and not target.denied
             ):
                 self._tell_stuck(entry, target)
+
+    def _signal(self, session_id: str, send: decide.Send) -> Outcome:
+        entry, id_ = self.entries[session_id], send.member.process.id
+        # A leader is in no family that is looked at again: it may have become another user's since.
+        if id_ == entry.session.leader and self.observer.leader(entry.session) is None:
+            return Outcome.DENIED
+        return self._reaper.send(id_, send.signal)
 
     def _log_sent(self, entry: Entry, send: decide.Send, outcome: Outcome) -> None:
         signal_name, pid, session = SIGNAL_NAMES[send.signal], send.member.process.id.pid, entry.session

@@ -352,7 +352,7 @@ def _new_target(entry: Entry, member: Member, at_s: float, *, crowd: int) -> Tar
     if parent is not None and crowd < MOST_NEWCOMERS:
         # Part of how its parent ends well: it has as long as its parent, and is not asked itself.
         return Target(member, Stage.ASKED, parent.due_s)
-    late = bool(entry.looks and (asked or entry.growth) and at_s > entry.signal_from_s)
+    late = bool(entry.looks) and at_s > entry.signal_from_s
     return Target(member, Stage.FOUND, max(at_s, entry.signal_from_s), late=late)
 
 

@@ -157,7 +157,7 @@ class Observer:
             self._blocked.append(stat)
             marks = _no_marks()
         else:
-            marks = self._read_memory(stat, task, pages_at)
+            marks = self._read_memory(stat, task, pages_at, uid)
         process = Process(
             id=stat.id,
             ppid=stat.ppid,
@@ -200,15 +200,16 @@ class Observer:
             found = {}
             for stat in blocked:
                 with contextlib.suppress(ProcessGone, PermissionError):
-                    found[str(stat.id.pid)] = self._read_memory(stat, self.proc.living_task(stat), pages_at)
+                    task, uid = self.proc.living_task(stat), processes[stat.id.pid].uid
+                    found[str(stat.id.pid)] = self._read_memory(stat, task, pages_at, uid)
             return found
 
         for pid, marks in (self._bounded.run(read_all) or {}).items():
             processes[int(pid)] = _with_marks(processes[int(pid)], marks)
 
-    def _read_memory(self, stat: Stat, task: int, pages_at: PagesAt) -> _Marks:
+    def _read_memory(self, stat: Stat, task: int, pages_at: PagesAt, uid: int | None) -> _Marks:
         pid, forked = stat.id.pid, stat.forked
-        names = self._memfd_names(pid, task, pages_at) if forked else set()
+        names = self._memfd_names(pid, task, pages_at, uid) if forked else set()
         environ = self.proc.environ(pid, task) or b""
         spared = {name[len(wire.SPARED_PREFIX) :] for name in names if name.startswith(wire.SPARED_PREFIX)}
         spared.update(wire.parse_lineage(environment_value(environ, wire.SPARED_VARIABLE)))
@@ -219,14 +220,19 @@ class Observer:
             spared=list(spared),
         )
 
-    def _memfd_names(self, pid: int, task: int, pages_at: PagesAt) -> set[str]:
+    def _memfd_names(self, pid: int, task: int, pages_at: PagesAt, uid: int | None) -> set[str]:
         """Return the names of our marks in a forked process: at the leader's descriptor, among all, else mapped."""
         for number, names in pages_at.items():
             name = parse_memfd_link(self.proc.descriptor(pid, task, number)) if number >= 0 else ""
-            if name in names:  # a spared process has no page of the session that spares it
+            # A spared process has no page of the session that spares it; a page handed over by another user is no mark.
+            if name in names and self.proc.descriptor_owner(pid, task, number) == uid:
                 return {name}
-        links = self.proc.descriptors(pid, task, most=_MOST_DESCRIPTORS).values()
-        marks = {name for name in map(parse_memfd_link, links) if _is_mark(name)}
+        links = self.proc.descriptors(pid, task, most=_MOST_DESCRIPTORS)
+        marks = {
+            name
+            for number, name in ((number, parse_memfd_link(link)) for number, link in links.items())
+            if _is_mark(name) and self.proc.descriptor_owner(pid, task, number) == uid
+        }
         return marks or {
             name for name in map(parse_memfd_link, self.proc.mapped_paths(pid, task)) if _is_mark(name)
         }

@@ -209,19 +209,14 @@ class Server:
 
     def _find(self, peer: Peer, wanted: str) -> Entry:
         """Return the one session that ``wanted`` names: an id, a name, or the beginning of an id."""
-        sessions = self._core.entries.values()
-        for matches in (
-            [entry for entry in sessions if entry.session.id == wanted],
-            [entry for entry in sessions if entry.session.name == wanted],
-            [entry for entry in sessions if entry.session.id.startswith(wanted)],
-        ):
-            if len(matches) > 1:
-                ids = ", ".join(sorted(entry.session.id for entry in matches)[:10])
-                raise wire.WireError("ambiguous-session", f"{wanted!r:.80} can be any of {ids}")
-            if matches:
-                if not self._may_act(peer, matches[0].session):
+        mine = [entry for entry in self._core.entries.values() if self._may_act(peer, entry.session)]
+        # Another user's session of the same name must not make one's own ambiguous.
+        for sessions in (mine, list(self._core.entries.values())):
+            found = _named(sessions, wanted)
+            if found is not None:
+                if not self._may_act(peer, found.session):
                     raise wire.WireError("not-allowed", "that session is another user's")
-                return matches[0]
+                return found
         raise wire.WireError("unknown-session", f"there is no session {wanted!r:.80}")
 
     def _may_act(self, peer: Peer, session: Session) -> bool:
@@ -343,6 +338,21 @@ class Server:
     def next_deadline(self) -> float | None:
         """Return when the next waiter has waited long enough."""
         return min((waiter.until_s for waiter in self._waiters), default=None)
+
+
+def _named(sessions: list[Entry], wanted: str) -> Entry | None:
+    """Return the one of ``sessions`` that ``wanted`` names, None where none does."""
+    for matches in (
+        [entry for entry in sessions if entry.session.id == wanted],
+        [entry for entry in sessions if entry.session.name == wanted],
+        [entry for entry in sessions if entry.session.id.startswith(wanted)],
+    ):
+        if len(matches) > 1:
+            ids = ", ".join(sorted(entry.session.id for entry in matches)[:10])
+            raise wire.WireError("ambiguous-session", f"{wanted!r:.80} can be any of {ids}")
+        if matches:
+            return matches[0]
+    return None
 
 
 def _name(value: Any) -> str:

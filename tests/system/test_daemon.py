@@ -36,7 +36,7 @@ StartLeader = Callable[..., Leader]
 
 SETTINGS = CONFIG.format(grace=GRACE_S, exit_grace=EXIT_GRACE_S, tracker_grace=TRACKER_GRACE_S)
 FORKED = ("pools.py", "executor", "--idle", "--method", "fork")
-MEMMAP = ("pools.py", "memmap", "--idle")
+MEMMAP = ("pools.py", "memmap", "--busy")
 
 REGISTERED_AND_WAITING = (
     "import agent, sys; print(agent.register().socket or '-', flush=True); sys.stdin.read()"

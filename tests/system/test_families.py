@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from harness import WORKERS_GONE_S, Daemon, Leader, alive, broken_promise, list_shm
+from harness import WORKERS_GONE_S, Daemon, Leader, alive, broken_promise, list_shm, parent_of
 
 SIGKILLED = {"kind": "signal", "code": 9}
 
@@ -101,6 +101,9 @@ def test_whoever_the_leader_s_parent_is_its_orphans_are_found(
     kind: str, parent: str, daemon: Daemon, start_leader: Callable[..., Leader]
 ) -> None:
     leader = start_leader("kin.py", kind, socket=daemon.socket, parent=parent)
+    if parent == "subreaper":  # only who was seen as a member before proves that it adopts
+        adopted = parent_of(leader.pid)
+        daemon.wait_listed(leader.pid, [pid for pid in leader.family.workers if parent_of(pid) != adopted])
     leader.kill9()
     assert_reaped(daemon, leader)
 

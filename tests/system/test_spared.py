@@ -87,6 +87,9 @@ def test_spared_processes_outlive_the_leader_whoever_adopts_them(
     parent: str, daemon: Daemon, start_leader: StartLeader
 ) -> None:
     leader = start_leader("kin.py", "spared", socket=daemon.socket, parent=parent)
+    if parent == "subreaper":  # only who was seen as a member before proves that it adopts
+        adopted = parent_of(leader.pid)
+        daemon.wait_listed(leader.pid, [pid for pid in leader.family.workers if parent_of(pid) != adopted])
     reap(daemon, leader)
     assert leader.still_alive(leader.spared) == leader.spared
     leader.end_spared()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from reaperd import decide, ledger
 from reaperd.decide import (
     FREEZE_S,
+    FRESH_S,
     KILL_WAIT_S,
     LATE_GRACE_S,
     MAX_RETRY_S,
@@ -30,6 +31,7 @@ from reaperd.ledger import (
     Exited,
     LeaderDied,
     Looked,
+    LookFailed,
     Phase,
     Reclaimed,
     ReclaimStarted,
@@ -75,6 +77,8 @@ class Fake:
     ended_by: frozenset[int] = TERM_ENDS
     takes_s: float = 0.001  # to end
     found_from_s: float = 0.0
+    found_to_s: float = 1e9
+    ppid: int = 1
     ends_itself_at_s: float | None = None
     tracker: bool = False
     denied: bool = False
@@ -83,7 +87,7 @@ class Fake:
     @property
     def member(self) -> Member:
         role = Role.TRACKER if self.tracker else Role.WORKER
-        return Member(Process(ProcessId(self.pid, 2000), 1, 1000), role, "loky", ("evidence",), True)
+        return Member(Process(ProcessId(self.pid, 2000), self.ppid, 1000), role, "loky", ("evidence",), True)
 
 
 def worker(pid: int, **facts: Any) -> Fake:
@@ -172,7 +176,7 @@ class Reap:
         found = {
             one.member.process.id: one.member
             for one in self.processes
-            if not one.dead and one.found_from_s <= self.now_s
+            if not one.dead and one.found_from_s <= self.now_s <= one.found_to_s
         }
         self.entry = apply(self.entry, Looked(Family(found, {}), self.now_s, 0.0))
 
@@ -275,21 +279,24 @@ def test_a_worker_found_after_the_grace_is_asked_first_too() -> None:
 # -- what multiplies --------------------------------------------------------------------------------
 
 
-def test_a_session_that_keeps_growing_is_frozen_and_then_killed() -> None:
+def test_what_keeps_coming_after_all_were_asked_to_end_is_frozen_and_then_killed() -> None:
     growing = [worker(200 + n, ended_by=KILL_ENDS, found_from_s=0.002 * n) for n in range(6)]
     reap = Reap(growing).run()
-    for one in growing:
+    assert reap.sent_to(200) == [(0.0, SIGTERM), (5.0, SIGKILL)], (
+        "who was there from the start keeps its grace"
+    )
+    for one in growing[1:]:
         frozen_at_s = reap.seconds_of(one.pid, SIGSTOP)
         assert len(frozen_at_s) == 1
         assert reap.seconds_of(one.pid, SIGKILL) == [pytest.approx(frozen_at_s[0] + FREEZE_S, abs=0.002)]
-    assert max(at_s for at_s, _, _ in reap.signals) < 1.0
+    assert max(at_s for at_s, _, pid in reap.signals if pid > 200) < 1.0
 
 
-def test_all_that_is_known_of_a_growing_session_is_frozen_in_one_go() -> None:
+def test_all_that_came_late_to_a_growing_session_is_frozen_in_one_go() -> None:
     growing = [worker(200 + n, ended_by=KILL_ENDS, found_from_s=0.002 * n) for n in range(3)]
     reap = Reap([*growing, tracker(300, ends_itself_at_s=0.5)]).run()
     stops = [(at_s, pid) for at_s, number, pid in reap.signals if number == SIGSTOP]
-    assert stops == [(0.004, 200), (0.004, 201), (0.004, 202)]
+    assert stops == [(0.004, 201), (0.004, 202)]
     assert reap.sent_to(300) == []
 
 
@@ -302,6 +309,37 @@ def test_a_session_that_grows_within_the_exit_grace_is_not_frozen_afterwards() -
     growing = [worker(200 + n, found_from_s=n) for n in range(8)]
     reap = Reap(growing, clean=True).run()
     assert {number for _, number, _ in reap.signals} == {SIGTERM}
+
+
+def test_what_an_asked_worker_starts_to_end_well_is_not_asked_itself_and_ends_with_it_at_the_latest() -> None:
+    helpers = [worker(300 + n, ended_by=KILL_ENDS, found_from_s=0.01 * n, ppid=201) for n in range(1, 6)]
+    reap = Reap([worker(201, ended_by=KILL_ENDS), *helpers]).run()
+    for one in helpers:
+        assert reap.sent_to(one.pid) == [(5.0, SIGKILL)]
+
+
+# -- evidence ---------------------------------------------------------------------------------------
+
+
+def test_nobody_is_signalled_on_evidence_that_is_not_fresh() -> None:
+    reap = Reap([worker(201, ended_by=NOTHING_ENDS), tracker(202)]).run(until_s=100.0)
+    assert len(reap.signals) > 5
+    for at_s, _, _ in reap.signals:
+        assert min(at_s - looked_at_s for looked_at_s in reap.looks if looked_at_s <= at_s) <= FRESH_S
+
+
+def test_whoever_does_not_belong_to_the_session_any_more_is_signalled_no_more() -> None:
+    reap = Reap([worker(201, ended_by=KILL_ENDS, found_to_s=2.0), worker(202, ended_by=KILL_ENDS)]).run(20.0)
+    assert reap.sent_to(201) == [(0.0, SIGTERM)]
+    assert reap.sent_to(202) == [(0.0, SIGTERM), (5.0, SIGKILL)]
+
+
+def test_nobody_is_signalled_and_nothing_is_tried_while_nobody_can_look() -> None:
+    entry = Reap([worker(201)]).entry
+    entry = apply(entry, Looked(Family({ProcessId(201, 2000): worker(201).member}, {}), 0.0, 0.0))
+    entry = apply(entry, LookFailed(0.001))
+    assert decide.decide(entry, POLICY, 0.4) == []
+    assert decide.decide(entry, POLICY, 0.6) == [Look(quick=False)]
 
 
 # -- trackers ---------------------------------------------------------------------------------------

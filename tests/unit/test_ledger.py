@@ -10,6 +10,7 @@ import pytest
 from reaperd import ledger
 from reaperd.escalation import Event, Stage
 from reaperd.ledger import (
+    MOST_NEWCOMERS,
     QUIET_LOOKS,
     SPACING_S,
     CauseTold,
@@ -41,9 +42,9 @@ KILLED = Cause(CauseKind.SIGNAL, 9)
 TRACKER_GRACE_S = 10.0
 
 
-def member(pid: int, *, tracker: bool = False, marked: bool = True) -> Member:
+def member(pid: int, ppid: int = 1, *, tracker: bool = False, marked: bool = True) -> Member:
     role = Role.TRACKER if tracker else Role.WORKER
-    return Member(Process(ProcessId(pid, 2000), 1, 1000), role, "loky", ("evidence",), marked)
+    return Member(Process(ProcessId(pid, 2000), ppid, 1000), role, "loky", ("evidence",), marked)
 
 
 def looked(at_s: float, *members: Member, took_s: float = 0.0, left_alone: str = "") -> Looked:
@@ -99,6 +100,7 @@ def test_a_look_at_a_living_session_keeps_exactly_those_whom_only_descent_tells(
     entry = after(living(), looked(1.0, member(201), member(202, marked=False), left_alone="spared"))
     assert entry.session.kept == {ProcessId(202, 2000)}
     assert list(entry.left_alone.values()) == ["spared"]
+    assert entry.session.keeping(entry.session.kept) is entry.session
     entry = after(entry, looked(2.0, member(203, marked=False)))
     assert entry.session.kept == {ProcessId(203, 2000)}
     assert not entry.left_alone
@@ -222,13 +224,61 @@ def test_looking_goes_on_for_as_long_as_a_worker_lives() -> None:
     assert entry.look_due_s == pytest.approx(29.0 + SPACING_S[-1])
 
 
-def test_a_session_grows_when_later_looks_find_workers_although_signals_were_allowed() -> None:
-    assert dead(looked(10.0, member(201))).growth == 0
-    assert dead(looked(10.0, member(201)), looked(10.1, member(202))).growth == 1
-    assert dead(looked(10.0), looked(10.1, member(201)), looked(10.2, member(202))).growth == 2
-    assert dead(looked(10.0, member(201)), looked(10.1, member(202, tracker=True))).growth == 0
-    early = dead(looked(10.0, member(201)), looked(10.1, member(202)), signal_from_s=20.0)
-    assert early.growth == 0
+def test_a_session_grows_when_others_are_found_although_all_known_were_asked_to_end() -> None:
+    one, two, three = member(201), member(202), member(203)
+    asked = dead(looked(10.0, one), sent(201))
+    assert asked.growth == 0
+    entry = after(asked, looked(10.1, one, two))
+    assert (entry.growth, target(entry, 202).late, target(entry, 201).late) == (1, True, False)
+    assert after(entry, looked(10.2, one, two, three)).growth == 2
+    assert after(entry, looked(10.2, one, two)).growth == 1
+
+
+def test_a_session_does_not_grow_by_trackers_nor_before_signals_are_allowed() -> None:
+    one, two = member(201), member(202)
+    assert dead(looked(10.0, one), sent(201), looked(10.1, one, member(202, tracker=True))).growth == 0
+    assert dead(looked(10.0, one), sent(201), looked(10.1, one, two), signal_from_s=20.0).growth == 0
+
+
+def test_a_child_of_one_that_was_asked_to_end_has_as_long_as_its_parent_and_is_no_growth() -> None:
+    one, child = member(201), member(202, 201)
+    entry = dead(looked(10.0, one), sent(201, due_s=15.0), looked(10.1, one, child))
+    assert entry.growth == 0
+    assert (target(entry, 202).stage, target(entry, 202).due_s) == (Stage.ASKED, 15.0)
+    assert target(entry, 202).signals == ()
+
+
+def test_a_crowd_of_children_of_one_that_was_asked_to_end_is_growth() -> None:
+    one = member(201)
+    crowd = [member(300 + n, 201) for n in range(MOST_NEWCOMERS)]
+    entry = dead(looked(10.0, one), sent(201), looked(10.1, one, *crowd))
+    assert entry.growth == 1
+    assert {target(entry, m.process.id.pid).stage for m in crowd} == {Stage.FOUND}
+    few = dead(looked(10.0, one), sent(201), looked(10.1, one, *crowd[1:]))
+    assert few.growth == 0
+
+
+# -- judging again ----------------------------------------------------------------------------------
+
+
+def test_whoever_does_not_belong_to_the_session_any_more_is_excused_until_it_does_again() -> None:
+    one = member(201)
+    entry = dead(looked(10.0, one), looked(10.1))
+    assert target(entry, 201).excused
+    assert target(entry, 201).done
+    assert not target(after(entry, looked(10.2, one)), 201).excused
+
+
+def test_a_look_that_could_not_see_all_excuses_nobody() -> None:
+    one, two = member(201), member(202)
+    entry = dead(looked(10.0, one, two), replace(looked(10.1, one), complete=False))
+    assert not target(entry, 202).excused
+
+
+def test_nothing_is_due_of_the_excused() -> None:
+    entry = dead(looked(10.0, member(201)), sent(201, due_s=10.2), looked(10.1))
+    assert entry.look_due_s is not None
+    assert next_deadline([entry], TRACKER_GRACE_S) == entry.look_due_s
 
 
 def test_a_look_that_could_not_see_all_is_never_quiet() -> None:
@@ -242,6 +292,11 @@ def test_a_look_that_failed_is_tried_again_and_counts_for_nothing() -> None:
     entry = dead(looked(10.0), looked(10.1), LookFailed(10.2))
     assert (entry.looks, entry.quiet_looks) == (2, 0)
     assert entry.look_due_s == pytest.approx(10.2 + SPACING_S[-1])
+
+
+def test_nothing_is_due_while_nobody_can_look() -> None:
+    entry = dead(looked(10.0, member(201)), sent(201, due_s=10.3), LookFailed(10.2))
+    assert next_deadline([entry], TRACKER_GRACE_S) == pytest.approx(10.2 + SPACING_S[-1])
 
 
 # -- exits ------------------------------------------------------------------------------------------
@@ -284,7 +339,7 @@ def test_the_exit_of_a_tracker_is_no_reason_to_look_again() -> None:
 
 def test_a_stuck_worker_that_ends_after_all_is_looked_into_again() -> None:
     entry = dead(
-        looked(10.0, member(201)), sent(201), sent(201), sent(201), looked(11), looked(12), looked(13)
+        looked(10.0, member(201)), *[sent(201)] * 3, *(looked(11.0 + n, member(201)) for n in range(3))
     )
     assert entry.look_due_s is None
     entry = after(entry, exited(60.0, 201))
@@ -356,8 +411,10 @@ def test_what_was_reclaimed_measured_and_concluded_is_on_record() -> None:
 
 
 def quiet(*happenings: ledger.Happening) -> Entry:
-    """Return a dead session after enough looks that found nobody new."""
-    return after(dead(*happenings), *(looked(20.0 + number) for number in range(QUIET_LOOKS)))
+    """Return a dead session after enough looks that found all who are not gone, and nobody new."""
+    entry = dead(*happenings)
+    found = [one.member for one in entry.targets.values() if one.stage is not Stage.GONE]
+    return after(entry, *(looked(20.0 + number, *found) for number in range(QUIET_LOOKS)))
 
 
 def test_the_phase_follows_from_what_is_known_of_the_processes() -> None:
@@ -383,7 +440,7 @@ def test_trackers_are_due_their_grace_after_the_last_worker_or_after_signals_wer
 
 
 def test_the_next_deadline_is_the_earliest_of_all_sessions() -> None:
-    asked = dead(looked(10.0, member(201)), looked(10.2), looked(10.4), looked(10.6), sent(201, due_s=10.7))
+    asked = dead(*(looked(10.0 + 0.2 * n, member(201)) for n in range(4)), sent(201, due_s=10.7))
     assert next_deadline([living(), asked, dead(at_s=50.0)], TRACKER_GRACE_S) == 10.7
     assert next_deadline([dead(at_s=50.0), dead(at_s=49.0)], TRACKER_GRACE_S) == 49.0
     assert next_deadline([], TRACKER_GRACE_S) is None

@@ -181,7 +181,7 @@ def test_what_another_session_spares_is_not_spared_in_this_one() -> None:
         (Policy(protected_uids=frozenset((UID,))), {}, f"uid {UID}"),
         (Policy(protected_units=frozenset(("job.scope",))), {}, "job.scope"),
         (Policy(protected_units=frozenset(("user.slice",))), {}, "user.slice"),
-        (Policy(untouchable=frozenset((1, 201))), {}, "daemon"),
+        (Policy(untouchable=frozenset((ProcessId(201, 2000),))), {}, "daemon"),
     ],
 )
 def test_a_protected_process_is_left_alone_with_the_reason_and_so_is_all_below_it(
@@ -268,10 +268,30 @@ def test_in_the_root_cgroup_a_stamped_process_that_init_adopted_is_a_member() ->
     assert "adopted by pid 1" in evidence(found, 201)
 
 
-def test_in_the_root_cgroup_a_stamped_process_that_an_ancestor_of_the_leader_adopted_is_a_member() -> None:
-    found = at_root(process(201, SHELL.pid, **STAMP, **AT_ROOT))
-    assert pids(found) == {201}
+@pytest.mark.parametrize("proof", ["page", "kept", "seen"])
+def test_in_the_root_cgroup_an_ancestor_that_adopted_one_of_the_session_adopted_the_stamped_too(
+    proof: str,
+) -> None:
+    adopted = process(202, SHELL.pid, **(PAGE if proof == "page" else {}), **AT_ROOT)
+    known = {proof: frozenset((adopted.id,))} if proof != "page" else {}
+    found = at_root(process(201, SHELL.pid, **STAMP, **AT_ROOT), adopted, **known)
+    assert 201 in pids(found)
     assert f"adopted by pid {SHELL.pid}" in evidence(found, 201)
+
+
+def test_in_the_root_cgroup_a_job_that_an_ancestor_itself_started_with_a_copied_stamp_is_left_alone() -> None:
+    found = at_root(
+        process(201, SHELL.pid, **STAMP, **AT_ROOT),
+        process(202, SHELL.pid, **AT_ROOT),
+        process(203, SHELL.pid, forked=True, pages=frozenset((OUTER,)), **AT_ROOT),
+    )
+    assert not pids(found)
+    assert set(left_alone(found)) == {201}
+
+
+def test_a_process_of_the_session_that_init_adopted_proves_nothing_of_an_ancestor() -> None:
+    found = at_root(process(201, SHELL.pid, **STAMP, **AT_ROOT), process(202, 1, **PAGE, **AT_ROOT))
+    assert pids(found) == {202}
 
 
 def test_in_the_root_cgroup_a_stamped_process_of_an_unrelated_daemon_is_left_alone() -> None:
@@ -284,16 +304,20 @@ def test_in_the_root_cgroup_a_stamped_process_of_an_unrelated_daemon_is_left_alo
 
 
 def test_an_ancestor_whose_pid_is_another_process_now_adopts_nobody() -> None:
-    found = family(process(201, SHELL.pid, **STAMP, **AT_ROOT), of=session(cgroup="/"), living=frozenset())
-    assert not pids(found)
+    stamped, adopted = process(201, SHELL.pid, **STAMP, **AT_ROOT), process(202, SHELL.pid, **PAGE, **AT_ROOT)
+    assert pids(family(stamped, adopted, of=session(cgroup="/"))) == {201, 202}
+    assert pids(family(stamped, adopted, of=session(cgroup="/"), living=frozenset())) == {202}
 
 
 def test_an_ancestor_of_another_leader_adopts_nothing_of_this_one() -> None:
     other = ProcessId(60, 11)
     found = family(
-        process(201, other.pid, **STAMP, **AT_ROOT), of=session(cgroup="/"), living=frozenset((SHELL, other))
+        process(201, other.pid, **STAMP, **AT_ROOT),
+        process(202, other.pid, **PAGE, **AT_ROOT),
+        of=session(cgroup="/"),
+        living=frozenset((SHELL, other)),
     )
-    assert not pids(found)
+    assert pids(found) == {202}
 
 
 def test_init_adopts_even_where_the_leader_had_no_ancestor_that_is_known() -> None:
@@ -384,9 +408,16 @@ def test_a_member_that_only_descent_told_of_stays_one_after_its_parent_is_gone()
     assert not any(member.marked for member in found.members.values())
 
 
-def test_a_known_member_stays_one_in_whatever_cgroup_it_is_by_now() -> None:
+def test_a_known_member_that_was_put_into_another_cgroup_meanwhile_is_left_alone() -> None:
     kept = session(kept=frozenset((ProcessId(201, 2000),)))
-    assert pids(family(process(201, 1, cgroup="/elsewhere"), of=kept)) == {201}
+    found = family(process(201, 1, cgroup="/elsewhere"), process(202, 201), of=kept)
+    assert not pids(found)
+    assert "/elsewhere" in left_alone(found)[201]
+    assert pids(family(process(201, 1, cgroup=f"{JOB}/below"), of=kept)) == {201}
+
+
+def test_init_is_never_touched_whatever_it_carries() -> None:
+    assert not pids(family(process(1, 0, **PAGE, **STAMP)))
 
 
 def test_the_children_of_a_known_member_are_members() -> None:
@@ -469,11 +500,12 @@ _SESSIONS = st.builds(
     adopters=st.frozensets(st.builds(ProcessId, _PIDS, st.just(1)), max_size=2),
     kept=st.frozensets(st.builds(ProcessId, _PIDS, _STARTS), max_size=1),
     spared=st.frozensets(st.builds(ProcessId, _PIDS, _STARTS), max_size=1),
+    seen=st.frozensets(st.builds(ProcessId, _PIDS, _STARTS), max_size=1),
     ending=st.booleans(),
 )
 _POLICIES = st.builds(
     Policy,
-    untouchable=st.frozensets(_PIDS, max_size=2),
+    untouchable=st.frozensets(st.builds(ProcessId, _PIDS, _STARTS), max_size=2),
     protected_names=st.sampled_from([frozenset(), frozenset(("keeper",))]),
 )
 

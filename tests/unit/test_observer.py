@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -105,6 +107,15 @@ def page() -> Iterator[SessionPage]:
     one.write_record(["/run/reaper/reaper.sock"])
     yield one
     one.close()
+
+
+def pidfds_of(pid: int) -> int:
+    """Return how many pidfds of ``pid`` are open here."""
+    found = 0
+    for name in os.listdir("/proc/self/fdinfo"):
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them
+            found += f"\nPid:\t{pid}\n" in Path(f"/proc/self/fdinfo/{name}").read_text()
+    return found
 
 
 def id_of(pid: int) -> ProcessId:
@@ -268,7 +279,7 @@ def test_the_living_leader_is_in_its_own_snapshot_and_a_dead_child_is_not(observ
         assert seen(snapshot, pid) is None
 
 
-def test_whoever_dies_while_it_is_looked_at_is_not_in_the_snapshot() -> None:
+def test_whoever_dies_while_it_is_looked_at_is_not_in_the_snapshot(page: SessionPage) -> None:
     class Dying(ProcFS):
         """A /proc in which everybody but this process is a zombie already, and can still be read."""
 
@@ -331,6 +342,9 @@ def test_a_quick_look_goes_through_those_who_adopt_and_those_who_are_known(
         snapshot = observer.look_quick(dead_session(page, adopters=mine))
         assert found(snapshot, pid).pages == {session(page).id}
         assert snapshot.adopters == mine
+        handle = observer.claim(id_of(pid))
+        assert handle is not None
+        os.close(handle)
         known = observer.look_quick(dead_session(page, kept=frozenset((id_of(pid),))))
         assert seen(known, pid)
         assert seen(observer.look_quick(dead_session(page)), pid) is None
@@ -427,11 +441,30 @@ def test_a_look_at_a_dead_leaders_survivors_holds_a_pidfd_of_each_until_it_is_cl
 
 def test_looking_twice_holds_no_more_pidfds_than_looking_once(observer: Observer) -> None:
     with child() as pid:
-        observer.look(dead_session(kept=frozenset((id_of(pid),))))
-        before = len(os.listdir("/proc/self/fd"))
+        kept = frozenset((id_of(pid),))
+        observer.look(dead_session(kept=kept))
+        assert pidfds_of(pid) == 1
         observer.look(dead_session())
-        observer.look_quick(dead_session(kept=frozenset((id_of(pid),))))
-        assert len(os.listdir("/proc/self/fd")) == before
+        observer.look_quick(dead_session(kept=kept))
+        assert pidfds_of(pid) == 1
+
+
+def test_no_more_pidfds_are_held_than_a_quarter_of_what_is_allowed() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    allowed = lowest_free + 4
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
+    try:
+        observer = Observer(ProcFS())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with contextlib.ExitStack() as stack:
+        children = {stack.enter_context(child()) for _ in range(allowed // 4 + 2)}
+        before = len(os.listdir("/proc/self/fd"))
+        assert children <= observer.look(dead_session()).processes.keys()
+        assert len(os.listdir("/proc/self/fd")) == before + allowed // 4
+        observer.release()
 
 
 def test_a_look_at_the_living_holds_no_pidfd(observer: Observer) -> None:
@@ -478,6 +511,49 @@ def test_what_is_asked_of_a_leader_is_true_of_this_process(observer: Observer) -
     counter = observer.oom_counter(ME)
     assert (observer.oom_kills_in(session(oom_counter=counter)) is None) == (counter == "")
     assert observer.oom_kills_in(session()) is None
+
+
+def test_a_leader_is_taken_down_with_all_that_only_a_living_one_tells(observer: Observer, run: str) -> None:
+    folders = {"TMPDIR": "relative/tmp", "JOBLIB_TEMP_FOLDER": "/scratch/joblib", "REAPER_TEST_RUN": run}
+    with executed(**folders) as pid:
+        told = observer.describe_leader(session(leader=id_of(pid)))
+        assert told.temp_dirs == ("/scratch/joblib", "/tmp")
+        assert told.cgroup == observer.cgroup_path(pid)
+        assert told.adopters == observer.ancestors(pid)
+        assert told.namespaces == ProcFS().namespaces(pid)
+        assert told.oom_counter == observer.oom_counter(pid)
+    with pytest.raises(ProcessGone):
+        observer.describe_leader(session(leader=ProcessId(pid, 1)))
+
+
+def test_the_command_line_of_a_forked_process_is_told_while_it_is_who_it_was(observer: Observer) -> None:
+    with child() as pid:
+        one = found(observer.look(session()), pid)
+        assert observer.argv(one) == list(ProcFS().argv(ME, ME))
+        assert observer.argv(replace(one, argv=("known",))) == ["known"]
+        assert observer.argv(replace(one, id=ProcessId(pid, one.id.start_ticks + 1))) == []
+    assert observer.argv(one) == []
+
+
+def test_mappings_are_told_of_the_living_and_read_by_a_helper_where_that_may_block(
+    observer: Observer, page: SessionPage
+) -> None:
+    class Slow(ProcFS):
+        """A /proc in which everybody is in state D and says who reads its mappings."""
+
+        def stat(self, pid: int) -> Stat:
+            return super().stat(pid)._replace(state="D")
+
+        def mapped_paths(self, pid: int, task: int) -> list[str]:
+            return [str(os.getpid())]
+
+    with child() as pid:
+        assert [path for path in observer.mapped_paths(pid) if wire.PAGE_PREFIX in path]
+        (reader,) = Observer(Slow()).mapped_paths(pid)
+        assert int(reader) != ME
+        assert Observer(Slow()).argv(Process(id_of(pid), 1, UID)) == []
+        assert Observer(Slow()).describe_leader(session(leader=id_of(pid))).temp_dirs == ("/tmp",)
+    assert observer.mapped_paths(pid) == []
 
 
 def test_start_times_are_compared_within_a_time_namespace(observer: Observer) -> None:
@@ -535,7 +611,9 @@ def test_a_sweep_looks_at_new_processes_and_at_a_part_of_the_others_in_turn(
     observer: Observer, page: SessionPage
 ) -> None:
     sweep = Sweep(observer)
-    assert swept(sweep, all_of_them=False)
+    with child() as one, child() as two, child() as three:
+        seen_at_once = {found.holder.id.pid for found in swept(sweep, all_of_them=False)}
+        assert seen_at_once == {ME, one, two, three}
     turns = [bool(swept(sweep, all_of_them=False)) for _ in range(16)]
     assert turns.count(True) == 1
     assert swept(sweep, all_of_them=True)
@@ -547,6 +625,17 @@ def test_a_sweep_names_who_carries_a_session_in_its_environment(observer: Observ
         found = [one for one in swept(Sweep(observer), all_of_them=True) if isinstance(one, StampedProcess)]
         assert {(one.session, one.holder.id, one.uid) for one in found} == {(OTHER_ID, id_of(pid), UID)}
         assert {one.cgroup for one in found} == {observer.cgroup_path(pid)}
+
+
+def test_a_sweep_passes_over_a_page_under_another_name(observer: Observer, page: SessionPage) -> None:
+    other = os.memfd_create("other", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.write(other, page._memory[:])
+        fcntl.fcntl(other, 1033, 0x1 | 0x2 | 0x4 | 0x10)
+        page.close()
+        assert swept(Sweep(observer), all_of_them=True) == []
+    finally:
+        os.close(other)
 
 
 def test_a_sweep_passes_over_what_only_looks_like_a_page(observer: Observer) -> None:

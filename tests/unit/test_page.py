@@ -149,14 +149,15 @@ def test_a_closed_page_is_gone_from_this_process_and_takes_no_more_writes(leader
     leader.raise_flag(wire.ENDED)
 
 
-def test_closing_a_page_closes_nothing_of_a_program_that_closed_all_its_descriptors() -> None:
+@pytest.mark.parametrize("also_the_page", [True, False])
+def test_closing_a_page_closes_nothing_of_a_program_that_closed_our_descriptors(also_the_page: bool) -> None:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         with contextlib.suppress(BaseException):
             one = SessionPage(ID, "grid", 42, "boot")
             for name in os.listdir("/proc/self/fd"):
-                if int(name) > 2 and int(name) != writer:
+                if int(name) > 2 and int(name) != writer and (also_the_page or int(name) != one.fd):
                     with contextlib.suppress(OSError):
                         os.close(int(name))
             mine = [os.open("/dev/null", os.O_RDONLY) for _ in range(16)]
@@ -208,7 +209,7 @@ def test_only_a_memfd_of_the_right_size_and_owner_with_all_seals_is_a_page() -> 
 def test_a_file_that_lies_in_a_directory_is_no_page(tmp_path: Path) -> None:
     file = tmp_path / "page"
     file.write_bytes(b"\0" * wire.PAGE_BYTES)
-    assert "no memfd" in str(refused(str(file)))
+    refused(str(file))
 
 
 def test_an_unlinked_file_that_has_no_seals_is_no_page(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_a_signal_to_a_process_that_was_waited_for_says_that_it_is_gone() -> Non
 
 
 @contextlib.contextmanager
-def reaper(*untouchable: int) -> Iterator[Reaper]:
+def reaper(*untouchable: ProcessId) -> Iterator[Reaper]:
     one = Reaper(PROC, frozenset(untouchable))
     before = count_descriptors()
     yield one
@@ -265,7 +265,7 @@ def test_a_reaper_holds_one_pidfd_for_a_process_however_often_it_takes_it() -> N
 
 
 def test_a_reaper_refuses_to_signal_the_untouchable_whatever_was_decided() -> None:
-    with child() as pid, reaper(pid) as one:
+    with child() as pid, reaper(id_of(pid)) as one:
         target = id_of(pid)
         one.take(target, None)
         assert one.send(target, signal.SIGKILL) is Outcome.DENIED

@@ -34,6 +34,7 @@ FULL = Session(
     oom_kills=3,
     kept=frozenset((ProcessId(8, 80), ProcessId(9, 90))),
     spared=frozenset((ProcessId(10, 100),)),
+    seen=frozenset((ProcessId(8, 80), ProcessId(11, 110))),
     cause=Cause(CauseKind.SIGNAL, 11, core_dumped=True, clean=False),
     temp_dirs=("/tmp", "/scratch"),
     ending=True,

@@ -212,6 +212,13 @@ class ProcFS:
             return {}
         return {int(number): self.descriptor(pid, task, int(number)) for number in numbers[:most]}
 
+    def descriptor_owner(self, pid: int, task: int, number: int) -> int | None:
+        """Return the uid of the file that descriptor ``number`` of ``pid`` is, None when that can't be told."""
+        try:
+            return os.stat(f"{self.root}/{pid}/task/{task}/fd/{number}").st_uid
+        except OSError:
+            return None
+
     def mapped_paths(self, pid: int, task: int) -> list[str]:
         """Return the paths that ``pid`` has mapped; empty when they may not be read."""
         return list(parse_mapped_paths(self._read_permitted(f"{pid}/task/{task}/maps") or b""))
