@@ -366,7 +366,9 @@ def _exited(entry: Entry, exited: Exited) -> Entry:
     }
     if not gone:
         return entry
-    changed = replace(entry, targets={**entry.targets, **gone})
+    # A look that came between its end and the news of it took it for one that was to be left alone.
+    left_alone = {id_: reason for id_, reason in entry.left_alone.items() if id_ not in gone}
+    changed = replace(entry, targets={**entry.targets, **gone}, left_alone=left_alone)
     if all(target.tracker for target in gone.values()):
         return changed
     # A worker may have forked in its last moment: begin to look again.

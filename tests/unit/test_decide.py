@@ -357,6 +357,12 @@ def test_a_tracker_is_left_alone_while_a_worker_lives_and_killed_its_grace_after
     assert reap.sent_to(202) == [(pytest.approx(15.0, abs=0.01), SIGKILL)]
 
 
+def test_a_tracker_is_left_alone_for_as_long_as_a_worker_has_to_end() -> None:
+    reap = Reap([worker(201, ended_by=KILL_ENDS), tracker(202)], replace(POLICY, grace_s=60.0)).run()
+    assert reap.sent_to(201) == [(0.0, SIGTERM), (60.0, SIGKILL)]
+    assert reap.sent_to(202) == [(pytest.approx(70.0, abs=0.01), SIGKILL)]
+
+
 def test_a_tracker_without_any_worker_gets_its_grace_from_the_leaders_death() -> None:
     assert Reap([tracker(202)]).run().sent_to(202) == [(10.0, SIGKILL)]
 

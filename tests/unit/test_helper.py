@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import time
@@ -162,6 +163,22 @@ def test_bounded_work_that_takes_too_long_is_ended_and_waited_for_by_the_next_th
     (second,) = ProcFS().children(os.getpid())
     assert second != first
     os.waitpid(second, 0)
+
+
+@pytest.mark.needs_root
+def test_where_no_process_can_be_made_there_is_no_helper_and_nothing_stays_open() -> None:
+    def try_in_vain() -> list[Any]:
+        helper.become(NOBODY, NOBODY)
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        before, refused = len(os.listdir("/proc/self/fd")), False
+        try:
+            helper.start_helper(block)
+        except BlockingIOError:  # EAGAIN, fork(2)
+            refused = True
+        bounded = helper.BoundedReader(SOON_S).run(block)
+        return [refused, bounded, len(os.listdir("/proc/self/fd")) - before]
+
+    assert result_of(try_in_vain) == [True, None, 0]
 
 
 # -- another user -----------------------------------------------------------------------------------

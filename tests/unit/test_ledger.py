@@ -240,6 +240,12 @@ def test_a_session_does_not_grow_by_trackers_nor_before_signals_are_allowed() ->
     assert dead(looked(10.0, one), sent(201), looked(10.1, one, two), signal_from_s=20.0).growth == 0
 
 
+def test_nobody_comes_late_to_the_first_look_however_long_it_took() -> None:
+    entry = dead(looked(10.3, member(201), took_s=0.3))
+    assert not target(entry, 201).late
+    assert entry.growth == 0
+
+
 def test_a_child_of_one_that_was_asked_to_end_has_as_long_as_its_parent_and_is_no_growth() -> None:
     one, child = member(201), member(202, 201)
     entry = dead(looked(10.0, one), sent(201, due_s=15.0), looked(10.1, one, child))
@@ -276,7 +282,7 @@ def test_a_look_that_could_not_see_all_excuses_nobody() -> None:
 
 
 def test_nothing_is_due_of_the_excused() -> None:
-    entry = dead(looked(10.0, member(201)), sent(201, due_s=10.2), looked(10.1))
+    entry = dead(looked(10.0, member(201)), sent(201, due_s=10.101), looked(10.1))
     assert entry.look_due_s is not None
     assert next_deadline([entry], TRACKER_GRACE_S) == entry.look_due_s
 

@@ -195,6 +195,31 @@ def test_another_file_under_the_number_of_the_page_hides_nothing(
         assert found(observer.look(session(page)), pid).pages == {session(page).id}
 
 
+def test_the_page_of_another_session_under_the_number_of_the_page_hides_nothing(
+    observer: Observer, page: SessionPage
+) -> None:
+    def put_another() -> None:
+        os.dup2(os.memfd_create(wire.PAGE_PREFIX + OTHER_ID), page.fd)
+
+    with child(put_another) as pid:
+        assert found(observer.look(session(page)), pid).pages == {session(page).id, OTHER_ID}
+
+
+@pytest.mark.needs_root
+def test_a_page_that_another_user_made_is_no_mark(observer: Observer) -> None:
+    os.seteuid(NOBODY)
+    try:
+        handed_over = os.memfd_create(wire.PAGE_PREFIX + session().id)
+    finally:
+        os.seteuid(0)
+    try:
+        with child() as pid:
+            for number in (handed_over, -1):
+                assert found(observer.look(session(page_fd=number)), pid).pages == frozenset()
+    finally:
+        os.close(handed_over)
+
+
 def test_an_executed_child_is_seen_with_the_stamps_in_its_environment(observer: Observer, run: str) -> None:
     environment = {
         wire.LINEAGE_VARIABLE: f"{OTHER_ID}:junk:{session().id}",
@@ -332,6 +357,8 @@ def test_what_stands_below_a_leader_is_found_down_to_the_last(observer: Observer
         assert found(snapshot, grandchild).ppid == pid
         assert set(observer.descendants(id_of(pid))) == {grandchild}
         assert set(observer.look_below(session(leader=id_of(pid))).processes) == {pid, grandchild}
+        kept = observer.look_below(session(leader=id_of(grandchild), kept=frozenset((id_of(pid),))))
+        assert set(kept.processes) == {pid, grandchild}
 
 
 def test_a_quick_look_goes_through_those_who_adopt_and_those_who_are_known(
@@ -360,6 +387,22 @@ def test_a_quick_look_follows_the_children_of_whoever_carries_a_mark(
         assert seen(
             observer.look_quick(dead_session(kept=kept, adopters=frozenset((id_of(ME),)))), grandchild
         )
+
+
+def test_a_quick_look_follows_the_children_of_whoever_cannot_be_read_yet() -> None:
+    class Blocked(ProcFS):
+        """A /proc in which everybody is in state D."""
+
+        def stat(self, pid: int) -> Stat:
+            return super().stat(pid)._replace(state="D")
+
+    observer = Observer(Blocked())
+    with child_of_child() as (_, grandchild):
+        snapshot = observer.look_quick(dead_session(adopters=frozenset((id_of(ME),))))
+        observer.release()
+        assert seen(snapshot, grandchild)
+    for helper_pid in ProcFS().children(ME):  # one that did not come back in time
+        os.waitpid(helper_pid, 0)
 
 
 def test_children_in_a_circle_end_the_search() -> None:
@@ -536,7 +579,7 @@ def test_the_command_line_of_a_forked_process_is_told_while_it_is_who_it_was(obs
 
 
 def test_mappings_are_told_of_the_living_and_read_by_a_helper_where_that_may_block(
-    observer: Observer, page: SessionPage
+    observer: Observer, page: SessionPage, run: str
 ) -> None:
     class Slow(ProcFS):
         """A /proc in which everybody is in state D and says who reads its mappings."""
@@ -552,8 +595,26 @@ def test_mappings_are_told_of_the_living_and_read_by_a_helper_where_that_may_blo
         (reader,) = Observer(Slow()).mapped_paths(pid)
         assert int(reader) != ME
         assert Observer(Slow()).argv(Process(id_of(pid), 1, UID)) == []
+    with executed(TMPDIR="/scratch", REAPER_TEST_RUN=run) as pid:
+        assert observer.describe_leader(session(leader=id_of(pid))).temp_dirs == ("/scratch", "/tmp")
         assert Observer(Slow()).describe_leader(session(leader=id_of(pid))).temp_dirs == ("/tmp",)
     assert observer.mapped_paths(pid) == []
+
+
+def test_a_process_is_alive_while_it_is_who_it_was_and_condemned_once_it_is_on_its_way_out(
+    observer: Observer,
+) -> None:
+    with child() as pid:
+        one = id_of(pid)
+        assert observer.is_alive(one)
+        assert not observer.is_alive(ProcessId(pid, one.start_ticks + 1))
+        assert not observer.is_condemned(pid)
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert not observer.is_alive(one)
+        assert observer.is_condemned(pid)
+    assert not observer.is_alive(one)
+    assert observer.is_condemned(pid)
 
 
 def test_start_times_are_compared_within_a_time_namespace(observer: Observer) -> None:

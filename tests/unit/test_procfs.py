@@ -23,10 +23,12 @@ from hypothesis import strategies as st
 
 from reaperd.linux import procfs
 from reaperd.linux.procfs import (
+    PF_EXITING,
     PF_FORKNOEXEC,
     ProcessGone,
     ProcFS,
     environment_value,
+    has_pending_sigkill,
     parse_gid,
     parse_innermost_pid,
     parse_mapped_paths,
@@ -246,6 +248,19 @@ def test_the_gid_is_the_real_one_and_the_pid_the_innermost() -> None:
     assert parse_innermost_pid(status_text(NSpid="4711")) == 4711
 
 
+def test_a_pending_sigkill_is_seen_among_the_signals_of_the_thread_and_of_the_process() -> None:
+    none, kill, others = "0000000000000000", "0000000000000100", "fffffffffffffeff"
+    assert has_pending_sigkill(status_text(SigPnd=kill, ShdPnd=none))
+    assert has_pending_sigkill(status_text(SigPnd=none, ShdPnd=kill))
+    assert not has_pending_sigkill(status_text(SigPnd=others, ShdPnd=others, SigBlk=kill))
+    assert not has_pending_sigkill(b"Name:\tx\n")
+
+
+def test_a_process_on_its_way_out_says_so() -> None:
+    assert parse_stat(stat_line(flags=PF_EXITING | 0x400000)).exiting
+    assert not parse_stat(stat_line(flags=0x400000)).exiting
+
+
 # -- environment, links, maps -----------------------------------------------------------------------
 
 
@@ -409,6 +424,14 @@ def test_descriptors_are_read_as_they_stand(fake: FakeProc) -> None:
     fake.write("7/task/7/fd/13", b"")  # closed in the meantime: no link any more
     assert fake.proc.descriptors(7, 7) == {0: "/dev/null", 12: "/memfd:reaper:1 (deleted)", 13: ""}
     assert fake.proc.descriptor(7, 7, 12) == "/memfd:reaper:1 (deleted)"
+    assert len(fake.proc.descriptors(7, 7, most=2)) == 2
+
+
+def test_the_owner_of_what_a_descriptor_is_is_told_where_it_can_be(fake: FakeProc) -> None:
+    fake.write("file", b"")
+    fake.link("7/task/7/fd/3", str(fake.root / "file"))
+    assert fake.proc.descriptor_owner(7, 7, 3) == os.getuid()
+    assert fake.proc.descriptor_owner(7, 7, 4) is None
 
 
 def test_namespaces_are_read_one_by_one(fake: FakeProc) -> None:
