@@ -274,6 +274,7 @@ class Spared:
     def __init__(self) -> None:
         """Nothing happens before the block is entered."""
         self._pid = 0
+        self._entered = 0  # as long as there was a session to spare from
         self._before: set[tuple[int, int]] = set()
 
     def __enter__(self) -> None:
@@ -284,6 +285,7 @@ class Spared:
             if session is None:
                 return
             self._before = _children()
+            self._entered += 1
             _process.sparing += 1
             if (
                 _process.sparing == 1
@@ -296,8 +298,9 @@ class Spared:
     ) -> None:
         """Take the mark away again, but not in a child that was forked inside: that one is spared for good."""
         with _process.lock:
-            if self._pid != os.getpid() or not _process.sparing:
+            if self._pid != os.getpid() or not self._entered:
                 return
+            self._entered -= 1
             self._note_children()
             _process.sparing -= 1
             if _process.sparing:

@@ -78,13 +78,17 @@ class Dealer:
         self._socket.close()
 
     def _wait(self) -> None:
-        self._socket.settimeout(max(self._until_s - time.monotonic(), 0.001))
+        left_s = self._until_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left_s)
 
     def _send(self, data: bytes) -> None:
         self._wait()
-        self._socket.sendall(data)
+        self._socket.sendall(data, socket.MSG_NOSIGNAL)  # the program may die of SIGPIPE
 
     def _read_frame(self) -> tuple[int, bytes]:
+        self._wait()  # whoever never stops talking does not put the deadline off
         flags = self._read(1)[0]
         (size,) = struct.unpack(">Q", self._read(8)) if flags & _LONG else self._read(1)
         if size > _MAX_REPLY_BYTES:

@@ -1,0 +1,175 @@
+"""What a dead leader held by name is freed: its own names only, from its own lifetime, and nothing that is in use."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reaperd import reclaim
+from reaperd.linux import shm
+from reaperd.linux.procfs import TICKS_PER_S, ProcFS
+from reaperd.model import ProcessId, Session
+
+UID = os.getuid()
+NOBODY = 65534
+PAGE = mmap.PAGESIZE
+
+
+@contextlib.contextmanager
+def child() -> Iterator[ProcessId]:
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        yield ProcFS().stat(pid).id
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+@dataclass
+class Dead:
+    """A leader that is dead and waited for, and what it left."""
+
+    leader: ProcessId
+    folder: Path
+    made: list[Path] = field(default_factory=list)
+
+    def left(self, name: str = "", *, within: Path | None = None) -> Path:
+        """Return a file of one page that the leader left; joblib's kind, where no name is given."""
+        path = (within or self.folder) / (
+            name or f"joblib_memmapping_folder_{self.leader.pid}_{len(self.made)}"
+        )
+        path.write_bytes(b"x" * PAGE)
+        self.made.append(path)
+        return path
+
+    def claim(
+        self, *, mapped: tuple[str, ...] = (), until_s: float | None = None, **facts: Any
+    ) -> reclaim.Claim:
+        session = Session("s", "", UID, os.getgid(), self.leader, "", temp_dirs=(str(self.folder),))
+        until_epoch_s = time.time() if until_s is None else until_s
+        return reclaim.Claim(replace(session, **facts), frozenset(mapped), until_epoch_s)
+
+
+@pytest.fixture
+def dead(tmp_path: Path) -> Iterator[Dead]:
+    with child() as leader:
+        one = Dead(leader, tmp_path)
+    yield one
+    for path in one.made:
+        path.unlink(missing_ok=True)
+
+
+def freed(*claims: reclaim.Claim) -> int:
+    before = len(os.listdir("/proc/self/fd"))
+    freed_bytes = reclaim.reclaim_work(list(claims), "/proc")()
+    assert len(os.listdir("/proc/self/fd")) == before
+    return freed_bytes
+
+
+# -- whose ------------------------------------------------------------------------------------------
+
+
+def test_what_bears_the_leaders_pid_is_freed_wherever_its_session_keeps_such_things(dead: Dead) -> None:
+    left = [dead.left(), dead.left(f"sem.loky-{dead.leader.pid}-x", within=Path(shm.SHM))]
+    other = dead.left(f"joblib_memmapping_folder_{dead.leader.pid}7_x")
+    assert freed(dead.claim()) == 2 * PAGE
+    assert [path.exists() for path in (*left, other)] == [False, False, True]
+    assert freed(dead.claim()) == 0
+
+
+def test_what_only_members_had_mapped_is_freed_from_shared_memory_alone(dead: Dead) -> None:
+    name = f"psm_{secrets.token_hex(4)}"
+    there, here = dead.left(name, within=Path(shm.SHM)), dead.left(name)
+    assert freed(dead.claim()) == 0
+    assert freed(dead.claim(mapped=(name, "psm_gone"))) == PAGE
+    assert [there.exists(), here.exists()] == [False, True]
+
+
+def test_one_helper_serves_many_sessions(dead: Dead, tmp_path: Path) -> None:
+    with child() as leader:
+        other = Dead(leader, tmp_path)
+    dead.left()
+    other.left()
+    assert (
+        freed(dead.claim(), replace(other.claim(), session=replace(other.claim().session, id="t")))
+        == 2 * PAGE
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_named_twice_or_through_a_link_is_one_and_one_that_is_gone_is_none(
+    dead: Dead,
+) -> None:
+    left, link = dead.left(), dead.folder / "link"
+    link.symlink_to(dead.folder)
+    folders = (str(link), str(dead.folder), str(dead.folder), "/nowhere", str(left))
+    assert freed(dead.claim(temp_dirs=folders)) == PAGE
+    assert not left.exists()
+
+
+@pytest.mark.needs_root
+def test_what_the_user_could_not_remove_is_not_removed_for_the_user(dead: Dead) -> None:
+    theirs, roots = dead.left(), dead.left()
+    os.chown(theirs, NOBODY, NOBODY)
+    assert freed(dead.claim(uid=NOBODY, gid=NOBODY)) == 0, "the folder is not writable for them"
+    os.chown(dead.folder, NOBODY, NOBODY)
+    for folder in (dead.folder.parent, dead.folder.parent.parent):
+        folder.chmod(0o711)
+    assert freed(dead.claim(uid=NOBODY, gid=NOBODY)) == PAGE
+    assert [theirs.exists(), roots.exists()] == [False, True]
+
+
+# -- when -------------------------------------------------------------------------------------------
+
+
+def test_what_was_made_after_the_leader_had_died_is_somebody_elses(dead: Dead) -> None:
+    left = dead.left()
+    made_s = time.time()
+    assert freed(dead.claim(until_s=made_s - 1.5)) == 0
+    assert left.exists()
+    assert freed(dead.claim(until_s=made_s - 0.5)) == PAGE, "a clock may have been set by as much"
+
+
+def test_what_was_made_before_the_leader_started_is_somebody_elses(dead: Dead) -> None:
+    left = dead.left()
+    younger = ProcessId(dead.leader.pid, dead.leader.start_ticks + 5 * TICKS_PER_S)
+    assert freed(dead.claim(leader=younger, until_s=time.time() + 60)) == 0
+    assert left.exists()
+
+
+# -- still in use -----------------------------------------------------------------------------------
+
+
+def test_nothing_is_freed_where_the_leaders_pid_is_another_process_by_now(dead: Dead) -> None:
+    with child() as living:
+        before = ProcessId(living.pid, living.start_ticks - 1)
+        left = dead.left(f"joblib_memmapping_folder_{living.pid}_x")
+        assert freed(dead.claim(leader=before)) == 0
+        assert left.exists()
+        os.kill(living.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, living.pid, os.WEXITED | os.WNOWAIT)
+        assert freed(dead.claim(leader=before)) == 0, "a zombie has its pid still"
+        assert freed(dead.claim(leader=living)) == PAGE, "but a leader that nobody has waited for is itself"
+
+
+def test_what_a_living_process_has_open_or_mapped_stays(dead: Dead) -> None:
+    opened, mapped, left = dead.left(), dead.left(), dead.left()
+    with open(opened, "rb"), open(mapped, "r+b") as file, mmap.mmap(file.fileno(), PAGE):
+        file.close()
+        assert freed(dead.claim()) == PAGE
+        assert [opened.exists(), mapped.exists(), left.exists()] == [True, True, False]
+    assert freed(dead.claim()) == 2 * PAGE
