@@ -137,8 +137,9 @@ class Core:
         flags = self._read_page(session_id)
         if cause.kind is CauseKind.EXIT and (flags & (wire.CLOSING | wire.ENDED) or session.ending):
             cause = replace(cause, clean=True)
-        if self._reaper.holds(session.leader):
-            self._reaper.drop(session.leader)
+        self._note_exit(
+            session.leader
+        )  # it may be somebody's target, too: it was to be stopped, or is a worker itself
         self._leader_is_dead(session_id, cause)
 
     def _leader_is_dead(self, session_id: str, cause: Cause) -> None:

@@ -328,6 +328,42 @@ def test_nobody_is_signalled_on_evidence_that_is_not_fresh() -> None:
         assert min(at_s - looked_at_s for looked_at_s in reap.looks if looked_at_s <= at_s) <= FRESH_S
 
 
+def test_what_is_due_on_evidence_that_is_not_fresh_is_looked_into_first_and_what_is_not_due_is_not() -> None:
+    found = Looked(
+        Family({ProcessId(201, 2000): worker(201).member}, {}), 1.0, 10.0
+    )  # the next is due at 21 s
+    entry = apply(Reap([]).entry, found)
+    (send,) = decide.decide(entry, POLICY, 1.0 + FRESH_S / 2)
+    assert isinstance(send, Send)
+    assert decide.decide(entry, POLICY, 1.0 + FRESH_S * 1.01) == [Look(quick=False)]
+    asked = apply(entry, signalled(ProcessId(201, 2000), Event.DUE, SIGTERM, 6.0))
+    assert decide.decide(asked, POLICY, 5.0) == []
+    assert decide.decide(asked, POLICY, 6.0) == [Look(quick=False)]
+    (send,) = decide.decide(apply(asked, replace(found, at_s=6.0)), POLICY, 6.0)
+    assert isinstance(send, Send)
+    assert send.signal == SIGKILL
+
+
+def test_a_crowd_is_frozen_although_all_of_it_has_one_parent_that_was_asked_to_end() -> None:
+    crowds = [
+        worker(1000 * n + m, ended_by=KILL_ENDS, found_from_s=0.001 + 0.002 * n, ppid=201)
+        for n in range(1, 4)
+        for m in range(ledger.MOST_NEWCOMERS)
+    ]
+    reap = Reap([worker(201, ended_by=KILL_ENDS), *crowds]).run()
+    assert {pid for _, number, pid in reap.signals if number == SIGSTOP} == {one.pid for one in crowds}
+    assert reap.sent_to(201) == [(0.0, SIGTERM), (5.0, SIGKILL)]
+
+
+def test_a_chain_of_processes_that_each_start_the_next_and_end_is_frozen() -> None:
+    chain = [
+        worker(200 + n, ended_by=KILL_ENDS, found_from_s=0.05 * n, ends_itself_at_s=0.05 * (n + 1))
+        for n in range(20)
+    ]
+    reap = Reap(chain).run(until_s=0.9)
+    assert SIGSTOP in {number for _, number, _ in reap.signals}
+
+
 def test_whoever_does_not_belong_to_the_session_any_more_is_signalled_no_more() -> None:
     reap = Reap([worker(201, ended_by=KILL_ENDS, found_to_s=2.0), worker(202, ended_by=KILL_ENDS)]).run(20.0)
     assert reap.sent_to(201) == [(0.0, SIGTERM)]

@@ -276,6 +276,20 @@ def test_progress_is_told_in_whole_numbers_where_it_is_whole() -> None:
     assert isinstance(told[1]["done"], int)
 
 
+@pytest.mark.parametrize("number", [2.0**53, -(2.0**53), 2.0**63, 1e22, 1e300, -1e300])
+def test_progress_beyond_what_a_float_counts_in_ones_is_told_as_the_float_it_is(number: float) -> None:
+    told = record(Entry(SESSION), progress=wire.Progress(number, number, ""))["progress"]
+    assert told == {"done": number, "total": number, "message": ""}
+    assert isinstance(told["done"], float)
+    assert isinstance(told["total"], float)
+
+
+def test_progress_up_to_what_a_float_counts_in_ones_is_told_as_a_whole_number() -> None:
+    told = record(Entry(SESSION), progress=wire.Progress(2.0**53 - 1, -(2.0**53) + 1, ""))["progress"]
+    assert told == {"done": 2**53 - 1, "total": 1 - 2**53, "message": ""}
+    assert isinstance(told["done"], int)
+
+
 def test_a_session_runs_then_ends_then_has_ended() -> None:
     quiet = [looked(20.0 + number) for number in range(QUIET_LOOKS)]
     assert record(Entry(SESSION))["state"] == "running"

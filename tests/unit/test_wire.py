@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
+import sys
 from typing import Any
 
 import pytest
@@ -39,6 +41,39 @@ def test_a_message_comes_back_as_it_was_sent() -> None:
 
 def test_a_message_is_one_line_of_utf8() -> None:
     assert wire.encode({"name": "Zürich"}) == '{"v":1,"name":"Zürich"}'.encode()
+
+
+def test_what_is_no_unicode_is_sent_with_a_question_mark_in_its_place() -> None:
+    message = wire.decode(wire.encode({"cmdline": ["a\udcffb", "\ud800"], "\udfff": "\ud83e\uddea"}))
+    assert message == {"v": 1, "cmdline": ["a?b", "?"], "?": "??"}
+
+
+HALVES = [b"\\ud800", b"\\udfff", b"\\uD83E", b"x\\uddea\\ud83e", b"\\ud83ex\\uddea"]
+
+
+def test_half_of_a_surrogate_pair_is_a_bad_request_wherever_it_stands() -> None:
+    for half in HALVES:
+        for data in (b'{"v":1,"a":"%s"}', b'{"v":1,"%s":1}', b'{"v":1,"a":[{"b":[1,"x%s"]}]}'):
+            assert kind_of(data % half) == "bad-request", data % half
+
+
+def test_a_whole_pair_and_an_escaped_backslash_are_no_half_of_one() -> None:
+    assert wire.decode(b'{"v":1,"a":"\\ud83e\\uddea \\u00fc"}')["a"] == "\U0001f9ea \u00fc"
+    assert wire.decode(b'{"v":1,"a":"\\\\ud800"}')["a"] == "\\ud800"
+
+
+@pytest.mark.xfail(
+    strict=True, reason="_has_lone_surrogate raises RecursionError: a request or a page ends the core"
+)
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")], ids=["lists", "objects"])
+def test_a_message_nested_to_the_very_limit_of_the_parser_is_a_message_or_one_wire_error(
+    opening: str, closing: str
+) -> None:
+    inside = "1" if closing == "}" else ""
+    for depth in range(sys.getrecursionlimit() // 2, sys.getrecursionlimit() + 50):
+        nested = opening * depth + inside + closing * depth
+        with contextlib.suppress(WireError):
+            wire.decode(f'{{"v":1,"b":"\\u0041","a":{nested}}}'.encode())
 
 
 def test_nothing_that_is_no_number_is_ever_sent() -> None:
@@ -267,6 +302,13 @@ def test_a_lineage_is_read_outermost_first_and_words_that_are_no_id_are_left_out
     assert wire.parse_lineage(f"{other}:{ID}") == (other, ID)
     assert wire.parse_lineage(f":junk:{ID}::{ID.upper()}: {other}:\udcff:{other}\n") == (ID,)
     assert wire.parse_lineage("") == ()
+
+
+def test_of_a_lineage_longer_than_anybody_nests_the_innermost_count() -> None:
+    ids = [wire.format_session_id(pid, 1, 1, 1) for pid in range(1, 41)]
+    assert wire.parse_lineage(":".join(ids)) == tuple(ids[-wire.MAX_LINEAGE :])
+    assert wire.parse_lineage(":".join(ids[: wire.MAX_LINEAGE])) == tuple(ids[: wire.MAX_LINEAGE])
+    assert len(wire.parse_lineage(":".join([ID] * 100_000))) == wire.MAX_LINEAGE
 
 
 # -- pages ------------------------------------------------------------------------------------------
