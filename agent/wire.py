@@ -76,6 +76,8 @@ def _has_lone_surrogate(message: dict[str, Any]) -> bool:
         json.dumps(message, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return True
+    except RecursionError:  # writing takes less nesting than reading
+        raise WireError("bad-request", "the message is nested too deeply") from None
     return False
 
 

@@ -87,9 +87,7 @@ class Entry:
     @property
     def workers_done(self) -> bool:
         """Whether every worker found is gone or stuck, and looking again found no other."""
-        return self.quiet_looks >= QUIET_LOOKS and all(
-            t.tracker or t.stage in DONE for t in self.targets.values()
-        )
+        return self.quiet_looks >= QUIET_LOOKS and all(t.tracker or t.done for t in self.targets.values())
 
     @property
     def phase(self) -> Phase:
@@ -307,7 +305,7 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
     new = [member for id_, member in members.items() if id_ not in entry.targets]
     new_workers = [member for member in new if member.role is Role.WORKER]
     targets = {id_: _judged_again(target, looked) for id_, target in entry.targets.items()}
-    found = [_new_target(entry, member, looked.at_s, crowd=len(new_workers)) for member in new]
+    found = _new_targets(entry, new, looked.at_s, crowded=len(new_workers) >= MOST_NEWCOMERS)
     targets.update((target.member.process.id, target) for target in found)
     quiet = 0 if new_workers or not looked.complete else entry.quiet_looks + 1
     changed = replace(
@@ -330,8 +328,10 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
 
 def _judged_again(target: Target, looked: Looked) -> Target:
     """Excuse a process that became another user's, was spared or protected meanwhile; one that has ended tells so itself."""
-    excused = looked.complete and target.member.process.id not in looked.family.members
-    return target if target.excused == excused else replace(target, excused=excused)
+    listed = target.member.process.id in looked.family.members
+    if target.excused == (not listed) or not (listed or looked.complete):
+        return target
+    return replace(target, excused=not listed)
 
 
 def _excused(entry: Entry, looked: Looked) -> Mapping[ProcessId, str]:
@@ -342,18 +342,26 @@ def _excused(entry: Entry, looked: Looked) -> Mapping[ProcessId, str]:
     }
 
 
-def _new_target(entry: Entry, member: Member, at_s: float, *, crowd: int) -> Target:
-    if member.role is Role.TRACKER:
-        return Target(member, Stage.TRUSTED, max(at_s, entry.signal_from_s))
-    asked = [
-        target for target in entry.targets.values() if target.stage is Stage.ASKED and not target.tracker
-    ]
-    parent = next((target for target in asked if target.member.process.id.pid == member.process.ppid), None)
-    if parent is not None and crowd < MOST_NEWCOMERS:
-        # Part of how its parent ends well: it has as long as its parent, and is not asked itself.
-        return Target(member, Stage.ASKED, parent.due_s)
-    late = bool(entry.looks) and at_s > entry.signal_from_s
-    return Target(member, Stage.FOUND, max(at_s, entry.signal_from_s), late=late)
+def _new_targets(entry: Entry, members: list[Member], at_s: float, *, crowded: bool) -> list[Target]:
+    """Return the newcomers as targets, parents before their children."""
+    asked = {
+        target.member.process.id.pid: target
+        for target in entry.targets.values()
+        if target.stage is Stage.ASKED and not target.tracker
+    }
+    found = []
+    for member in sorted(members, key=lambda member: (member.process.id.start_ticks, member.process.id.pid)):
+        parent = None if crowded else asked.get(member.process.ppid)
+        if member.role is Role.TRACKER:
+            target = Target(member, Stage.TRUSTED, max(at_s, entry.signal_from_s))
+        elif parent is not None:
+            # Part of how its parent ends well: it has as long as its parent, and is not asked itself.
+            target = asked[member.process.id.pid] = Target(member, Stage.ASKED, parent.due_s)
+        else:
+            late = bool(entry.looks) and at_s > entry.signal_from_s
+            target = Target(member, Stage.FOUND, max(at_s, entry.signal_from_s), late=late)
+        found.append(target)
+    return found
 
 
 def _exited(entry: Entry, exited: Exited) -> Entry:

@@ -10,12 +10,11 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TypedDict
 
 from agent import wire
-from reaperd.linux import cgroup, helper, page, pidfd
+from reaperd.linux import cgroup, page, pidfd
 from reaperd.linux.procfs import (
     TICKS_PER_S,
     ProcessGone,
@@ -25,26 +24,13 @@ from reaperd.linux.procfs import (
     has_pending_sigkill,
     parse_gid,
     parse_innermost_pid,
-    parse_memfd_link,
     parse_uid,
 )
+from reaperd.marks import MarkReader, PagesAt, pages_at_of
 from reaperd.model import Process, ProcessId, Session, Snapshot, Usage
 
 _MAX_ANCESTORS = 200
-_MOST_DESCRIPTORS = 4096  # of one process; what is mapped tells as well
-_BLOCKED_READ_S = 0.05
 _USAGE_S = 1.0  # CPU shares are told over no less than that, where there is a choice
-
-
-# Names of session pages, by the descriptor number at which their leaders have them.
-PagesAt = dict[int, set[str]]
-
-
-class _Marks(TypedDict):
-    argv: list[str]
-    lineage: list[str]
-    pages: list[str]
-    spared: list[str]
 
 
 class Observer:
@@ -54,11 +40,10 @@ class Observer:
         self.proc = proc
         self.boot_id = proc.boot_id()
         self._held: dict[ProcessId, int] = {}
-        self._blocked: list[Stat] = []
         self._cpu: dict[ProcessId, tuple[float, int]] = {}  # monotonic seconds and CPU ticks at the last scan
         # The reaper opens what is beyond this, and then compares start times.
         self._most_held = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
-        self._bounded = helper.BoundedReader(_BLOCKED_READ_S)
+        self.marks = MarkReader(proc)
 
     # -- snapshots ---------------------------------------------------------------------------
 
@@ -82,9 +67,9 @@ class Observer:
                 continue
             processes[pid] = process
             # Whoever carries no mark is followed too: its children may be a worker's that lost its environment.
-            if process.ppid not in adopters or _marked(process, session) or self._is_blocked(process):
+            if process.ppid not in adopters or _marked(process, session) or self.marks.is_blocked(process):
                 pending += self._children(pid)
-        return self._whole(processes, _pages_at([session]), living)
+        return self._whole(processes, pages_at_of([session]), living)
 
     def look(self, session: Session) -> Snapshot:
         """Return every process that can belong to ``session``."""
@@ -93,7 +78,7 @@ class Observer:
             process = self._read(pid, session, hold=True)
             if process is not None:
                 processes[pid] = process
-        return self._whole(processes, _pages_at([session]), self._living(session.adopters))
+        return self._whole(processes, pages_at_of([session]), self._living(session.adopters))
 
     def _living(self, adopters: frozenset[ProcessId]) -> frozenset[ProcessId]:
         """Return those of ``adopters`` that are still who they were."""
@@ -110,7 +95,7 @@ class Observer:
         for session in sessions:
             ticks = session.leader.start_ticks
             oldest[session.uid] = min(ticks, oldest.get(session.uid, ticks))
-        pages_at = _pages_at(sessions)
+        pages_at = pages_at_of(sessions)
         processes: dict[int, Process] = {}
         for pid, _ in self.proc.listing() if oldest else ():
             process = self._read_candidate(pid, oldest, pages_at, hold=False)
@@ -121,7 +106,7 @@ class Observer:
 
     def _read(self, pid: int, session: Session, *, hold: bool = False) -> Process | None:
         oldest = {session.uid: session.leader.start_ticks}
-        return self._read_candidate(pid, oldest, _pages_at([session]), hold=hold)
+        return self._read_candidate(pid, oldest, pages_at_of([session]), hold=hold)
 
     def _read_candidate(
         self, pid: int, oldest: dict[int, int], pages_at: PagesAt, *, hold: bool
@@ -151,13 +136,6 @@ class Observer:
                 os.close(handle)
 
     def _describe(self, stat: Stat, uid: int, pages_at: PagesAt) -> Process:
-        task = self.proc.living_task(stat)
-        if stat.state == "D":
-            # Reading the memory of a process in state D can block for as long as it does.
-            self._blocked.append(stat)
-            marks = _no_marks()
-        else:
-            marks = self._read_memory(stat, task, pages_at, uid)
         process = Process(
             id=stat.id,
             ppid=stat.ppid,
@@ -168,74 +146,7 @@ class Observer:
             rss_bytes=stat.rss_bytes,
             cpu_ticks=stat.cpu_ticks,
         )
-        return _with_marks(process, marks)
-
-    def mapped_paths(self, pid: int) -> list[str]:
-        """Return the paths that ``pid`` has mapped; empty when it is gone, or blocked in the kernel."""
-        with contextlib.suppress(ProcessGone, PermissionError):
-            stat = self.proc.stat(pid)
-            task = self.proc.living_task(stat)
-            if stat.state != "D":
-                return self.proc.mapped_paths(pid, task)
-            return self._bounded.run(lambda: self.proc.mapped_paths(pid, task)) or []
-        return []
-
-    def argv(self, process: Process) -> list[str]:
-        """Return the command line, a forked process's too; empty when it is gone, or blocked in the kernel."""
-        if process.argv:
-            return list(process.argv)
-        with contextlib.suppress(ProcessGone, PermissionError):
-            stat = self.proc.stat(process.id.pid)
-            if stat.id == process.id and stat.state != "D":
-                return list(self.proc.argv(process.id.pid, self.proc.living_task(stat)))
-        return []
-
-    def _read_blocked(self, processes: dict[int, Process], pages_at: PagesAt) -> None:
-        """Have a helper read the marks of those in state D, all in one go; it is left behind if it does not come back."""
-        blocked, self._blocked = [stat for stat in self._blocked if stat.id.pid in processes], []
-        if not blocked:
-            return
-
-        def read_all() -> dict[str, _Marks]:
-            found = {}
-            for stat in blocked:
-                with contextlib.suppress(ProcessGone, PermissionError):
-                    task, uid = self.proc.living_task(stat), processes[stat.id.pid].uid
-                    found[str(stat.id.pid)] = self._read_memory(stat, task, pages_at, uid)
-            return found
-
-        for pid, marks in (self._bounded.run(read_all) or {}).items():
-            processes[int(pid)] = _with_marks(processes[int(pid)], marks)
-
-    def _read_memory(self, stat: Stat, task: int, pages_at: PagesAt, uid: int | None) -> _Marks:
-        pid, forked = stat.id.pid, stat.forked
-        names = self._memfd_names(pid, task, pages_at, uid) if forked else set()
-        environ = self.proc.environ(pid, task) or b""
-        spared = {name[len(wire.SPARED_PREFIX) :] for name in names if name.startswith(wire.SPARED_PREFIX)}
-        spared.update(wire.parse_lineage(environment_value(environ, wire.SPARED_VARIABLE)))
-        return _Marks(
-            argv=[] if forked else list(self.proc.argv(pid, task)),
-            lineage=list(wire.parse_lineage(environment_value(environ, wire.LINEAGE_VARIABLE))),
-            pages=[name[len(wire.PAGE_PREFIX) :] for name in names if name.startswith(wire.PAGE_PREFIX)],
-            spared=list(spared),
-        )
-
-    def _memfd_names(self, pid: int, task: int, pages_at: PagesAt, uid: int | None) -> set[str]:
-        """Return the names of our marks in a forked process: at the leader's descriptor, among all, else mapped."""
-        for number, names in pages_at.items():
-            name = parse_memfd_link(self.proc.descriptor(pid, task, number)) if number >= 0 else ""
-            # A spared process has no page of the session that spares it; a page handed over by another user is no mark.
-            if name in names and self.proc.descriptor_owner(pid, task, number) == uid:
-                return {name}
-        links = self.proc.descriptors(pid, task, most=_MOST_DESCRIPTORS)
-        marks = {
-            name
-            for number, name in ((number, parse_memfd_link(link)) for number, link in links.items())
-            if _is_mark(name) and self.proc.descriptor_owner(pid, task, number) == uid
-        }
-        return marks or {
-            name for name in map(parse_memfd_link, self.proc.mapped_paths(pid, task)) if _is_mark(name)
-        }
+        return self.marks.put_on(process, stat, pages_at)
 
     def _whole(
         self, processes: dict[int, Process], pages_at: PagesAt, adopters: frozenset[ProcessId]
@@ -245,7 +156,7 @@ class Observer:
         A pid that was given to another process in the middle of the pass would else pass its children off as a
         member's. Only the young can be such children.
         """
-        self._read_blocked(processes, pages_at)
+        self.marks.read_blocked(processes, pages_at)
         young = time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_PER_S - 10 * TICKS_PER_S
         for pid, process in processes.items():
             if process.id.start_ticks < young or process.ppid not in processes:
@@ -257,9 +168,6 @@ class Observer:
             if not same:
                 processes[pid] = replace(process, ppid=0)
         return Snapshot(processes, adopters)
-
-    def _is_blocked(self, process: Process) -> bool:
-        return any(stat.id == process.id for stat in self._blocked)
 
     def _children(self, pid: int) -> list[int]:
         try:
@@ -318,7 +226,7 @@ class Observer:
             process = self._read(pid, session)
             if process is not None:
                 processes[pid] = process
-        return self._whole(processes, _pages_at([session]), self._living(session.adopters))
+        return self._whole(processes, pages_at_of([session]), self._living(session.adopters))
 
     def owner(self, pid: int) -> tuple[int | None, int | None]:
         """Return uid and gid of ``pid``, None where its ids are mixed."""
@@ -431,31 +339,6 @@ class Observer:
             else (now_s, process.cpu_ticks)
             for process in snapshot.processes.values()
         }
-
-
-def _pages_at(sessions: Iterable[Session]) -> PagesAt:
-    found: PagesAt = {}
-    for session in sessions:
-        found.setdefault(session.page_fd, set()).add(wire.PAGE_PREFIX + session.id)
-    return found
-
-
-def _no_marks() -> _Marks:
-    return _Marks(argv=[], lineage=[], pages=[], spared=[])
-
-
-def _with_marks(process: Process, marks: _Marks) -> Process:
-    return replace(
-        process,
-        argv=tuple(marks["argv"]),
-        lineage=tuple(marks["lineage"]),
-        pages=frozenset(marks["pages"]),
-        spared=frozenset(marks["spared"]),
-    )
-
-
-def _is_mark(name: str) -> bool:
-    return name.startswith((wire.PAGE_PREFIX, wire.SPARED_PREFIX))
 
 
 def _marked(process: Process, session: Session) -> bool:

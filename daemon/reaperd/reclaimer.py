@@ -37,7 +37,7 @@ class Reclaimer:
         """Note which nameless segments ``members`` have mapped, while they can be asked; return the bytes held in all."""
         names = shm.shared_names(session.uid)
         for id_ in members if names else ():
-            mapped = shm.mapped_names(self._observer.mapped_paths(id_.pid), names)
+            mapped = shm.mapped_names(self._observer.marks.mapped_paths(id_.pid), names)
             self._mapped[session.id] = self._mapped.get(session.id, frozenset()) | mapped
         return shm.held_bytes(session.leader.pid, self._mapped.get(session.id, frozenset()), session.uid)
 

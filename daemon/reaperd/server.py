@@ -285,7 +285,7 @@ class Server:
             members = {id_: t.member for id_, t in entry.targets.items() if t.gone_at_s is None}
         usage = {id_: self._core.observer.usage(member.process) for id_, member in members.items()}
         leader = self._core.observer.leader(session) if self._may_act(peer, session) else None
-        cmdline = None if leader is None else self._core.observer.argv(leader)
+        cmdline = None if leader is None else self._core.observer.marks.argv(leader)
         told = self._core.page_of(session.id)
         return report.session_record(
             entry, members, usage, leader_cmdline=cmdline, progress=told.progress if told else None

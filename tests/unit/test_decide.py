@@ -346,7 +346,7 @@ def test_what_is_due_on_evidence_that_is_not_fresh_is_looked_into_first_and_what
 
 def test_a_crowd_is_frozen_although_all_of_it_has_one_parent_that_was_asked_to_end() -> None:
     crowds = [
-        worker(1000 * n + m, ended_by=KILL_ENDS, found_from_s=0.001 + 0.002 * n, ppid=201)
+        worker(1000 * n + m, ended_by=KILL_ENDS, found_from_s=0.002 * n - 0.001, ppid=201)
         for n in range(1, 4)
         for m in range(ledger.MOST_NEWCOMERS)
     ]

@@ -297,7 +297,6 @@ def test_a_child_of_a_tracker_comes_late() -> None:
     assert target(dead(looked(10.0, guard), looked(10.1, guard, child)), 202).late
 
 
-@pytest.mark.xfail(strict=True, reason="newcomers are compared with the targets of the look before only")
 def test_what_a_helper_of_one_that_was_asked_to_end_has_started_by_then_has_as_long_too() -> None:
     one, shell, gzip = member(201), member(202, 201), member(203, 202)
     for family in ((one, shell, gzip), (gzip, shell, one)):
@@ -323,9 +322,6 @@ def test_a_look_that_could_not_see_all_excuses_nobody() -> None:
     assert not target(entry, 202).excused
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a look that could not see all forgets who was excused: they are signalled"
-)
 def test_the_excused_stay_so_when_a_look_that_could_not_see_all_does_not_find_them_either() -> None:
     one, two = member(201), member(202)
     excused = dead(looked(10.0, one, two), looked(10.1, one))
@@ -341,9 +337,6 @@ def test_an_excused_tracker_is_not_awaited() -> None:
     assert after(waiting, looked(14.0), looked(15.0, guard)).phase is Phase.TRACKERS
 
 
-@pytest.mark.xfail(
-    strict=True, reason="workers_done asks for the stage alone: the session is looked at for ever"
-)
 def test_an_excused_worker_is_not_awaited() -> None:
     entry = dead(looked(10.0, member(201)), *(looked(11.0 + n) for n in range(QUIET_LOOKS)))
     assert entry.phase is Phase.RECLAIMING

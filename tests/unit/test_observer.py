@@ -357,7 +357,8 @@ def test_what_stands_below_a_leader_is_found_down_to_the_last(observer: Observer
         assert found(snapshot, grandchild).ppid == pid
         assert set(observer.descendants(id_of(pid))) == {grandchild}
         assert set(observer.look_below(session(leader=id_of(pid))).processes) == {pid, grandchild}
-        kept = observer.look_below(session(leader=id_of(grandchild), kept=frozenset((id_of(pid),))))
+        other = session(leader=ProcessId(grandchild, 0), kept=frozenset((id_of(pid),)))
+        kept = observer.look_below(other)
         assert set(kept.processes) == {pid, grandchild}
 
 
@@ -572,10 +573,10 @@ def test_a_leader_is_taken_down_with_all_that_only_a_living_one_tells(observer: 
 def test_the_command_line_of_a_forked_process_is_told_while_it_is_who_it_was(observer: Observer) -> None:
     with child() as pid:
         one = found(observer.look(session()), pid)
-        assert observer.argv(one) == list(ProcFS().argv(ME, ME))
-        assert observer.argv(replace(one, argv=("known",))) == ["known"]
-        assert observer.argv(replace(one, id=ProcessId(pid, one.id.start_ticks + 1))) == []
-    assert observer.argv(one) == []
+        assert observer.marks.argv(one) == list(ProcFS().argv(ME, ME))
+        assert observer.marks.argv(replace(one, argv=("known",))) == ["known"]
+        assert observer.marks.argv(replace(one, id=ProcessId(pid, one.id.start_ticks + 1))) == []
+    assert observer.marks.argv(one) == []
 
 
 def test_mappings_are_told_of_the_living_and_read_by_a_helper_where_that_may_block(
@@ -591,14 +592,14 @@ def test_mappings_are_told_of_the_living_and_read_by_a_helper_where_that_may_blo
             return [str(os.getpid())]
 
     with child() as pid:
-        assert [path for path in observer.mapped_paths(pid) if wire.PAGE_PREFIX in path]
-        (reader,) = Observer(Slow()).mapped_paths(pid)
+        assert [path for path in observer.marks.mapped_paths(pid) if wire.PAGE_PREFIX in path]
+        (reader,) = Observer(Slow()).marks.mapped_paths(pid)
         assert int(reader) != ME
-        assert Observer(Slow()).argv(Process(id_of(pid), 1, UID)) == []
+        assert Observer(Slow()).marks.argv(Process(id_of(pid), 1, UID)) == []
     with executed(TMPDIR="/scratch", REAPER_TEST_RUN=run) as pid:
         assert observer.describe_leader(session(leader=id_of(pid))).temp_dirs == ("/scratch", "/tmp")
         assert Observer(Slow()).describe_leader(session(leader=id_of(pid))).temp_dirs == ("/tmp",)
-    assert observer.mapped_paths(pid) == []
+    assert observer.marks.mapped_paths(pid) == []
 
 
 def test_a_process_is_alive_while_it_is_who_it_was_and_condemned_once_it_is_on_its_way_out(
@@ -718,6 +719,35 @@ def test_a_sweep_passes_over_the_sessions_that_a_process_is_spared_from(observer
     with executed(REAPER_TEST_RUN=run, **stamps):
         found = swept(Sweep(observer), all_of_them=True)
         assert [one.session for one in found if isinstance(one, StampedProcess)] == [other]
+
+
+def test_a_sweep_never_reads_the_memory_of_who_may_block_it(page: SessionPage) -> None:
+    observer = Observer(Blocking())
+    assert swept(Sweep(observer), all_of_them=True) == []
+
+
+def test_a_sweep_goes_on_where_somebody_vanishes_or_may_not_be_read(page: SessionPage) -> None:
+    class Shy(ProcFS):
+        """A /proc in which one process is gone by now, one may not be read and one says nonsense."""
+
+        faults = {1: ProcessGone, 2: PermissionError, 3: ValueError}
+
+        def listing(self) -> list[tuple[int, int]]:
+            return [(1, 1), (2, 2), (3, 3), (ME, 4)]
+
+        def environ(self, pid: int, task: int) -> bytes | None:
+            if pid in self.faults:
+                raise self.faults[pid]
+            return super().environ(pid, task)
+
+        def stat(self, pid: int) -> Stat:
+            return super().stat(ME)._replace(id=ProcessId(pid, 1))
+
+        def status(self, pid: int) -> bytes:
+            return super().status(ME)
+
+    found = swept(Sweep(Observer(Shy())), all_of_them=True)
+    assert {one.holder.id.pid for one in found} == {ME}
 
 
 def test_a_sweep_passes_over_the_dead(observer: Observer, page: SessionPage) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import gc
 import mmap
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from reaperd.linux import page
 ID = "4711-2a-0000000b-0000000c"
 UID = os.getuid()
 F_ADD_SEALS, F_GET_SEALS = 1033, 1034
+IN_OPEN = 0x20  # linux/inotify.h
 SEAL_SEAL, SEAL_SHRINK, SEAL_GROW, SEAL_WRITE, SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x8, 0x10
 ALL_SEALS = SEAL_SEAL | SEAL_SHRINK | SEAL_GROW | SEAL_FUTURE_WRITE
 
@@ -189,6 +191,26 @@ def test_a_spared_mark_is_seen_by_its_name_and_is_no_page() -> None:
         os.close(mark.fd)
 
 
+@contextlib.contextmanager
+def watched(path: Path) -> Iterator[Callable[[], bool]]:
+    """Yield what says whether anybody has opened ``path`` meanwhile (inotify(7))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    assert descriptor >= 0
+    assert libc.inotify_add_watch(descriptor, os.fsencode(path), IN_OPEN) >= 0
+
+    def was_opened() -> bool:
+        try:
+            return bool(os.read(descriptor, 4096))
+        except BlockingIOError:
+            return False
+
+    try:
+        yield was_opened
+    finally:
+        os.close(descriptor)
+
+
 # -- what passes for a page -------------------------------------------------------------------------
 
 
@@ -221,6 +243,47 @@ def test_a_file_that_lies_in_a_directory_is_no_page(tmp_path: Path) -> None:
     file = tmp_path / "page"
     file.write_bytes(b"\0" * wire.PAGE_BYTES)
     refused(str(file))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.write_bytes(b"x")], ids=["fifo", "file"])
+def test_what_a_stranger_has_under_another_name_is_never_even_opened(
+    make: Callable[[Path], object], tmp_path: Path
+) -> None:
+    make(tmp_path / "x")
+    descriptor = os.open(tmp_path / "x", os.O_RDWR)
+    try:
+        with watched(tmp_path / "x") as was_opened:
+            assert "name" in str(refused(path_of(descriptor)))
+            assert not was_opened()
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.needs_root
+def test_what_bears_the_name_of_a_page_and_is_no_file_is_never_even_opened(tmp_path: Path) -> None:
+    fifo = tmp_path / f"memfd:{wire.PAGE_PREFIX}{ID}"
+    os.mkfifo(fifo)
+    (tmp_path / "link").symlink_to(
+        f"/{fifo.name}"
+    )  # the text of the link is a page's, in a root of one's own
+    with watched(fifo) as was_opened:
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                os.chroot(tmp_path)
+                os._exit(7 if "name" in str(refused_within("/link")) else 8)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+        assert not was_opened()
+
+
+def refused_within(path: str) -> wire.WireError | None:
+    """Return why a page is refused where there is no /proc."""
+    try:
+        page.open_page(path, uid=UID)
+    except wire.WireError as error:
+        return error
+    return None
 
 
 def test_an_unlinked_file_that_has_no_seals_is_no_page(tmp_path: Path) -> None:

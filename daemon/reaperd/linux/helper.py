@@ -9,6 +9,7 @@ import json
 import os
 import select
 import signal
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,6 +67,10 @@ def finish_helper(helper: Helper) -> Any:
             data += chunk
     except BlockingIOError:
         data = b""
+    return _end(helper, data)
+
+
+def _end(helper: Helper, data: bytes) -> Any:
     signal.pidfd_send_signal(helper.pidfd, signal.SIGKILL)
     os.waitpid(helper.pid, 0)
     os.close(helper.pidfd)
@@ -90,10 +95,15 @@ class BoundedReader:
             running = start_helper(work)
         except OSError:
             return None
+        # Read while it writes: a pipe holds 64 KiB.
+        data, end_s = b"", time.monotonic() + self._timeout_s
         poller = select.poll()
-        poller.register(running.pidfd, select.POLLIN)
-        if poller.poll(self._timeout_s * 1000):
-            return finish_helper(running)
+        poller.register(running.reader, select.POLLIN)
+        while len(data) < _MAX_RESULT_BYTES and poller.poll(max(0.0, end_s - time.monotonic()) * 1000):
+            chunk = os.read(running.reader, 65536)
+            if not chunk:
+                return _end(running, data)
+            data += chunk
         signal.pidfd_send_signal(running.pidfd, signal.SIGKILL)
         os.close(running.pidfd)
         os.close(running.reader)
