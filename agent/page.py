@@ -106,17 +106,12 @@ def _map(descriptor: int, size: int) -> tuple[mmap.mmap, int]:
     """Return a mapping, and the number of the duplicate that mmap keeps of ``descriptor`` before Python 3.13, else -1."""
     if sys.version_info >= (3, 13):
         return mmap.mmap(descriptor, size, trackfd=False), -1
-    inode, before = os.fstat(descriptor).st_ino, _open_descriptors()
-    memory = mmap.mmap(descriptor, size)
-    for number in _open_descriptors() - before:
-        with contextlib.suppress(OSError):
-            if os.fstat(number).st_ino == inode:
-                return memory, number
+    memory, inode = mmap.mmap(descriptor, size), os.fstat(descriptor).st_ino
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            if int(name) != descriptor and os.fstat(int(name)).st_ino == inode:
+                return memory, int(name)
     return memory, -1
-
-
-def _open_descriptors() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/fd")}
 
 
 class SparedMark:

@@ -54,6 +54,7 @@ def decode(data: bytes) -> dict[str, Any]:
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_int=_parse_int,
+            parse_float=_parse_float,
         )
     except UnicodeDecodeError:
         raise WireError("bad-request", "the message is not UTF-8") from None
@@ -66,7 +67,7 @@ def decode(data: bytes) -> dict[str, Any]:
     if b"\\u" in data and _has_lone_surrogate(message):
         raise WireError("bad-request", "a text has half of a surrogate pair")
     version = message.get("v")
-    if version != VERSION or isinstance(version, bool):
+    if type(version) is not int or version != VERSION:
         raise WireError("bad-version", f"v: must be {VERSION}, got {version!r:.40}")
     return message
 
@@ -95,6 +96,13 @@ def _refuse_constant(word: str) -> Any:
 def _parse_int(digits: str) -> int:
     if len(digits) > 20 or abs(value := int(digits)) >= _MAX_INTEGER:
         raise ValueError("an integer needs more than 64 bits")
+    return value
+
+
+def _parse_float(digits: str) -> float:
+    value = float(digits)
+    if value - value != 0:
+        raise ValueError("a number is too large")
     return value
 
 
@@ -288,14 +296,17 @@ def page_sequence(data: bytes) -> int:
     return int.from_bytes(data[SEQUENCE_SLICE], "little")
 
 
-def parse_page(data: bytes) -> Page:
-    """Return what a page says; raise TornPage in the middle of a write, WireError ``bad-page`` for a broken one."""
+def parse_page(data: bytes, *, torn: bool = False) -> Page:
+    """Return what a page says; raise TornPage in the middle of a write, WireError ``bad-page`` for a broken one.
+
+    ``torn`` takes it as it is: its writer was killed in the middle, and will never end the write.
+    """
     if len(data) != PAGE_BYTES:
         raise WireError("bad-page", f"the page has {len(data)} bytes instead of {PAGE_BYTES}")
     magic, sequence, flags, record_bytes = _HEADER.unpack_from(data)
     if magic != _MAGIC:
         raise WireError("bad-page", "the page does not begin as a session page does")
-    if sequence % 2:
+    if sequence % 2 and not torn:
         raise TornPage
     if record_bytes > PROGRESS_AT - RECORD_AT:
         raise WireError("bad-page", "the record is longer than its place")
@@ -350,10 +361,10 @@ def parse_cgroup(text: str) -> str:
     "/" tells nothing.
     """
     unified = named = "/"
-    for line in text.splitlines():
-        _, _, rest = line.partition(":")
+    for line in text.split("\n"):  # splitlines() would split at a form feed in a name
+        _, colon, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if controllers == "":
+        if colon and controllers == "":
             unified = path
         elif controllers == "name=systemd":
             named = path

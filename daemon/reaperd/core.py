@@ -118,7 +118,7 @@ class Core:
         self._apply(session_id, ledger.Unregistered())
         self.look_at_living()
 
-    def stop_leader(self, session_id: str) -> None:
+    def stop_leader(self, session_id: str, by_uid: int) -> None:
         """Ask the leader to end, and make it end after the grace period."""
         session = self.entries[session_id].session
         process = self.observer.leader(session)
@@ -127,7 +127,7 @@ class Core:
         handle = os.dup(self._leaders[session_id])
         self._reaper.take(session.leader, handle)
         member = Member(process, Role.WORKER, "leader", ("somebody asked to stop the session",), marked=True)
-        self._apply(session_id, ledger.StopAsked(member, time.monotonic()))
+        self._apply(session_id, ledger.StopAsked(member, time.monotonic(), by_uid))
 
     def _leader_died(self, session_id: str) -> None:
         handle = self._leaders[session_id]

@@ -95,7 +95,7 @@ def _while_the_leader_lives(entry: Entry, policy: Policy, now_s: float) -> list[
     if entry.session.ending and not entry.workers:
         return [Forget()] if entry.concluded else [Conclude()]
     target = entry.leader_target
-    if target is None or target.due_s > now_s:
+    if target is None or target.due_s > now_s or policy.dry_run:
         return []
     return [_send(target, Event.DUE, now_s, now_s + policy.grace_s)]
 
@@ -126,6 +126,6 @@ def _send(target: Target, event: Event, now_s: float, kill_at_s: float) -> Send:
         Stage.ASKED: kill_at_s,
         Stage.FROZEN: now_s + FREEZE_S,
         Stage.KILLED: now_s + KILL_WAIT_S,
-        Stage.STUCK: now_s + min(2.0**target.retries, MAX_RETRY_S),
+        Stage.STUCK: now_s + min(2.0 ** min(target.retries, 16), MAX_RETRY_S),
     }[stage]
     return Send(target.member, event, stage, SIGNAL[stage], due_s)

@@ -55,7 +55,7 @@ def parse_peer_address(text: str, overflow_uid: int) -> tuple[int, int, int]:
     if match is None:
         raise wire.WireError("not-allowed", "the kernel does not tell who you are")
     uid, gid, pid = (int(group) for group in match.groups())
-    if pid == 0 or uid == overflow_uid:
+    if pid == 0 or uid == overflow_uid or max(uid, gid, pid) >= 2**32:
         raise wire.WireError("not-allowed", "your user or process id has no meaning outside your container")
     return uid, gid, pid
 

@@ -79,6 +79,7 @@ class Entry:
     left_alone: Mapping[ProcessId, str] = field(default_factory=dict)
     workers: int = 0  # when last looked at; while the leader lives
     leader_target: Target | None = None  # set while somebody has the leader stopped
+    stopped_by_uid: int | None = None  # who that was
     reclaim_asked: bool = False
     reclaimed: Freed | None = None
     shm_held_bytes: int = 0
@@ -187,6 +188,7 @@ class StopAsked:
 
     leader: Member
     at_s: float
+    by_uid: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +262,8 @@ def apply(entry: Entry, happening: Happening) -> Entry:  # noqa: PLR0912
         case SignalsSent():
             return _signals_sent(entry, happening)
         case StopAsked():
-            return replace(entry, leader_target=Target(happening.leader, Stage.FOUND, happening.at_s))
+            target = Target(happening.leader, Stage.FOUND, happening.at_s)
+            return replace(entry, leader_target=target, stopped_by_uid=happening.by_uid)
         case Unregistered():
             return replace(entry, session=replace(session, ending=True))
         case Spared():
@@ -433,6 +436,6 @@ def _deadline(entry: Entry, tracker_grace_s: float) -> float | None:
     ]
     if entry.look_due_s is not None:
         due.append(entry.look_due_s)
-    if entry.phase is Phase.TRACKERS:
+    if entry.phase is Phase.TRACKERS and any(t.stage is Stage.TRUSTED for t in entry.targets.values()):
         due.append(tracker_due_s(entry, tracker_grace_s))
     return max(min(due), entry.blind_until_s) if due else None

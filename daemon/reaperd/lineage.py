@@ -40,6 +40,9 @@ class _Search:
         self.adopters = {1}
         self.members: dict[ProcessId, Member] = {}
         self.left_alone: dict[ProcessId, str] = {}
+        self.barred: dict[
+            ProcessId, str
+        ] = {}  # spared or protected, or below such; not all look like members
         self.children: defaultdict[int, list[Process]] = defaultdict(list)
         self.stamped: dict[ProcessId, Process] = {}  # carry the stamp, and wait for their parent to be known
 
@@ -88,25 +91,32 @@ class _Search:
 
     def _spare(self) -> None:
         """Leave alone what must be, and all that stands below it: its environment may be one that says nothing."""
-        pending: list[tuple[Process, str]] = []
-        for process in (process for processes in self.children.values() for process in processes):
+        everyone = [process for processes in self.children.values() for process in processes]
+        for process in everyone:
             if self.session.id in process.spared or process.id in self.session.spared:
-                pending.append((process, "was started under spared()"))
-            elif (protection := self.protection(process)) is not None:
-                pending.append((process, protection))
+                self._bar(process, "was started under spared()")
+        self.left_alone.update(self.barred)
+        for process in everyone:
+            protection = self.protection(process)
+            if protection is not None:
+                self._bar(process, protection)
+
+    def _bar(self, process: Process, reason: str) -> None:
+        pending = [(process, reason)]
         while pending:
             process, reason = pending.pop()
-            if process.id not in self.left_alone:
-                self.left_alone[process.id] = reason
+            if process.id not in self.barred:
+                self.barred[process.id] = reason
                 below = f"is below pid {process.id.pid}, which {reason}"
                 pending += [(child, below) for child in self.children.get(process.id.pid, ())]
 
     def _judge_alone(self, process: Process) -> None:
         """Judge what a process's own marks tell."""
         session_id = self.session.id
-        if process.id in self.left_alone:
-            return
-        if session_id in process.pages:
+        if process.id in self.barred:
+            if session_id in (*process.pages, *process.lineage) or process.id in self.session.kept:
+                self.left_alone[process.id] = self.barred[process.id]
+        elif session_id in process.pages:
             self._accept(
                 process, "holds the session page: it was forked by the leader or by a worker", marked=True
             )
@@ -148,6 +158,9 @@ class _Search:
                 if child.id in self.members or child.id in self.left_alone:
                     continue
                 if child.id.start_ticks < parent.start_ticks:
+                    continue
+                if child.id in self.barred:
+                    self.left_alone[child.id] = self.barred[child.id]
                     continue
                 if not self._in_cgroup(child):
                     self.left_alone[child.id] = (

@@ -65,6 +65,7 @@ def end_event(entry: Entry, *, dry_run: bool) -> dict[str, Any]:
         entry.session,
         processes=[process_record(target) for target in targets],
         left_alone=_left_alone(entry),
+        stopped_by_uid=entry.stopped_by_uid,
         latency_s=None if latency_s is None else round(latency_s, 6),
         freed=_freed_record(freed_by(entry)),
         **({"dry_run": True} if dry_run else {}),

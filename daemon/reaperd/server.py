@@ -204,7 +204,7 @@ class Server:
         last = self._core.store.last_event()
         if entry.died_at_s is None and entry.leader_target is None:
             log.info("asked to stop session=%s name=%r asked_by_uid=%d", session.id, session.name, peer.uid)
-            self._core.stop_leader(session.id)
+            self._core.stop_leader(session.id, peer.uid)
         return {"session": session.id, "after": last}
 
     def _find(self, peer: Peer, wanted: str) -> Entry:

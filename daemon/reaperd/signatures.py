@@ -35,6 +35,8 @@ SIGNATURES = (
 # Thread names are cut at 15 characters (TASK_COMM_LEN); torch/utils/data/_utils/worker.py.
 THREAD_NAMES = {"pt_data_worker": "torch DataLoader", "pt_multiprocess": "torch DataLoader"}
 
+_OPTIONS_WITH_VALUE = ("-X", "-W", "--check-hash-based-pycs")  # python(1)
+
 FORKED = "forked"
 OTHER = "other"
 
@@ -43,10 +45,16 @@ def recognise(process: Process) -> tuple[str, Role]:
     """Return the framework and role of ``process``; what no row matches is a worker of ``forked`` or ``other``."""
     if process.comm in THREAD_NAMES:
         return THREAD_NAMES[process.comm], Role.WORKER
-    for option, token in zip(process.argv[1:], process.argv[2:], strict=False):
-        for row in SIGNATURES:
-            if option == row.flag and token.startswith(row.begins):
-                return row.framework, row.role
-        if not option.startswith("-"):  # the script's name: what follows are its arguments
+    words = iter(process.argv[1:])
+    for option in words:
+        if option in _OPTIONS_WITH_VALUE:
+            next(words, "")
+        elif option in ("-m", "-c"):
+            token = next(words, "")
+            for row in SIGNATURES:
+                if option == row.flag and token.startswith(row.begins):
+                    return row.framework, row.role
+            break
+        elif not option.startswith("-"):  # the script's name: what follows are its arguments
             break
     return (FORKED if process.forked else OTHER), Role.WORKER

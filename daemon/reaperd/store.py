@@ -83,7 +83,7 @@ class Store:
         for (text,) in rows:
             try:
                 found.append(_session(json.loads(text)))
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, LookupError) as error:
                 log.warning("cannot read a session on record: %r", error)
         for table in ("sessions", "settled"):
             self._write(f"DELETE FROM {table} WHERE boot_id != ?", self._boot_id)  # noqa: S608 - a literal

@@ -9,6 +9,8 @@ def moment(text: str) -> datetime | None:
     """Return an RFC 3339 time; None for what is none. One without a zone is UTC, as every time here."""
     try:  # Python 3.10 takes neither "Z" nor other than 3 or 6 digits of a second's fraction
         whole, zone = (text[:-1], "+00:00") if text[-1:] in ("Z", "z") else (text, "")
+        if whole[-1:] in ("Z", "z"):
+            return None
         head, dot, fraction = whole.partition(".")
         if dot:
             digits = fraction[: len(fraction) - len(fraction.lstrip("0123456789"))]

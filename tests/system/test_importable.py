@@ -14,14 +14,15 @@ ROOT = Path(__file__).resolve().parents[2]
 # PyPI's python-daemon, which reaperd needs, owns the name `daemon`: what counts is whose a found package is.
 LOOK = """
 import importlib.metadata, importlib.util, json, sys
-owners = importlib.metadata.packages_distributions()
+files = importlib.metadata.distribution("reaperd").files or []  # packages_distributions() sees none before Python 3.11
+owned = {file.parts[0] for file in files}
 ours = []
 for name in ("agent", "reaperd", "daemon", "config", "packaging", "tests", "docs", "examples"):
     spec = importlib.util.find_spec(name)
     if spec is not None:
         places = [spec.origin or "", *(spec.submodule_search_locations or [])]
         here = [place for place in places if place.startswith(sys.argv[1] + "/") and "/site-packages/" not in place]
-        if here or "reaperd" in owners.get(name, []):
+        if here or name in owned:
             ours.append(name)
 print(json.dumps(ours))
 """

@@ -199,6 +199,7 @@ def test_the_page_of_another_session_under_the_number_of_the_page_hides_nothing(
     observer: Observer, page: SessionPage
 ) -> None:
     def put_another() -> None:
+        os.dup(page.fd)
         os.dup2(os.memfd_create(wire.PAGE_PREFIX + OTHER_ID), page.fd)
 
     with child(put_another) as pid:

@@ -137,6 +137,7 @@ def test_the_event_of_an_end_has_every_field_that_others_rely_on() -> None:
                 "evidence": ["holds the page"],
             }
         ],
+        "stopped_by_uid": None,
         "left_alone": [{"pid": 300, "reason": "was started under spared()"}],
         "latency_s": 0.0125,
         "freed": {"rss_bytes": 4096, "shm_bytes": 512, "gpu_bytes": 0},

@@ -124,11 +124,13 @@ def make_executable(path: str) -> None:
 def make_link(path: str) -> None:
     os.rename(path, f"{path}-real")
     os.symlink(f"{path}-real", path)
+    os.chown(path, UID, -1, follow_symlinks=False)
 
 
 def make_file(path: str) -> None:
     os.rmdir(path)
     os.close(os.open(path, os.O_CREAT, 0o600))
+    os.chown(path, UID, -1)
 
 
 def make_strange(path: str) -> None:

@@ -97,7 +97,7 @@ def _joined(pieces: Iterable[tuple[str, str]], look: Look) -> str:
 
 def _limbs(session: Any, look: Look) -> list[_Limb]:
     leader = session.get("leader") if isinstance(session, dict) else None
-    limbs = [_Limb("leader", _whole(leader, "pid"), text=_command_of(leader), colour="cyan")]
+    limbs = [_Limb("leader", _whole(leader, "pid"), text=_command_of(session), colour="cyan")]
     progress = session.get("progress") if isinstance(session, dict) else None
     if isinstance(progress, dict):
         limbs.append(_Limb("progress", "", text=progress_line(progress, look)))
@@ -159,8 +159,11 @@ def _whole(source: Any, key: str) -> str:
     return "?" if number is None else str(int(number))
 
 
-def _command_of(leader: Any) -> str:
+def _command_of(session: Any) -> str:
+    leader = session.get("leader")
     argv = leader.get("cmdline") if isinstance(leader, dict) else None
+    if session.get("phase") not in ("watched", None):
+        return "(has ended)"
     return command_line(argv) or "(command line not shown)"
 
 
@@ -228,6 +231,12 @@ def cause_in_words(cause: Any) -> str:
     return "out of memory" if kind == "oom" else "cause unknown"
 
 
+def _stopped_by(fields: Any) -> list[str]:
+    """Return who asked for the end, where somebody did."""
+    uid = number_of(fields, "stopped_by_uid")
+    return [] if uid is None else [f"stopped by uid {int(uid)}"]
+
+
 def signal_name(number: float | str | None) -> str:
     """Return SIGKILL for 9, and for what has no name the number."""
     if isinstance(number, str):
@@ -259,7 +268,13 @@ def event(one: Any, look: Look) -> str:
 def what_happened(one: Any) -> str:
     """Return cause, processes, signals, time and memory of an event, as far as it has any."""
     fields = one if isinstance(one, dict) else {}
-    facts = [cause_in_words(fields.get("cause")), *_of_kind(fields), _processes(one), freed(one)]
+    facts = [
+        cause_in_words(fields.get("cause")),
+        *_stopped_by(fields),
+        *_of_kind(fields),
+        _processes(one),
+        freed(one),
+    ]
     left_alone, stuck = list_of(one, "left_alone"), remaining(one)
     if left_alone:
         facts.append(f"{len(left_alone)} left alone")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+_END_S = 0.1
 _MAX_RESULT_BYTES = 1024 * 1024
 
 
@@ -29,6 +30,7 @@ def start_helper(work: Callable[[], Any]) -> Helper:
 
     OSError where processes or descriptors have run out.
     """
+    _wait_for_left_behind()
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
         pid = os.fork()
@@ -71,10 +73,7 @@ def finish_helper(helper: Helper) -> Any:
 
 
 def _end(helper: Helper, data: bytes) -> Any:
-    signal.pidfd_send_signal(helper.pidfd, signal.SIGKILL)
-    os.waitpid(helper.pid, 0)
-    os.close(helper.pidfd)
-    os.close(helper.reader)
+    _let_go(helper)
     try:
         return json.loads(data)
     except ValueError:
@@ -86,11 +85,9 @@ class BoundedReader:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._abandoned: list[int] = []
 
     def run(self, work: Callable[[], Any]) -> Any:
         """Return what ``work`` returns, None when that takes too long."""
-        self._wait_for_abandoned()
         try:
             running = start_helper(work)
         except OSError:
@@ -104,14 +101,31 @@ class BoundedReader:
             if not chunk:
                 return _end(running, data)
             data += chunk
-        signal.pidfd_send_signal(running.pidfd, signal.SIGKILL)
-        os.close(running.pidfd)
-        os.close(running.reader)
-        self._abandoned.append(running.pid)  # it may be as stuck as what it read
+        _let_go(running)
         return None
 
-    def _wait_for_abandoned(self) -> None:
-        self._abandoned = [pid for pid in self._abandoned if not os.waitpid(pid, os.WNOHANG)[0]]
+
+# Ended helpers that nobody could wait for yet: they may be as stuck as what they read.
+_left_behind: list[int] = []
+
+
+def _let_go(helper: Helper) -> None:
+    """End a helper and wait for it, but not for long: in state D it does not end."""
+    signal.pidfd_send_signal(helper.pidfd, signal.SIGKILL)
+    poller = select.poll()
+    poller.register(helper.pidfd, select.POLLIN)
+    if poller.poll(_END_S * 1000):
+        os.waitpid(helper.pid, 0)
+    else:
+        _left_behind.append(helper.pid)
+    os.close(helper.pidfd)
+    os.close(helper.reader)
+
+
+def _wait_for_left_behind() -> None:
+    for pid in tuple(_left_behind):
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            _left_behind.remove(pid)
 
 
 def become(uid: int, gid: int) -> None:

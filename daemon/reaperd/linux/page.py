@@ -44,10 +44,13 @@ def open_page(path: str, *, uid: int) -> int:
 
 def read_page(descriptor: int) -> wire.Page:
     """Return what the page says; TornPage when it never holds still, WireError when it is broken."""
+    data = b""
     for _ in range(_ATTEMPTS):
         data = os.pread(descriptor, wire.PAGE_BYTES, 0)
         # The same sequence number before and after: nothing was written while we read.
         if wire.page_sequence(os.pread(descriptor, wire.HEADER_BYTES, 0)) == wire.page_sequence(data):
             with contextlib.suppress(wire.TornPage):
                 return wire.parse_page(data)
+    if os.pread(descriptor, wire.PAGE_BYTES, 0) == data and wire.page_sequence(data) % 2:
+        return wire.parse_page(data, torn=True)
     raise wire.TornPage

@@ -31,8 +31,8 @@ def open_pid(pid: int) -> int:
     except (ProcessLookupError, ValueError):
         raise ProcessGone(str(pid)) from None
     except OSError as error:
-        # EINVAL: the pid is a thread's; ENODATA: it is being reaped. Neither is a process to hold.
-        if error.errno in (errno.EINVAL, errno.ENODATA):
+        # EINVAL, since Linux 6.16 ENOENT: the pid is a thread's; ENODATA: it is being reaped. No process to hold.
+        if error.errno in (errno.EINVAL, errno.ENOENT, errno.ENODATA):
             raise ProcessGone(str(pid)) from None
         raise
 

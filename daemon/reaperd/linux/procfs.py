@@ -112,7 +112,7 @@ def environment_value(environ: bytes, variable: str) -> str:
         if at < 0:
             return ""
         environ = environ[at + 1 :]
-    return environ[len(needle) :].split(b"\0", 1)[0].decode("ascii", "replace")
+    return environ[len(needle) :].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
 def parse_memfd_link(link: str) -> str:

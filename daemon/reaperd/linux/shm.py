@@ -28,13 +28,16 @@ def prefixes_of(pid: int) -> tuple[str, ...]:
 
 def shared_names(uid: int) -> frozenset[str]:
     """Return the names in /dev/shm that carry no pid to tell whose they are: only who has them mapped tells."""
+    found = set()
     with contextlib.suppress(OSError), os.scandir(SHM) as entries:
-        return frozenset(
-            entry.name
-            for entry in entries
-            if entry.name.startswith(_MAPPED_PREFIXES) and entry.stat(follow_symlinks=False).st_uid == uid
-        )
-    return frozenset()
+        for entry in entries:
+            with contextlib.suppress(OSError):  # it is gone by now
+                if (
+                    entry.name.startswith(_MAPPED_PREFIXES)
+                    and entry.stat(follow_symlinks=False).st_uid == uid
+                ):
+                    found.add(entry.name)
+    return frozenset(found)
 
 
 def mapped_names(paths: list[str], names: frozenset[str]) -> frozenset[str]:
@@ -87,7 +90,8 @@ def remove(directory: int, name: str, uid: int) -> int:
     if stat.S_ISDIR(found.st_mode):
         with open_directory(name, directory) as inner:
             for entry in os.listdir(inner):
-                freed += remove(inner, entry, uid)
+                with contextlib.suppress(OSError):  # one that cannot be removed does not save the others
+                    freed += remove(inner, entry, uid)
         with contextlib.suppress(OSError):  # something of somebody else's is still in it
             os.rmdir(name, dir_fd=directory)
         return freed
