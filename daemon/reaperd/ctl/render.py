@@ -160,9 +160,10 @@ def _whole(source: Any, key: str) -> str:
 
 
 def _command_of(session: Any) -> str:
-    leader = session.get("leader")
+    facts = session if isinstance(session, dict) else {}
+    leader = facts.get("leader")
     argv = leader.get("cmdline") if isinstance(leader, dict) else None
-    if session.get("phase") not in ("watched", None):
+    if facts.get("phase") not in ("watched", None):
         return "(has ended)"
     return command_line(argv) or "(command line not shown)"
 
