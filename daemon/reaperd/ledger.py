@@ -16,8 +16,10 @@ from reaperd.escalation import NEXT, Event, Stage
 from reaperd.model import Cause, Family, Freed, Member, ProcessId, Role, Session
 
 # Seconds until the next look, by the number of looks in a row that changed nothing.
-SPACING_S = (0.002, 0.01, 0.05, 0.5)
-QUIET_LOOKS = 3
+SPACING_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.5)
+QUIET_LOOKS = 5
+# So many where somebody re-forked before: it can slip through many a look at /proc.
+QUIET_LOOKS_AFTER_GROWTH = 40
 # Looks that find members without a living parent among those that were asked to end, before such are frozen.
 GROWTH_LIMIT = 2
 # A worker that was asked to end may start a few commands to end well; so many at once are a fork bomb.
@@ -86,9 +88,16 @@ class Entry:
     concluded: bool = False
 
     @property
+    def quiet_looks_wanted(self) -> int:
+        """How many looks in a row must find nobody new."""
+        return QUIET_LOOKS_AFTER_GROWTH if self.growth else QUIET_LOOKS
+
+    @property
     def workers_done(self) -> bool:
         """Whether every worker found is gone or stuck, and looking again found no other."""
-        return self.quiet_looks >= QUIET_LOOKS and all(t.tracker or t.done for t in self.targets.values())
+        return self.quiet_looks >= self.quiet_looks_wanted and all(
+            t.tracker or t.done for t in self.targets.values()
+        )
 
     @property
     def phase(self) -> Phase:
@@ -324,7 +333,8 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
     )
     if changed.workers_done:
         return replace(changed, look_due_s=None)
-    spacing = SPACING_S[min(quiet, len(SPACING_S) - 1)]
+    # After growth the first looks follow each other closely, the last are spaced as ever.
+    spacing = SPACING_S[min(max(0, quiet - changed.quiet_looks_wanted + QUIET_LOOKS), len(SPACING_S) - 1)]
     # A look that takes long on a crowded machine must not become all that we do.
     return replace(changed, look_due_s=looked.at_s + max(spacing, 2 * looked.took_s))
 

@@ -566,7 +566,8 @@ def test_stop_ends_a_session_and_tells_what_became_of_it(daemon: Daemon, start_l
     done = daemon.ctl("stop", leader.session)
     assert done.returncode == 0, done
     assert re.fullmatch(
-        r"stopped .*: killed by SIGTERM, 2 processes \(.*\), gone in .*, freed .* of memory.*\n", done.stdout
+        r"stopped .*: killed by SIGTERM, stopped by uid 0, 2 processes \(.*\), gone in .*, freed .* of memory.*\n",
+        done.stdout,
     ), done.stdout
     assert leader.still_alive([leader.pid, *leader.family.workers]) == []
 
@@ -579,7 +580,7 @@ def test_stop_takes_a_name_or_the_beginning_of_an_id(
     leader = start_named(start_leader, scratch, daemon, "alpha")
     done = daemon.ctl("stop", "alpha" if by == "name" else leader.session[:-1])
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"stopped alpha ({leader.session}): killed by SIGTERM\n"
+    assert done.stdout == f"stopped alpha ({leader.session}): killed by SIGTERM, stopped by uid 0\n"
     assert other.still_alive([other.pid]) == [other.pid]
 
 

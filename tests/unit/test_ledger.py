@@ -12,6 +12,7 @@ from reaperd.escalation import Event, Stage
 from reaperd.ledger import (
     MOST_NEWCOMERS,
     QUIET_LOOKS,
+    QUIET_LOOKS_AFTER_GROWTH,
     SPACING_S,
     CauseTold,
     Concluded,
@@ -199,11 +200,23 @@ def test_who_was_left_alone_is_remembered_over_all_looks() -> None:
 
 def test_the_pause_between_looks_grows_while_nothing_new_is_found() -> None:
     entry, pauses = dead(looked(10.0, member(201))), []
-    for number in range(5):
+    for number in range(len(SPACING_S) + 1):
         assert entry.look_due_s is not None
         pauses.append(entry.look_due_s - (10.0 + number))
         entry = after(entry, looked(11.0 + number, member(201)))
-    assert pauses == pytest.approx([SPACING_S[0], SPACING_S[1], SPACING_S[2], SPACING_S[3], SPACING_S[3]])
+    assert pauses == pytest.approx([*SPACING_S, SPACING_S[-1]])
+
+
+def test_where_somebody_re_forked_many_close_looks_must_find_nobody() -> None:
+    entry = dead(looked(10.0), looked(10.1, member(202)), exited(10.2, 202))
+    assert entry.growth == 1
+    for number in range(QUIET_LOOKS_AFTER_GROWTH):
+        assert not entry.workers_done
+        assert entry.look_due_s is not None
+        close = number <= QUIET_LOOKS_AFTER_GROWTH - QUIET_LOOKS
+        assert not close or entry.look_due_s - (entry.looked_at_s if number else 10.2) <= SPACING_S[0] + 1e-9
+        entry = after(entry, looked(11.0 + number))
+    assert entry.workers_done
 
 
 def test_a_slow_look_is_followed_by_a_pause_of_twice_its_length() -> None:
@@ -362,7 +375,7 @@ def test_a_look_that_could_not_see_all_is_never_quiet() -> None:
     entry = dead(looked(10.0), looked(10.1), replace(looked(10.2), complete=False))
     assert entry.quiet_looks == 0
     assert entry.look_due_s is not None
-    assert dead(looked(10.0), looked(10.1), looked(10.2)).look_due_s is None
+    assert dead(*(looked(10.0 + number) for number in range(QUIET_LOOKS))).look_due_s is None
 
 
 def test_a_look_that_failed_is_tried_again_and_counts_for_nothing() -> None:
@@ -416,7 +429,9 @@ def test_the_exit_of_a_tracker_is_no_reason_to_look_again() -> None:
 
 def test_a_stuck_worker_that_ends_after_all_is_looked_into_again() -> None:
     entry = dead(
-        looked(10.0, member(201)), *[sent(201)] * 3, *(looked(11.0 + n, member(201)) for n in range(3))
+        looked(10.0, member(201)),
+        *[sent(201)] * 3,
+        *(looked(11.0 + n, member(201)) for n in range(QUIET_LOOKS)),
     )
     assert entry.look_due_s is None
     entry = after(entry, exited(60.0, 201))
@@ -517,8 +532,8 @@ def test_trackers_are_due_their_grace_after_the_last_worker_or_after_signals_wer
 
 
 def test_the_next_deadline_is_the_earliest_of_all_sessions() -> None:
-    asked = dead(*(looked(10.0 + 0.2 * n, member(201)) for n in range(4)), sent(201, due_s=10.7))
-    assert next_deadline([living(), asked, dead(at_s=50.0)], TRACKER_GRACE_S) == 10.7
+    asked = dead(*(looked(10.0 + 0.1 * n, member(201)) for n in range(9)), sent(201, due_s=10.9))
+    assert next_deadline([living(), asked, dead(at_s=50.0)], TRACKER_GRACE_S) == 10.9
     assert next_deadline([dead(at_s=50.0), dead(at_s=49.0)], TRACKER_GRACE_S) == 49.0
     assert next_deadline([], TRACKER_GRACE_S) is None
 
