@@ -72,7 +72,6 @@ class Core:
             str, frozenset[str]
         ] = {}  # names in /dev/shm that a dead session's members had mapped
         self._unsaved: set[str] = set()
-        self._oom_seen: dict[str, int | None] = {}  # the OOM counters at the last scan
         self._told: set[str] = set()  # sessions that a dry run has spoken of
         self._reclaimer = Reclaimer(poller, observer, self._reclaimed)
 
@@ -207,16 +206,13 @@ class Core:
     def _refresh_oom(self, session_id: str) -> None:
         """Take the counter as it stands while the leader lives: whoever was killed so far, it was not the leader.
 
-        The kernel counts before it kills, and who is killed may take seconds to free its memory: only a count that an
-        earlier scan saw, too, counts, and only while the leader is not condemned.
+        The kernel counts, then kills, and who is killed may take seconds to free its memory: a leader that is
+        condemned may be the one that was counted.
         """
         session = self.entries[session_id].session
         count = self.observer.oom_kills_in(session)
-        if count == session.oom_kills:
-            return
-        if self._oom_seen.get(session_id) == count and not self.observer.is_condemned(session.leader.pid):
+        if count != session.oom_kills and not self.observer.is_condemned(session.leader.pid):
             self._apply(session_id, ledger.OomCounted(count))
-        self._oom_seen[session_id] = count
 
     def _drop_reused(self, session_id: str) -> None:
         """Forget members whose pidfd says that they are dead: their pid may be somebody else's."""
@@ -413,7 +409,6 @@ class Core:
         descriptor = self._pages.pop(session_id, None)
         if descriptor is not None:
             os.close(descriptor)
-        self._oom_seen.pop(session_id, None)
         self._unsaved.discard(session_id)
         self.store.forget(session_id)
         wanted = {id_ for other in self.entries.values() for id_ in other.targets}

@@ -74,7 +74,7 @@ class Observer:
     def look(self, session: Session) -> Snapshot:
         """Return every process that can belong to ``session``."""
         processes: dict[int, Process] = {}
-        for pid, _ in self.proc.listing():
+        for pid, _ in reversed(self.proc.listing()):  # the newest first: some do not live long
             process = self._read(pid, session, hold=True)
             if process is not None:
                 processes[pid] = process

@@ -157,6 +157,23 @@ def test_bounded_work_with_a_result_longer_than_a_pipe_returns_it_too() -> None:
     assert helper.BoundedReader(0.1).run(lambda: "x" * 70_000) is not None
 
 
+@pytest.mark.parametrize("work", ["babbles", "dribbles"])
+def test_bounded_work_that_never_stops_talking_has_no_result_and_takes_no_longer(work: str) -> None:
+    def babble() -> None:
+        while True:
+            os.write(3, b"x" * 65536)
+
+    def dribble() -> None:
+        for _ in range(200):
+            os.write(3, b"x")
+            select.select([], [], [], 0.005)
+
+    begin_s = time.monotonic()
+    bound_s = 1.0 if work == "babbles" else 0.05
+    assert helper.BoundedReader(bound_s).run(babble if work == "babbles" else dribble) is None
+    assert time.monotonic() - begin_s < 0.8
+
+
 def test_bounded_work_that_takes_too_long_is_ended() -> None:
     begin_s, reader = time.monotonic(), helper.BoundedReader(0.01)
     assert reader.run(block) is None

@@ -180,6 +180,25 @@ def test_closing_a_page_closes_nothing_of_a_program_that_closed_our_descriptors(
     os.waitpid(pid, 0)
 
 
+@pytest.mark.parametrize("number", ["fd", "_duplicate"])
+def test_closing_a_page_closes_nothing_of_a_program_that_has_one_of_our_numbers(number: str) -> None:
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            one = SessionPage(ID, "grid", 42, "boot")
+            ours = getattr(one, number)
+            if ours < 0:  # Python 3.13 keeps no duplicate
+                os._exit(0)
+            null = os.open("/dev/null", os.O_RDONLY)
+            os.dup2(null, ours)
+            one.close()
+            del one
+            gc.collect()
+            os._exit(0 if os.path.samestat(os.fstat(ours), os.fstat(null)) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
 def test_a_spared_mark_is_seen_by_its_name_and_is_no_page() -> None:
     mark = SparedMark(ID)
     try:

@@ -273,6 +273,14 @@ def test_a_reaper_refuses_to_signal_the_untouchable_whatever_was_decided() -> No
         one.drop(target)
 
 
+def test_a_process_with_the_pid_of_one_that_was_untouchable_is_none() -> None:
+    with child() as pid, reaper(ProcessId(pid, id_of(pid).start_ticks - 1)) as one:
+        target = id_of(pid)
+        one.take(target, None)
+        assert one.send(target, signal.SIGKILL) is Outcome.SENT
+        one.drop(target)
+
+
 def test_a_reaper_refuses_init_and_whole_process_groups_even_where_nobody_named_them() -> None:
     with child() as pid, reaper() as one:
         for number in (1, 0, -1, -pid):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import secrets
@@ -73,6 +74,17 @@ def dead(tmp_path: Path) -> Iterator[Dead]:
         path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def mapping(path: Path) -> Iterator[None]:
+    """Map a file by mmap(2) alone: Python's mmap keeps a descriptor."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    with open(path, "rb") as file:
+        at = libc.mmap(None, PAGE, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), ctypes.c_long(0))
+    yield
+    libc.munmap(ctypes.c_void_p(at), PAGE)
+
+
 def freed(*claims: reclaim.Claim) -> int:
     before = len(os.listdir("/proc/self/fd"))
     freed_bytes = reclaim.reclaim_work(list(claims), "/proc")()
@@ -119,6 +131,8 @@ def test_a_folder_that_is_named_twice_or_through_a_link_is_one_and_one_that_is_g
     folders = (str(link), str(dead.folder), str(dead.folder), "/nowhere", str(left))
     assert freed(dead.claim(temp_dirs=folders)) == PAGE
     assert not left.exists()
+    dead.left()
+    assert freed(dead.claim(temp_dirs=(str(link),))) == PAGE
 
 
 @pytest.mark.needs_root
@@ -168,8 +182,7 @@ def test_nothing_is_freed_where_the_leaders_pid_is_another_process_by_now(dead: 
 
 def test_what_a_living_process_has_open_or_mapped_stays(dead: Dead) -> None:
     opened, mapped, left = dead.left(), dead.left(), dead.left()
-    with open(opened, "rb"), open(mapped, "r+b") as file, mmap.mmap(file.fileno(), PAGE):
-        file.close()
+    with open(opened, "rb"), mapping(mapped):
         assert freed(dead.claim()) == PAGE
         assert [opened.exists(), mapped.exists(), left.exists()] == [True, True, False]
     assert freed(dead.claim()) == 2 * PAGE

@@ -123,7 +123,9 @@ def test_a_session_that_cannot_be_read_is_left_out_and_the_others_are_not(
     assert len([one for one in caplog.records if "cannot read a session" in one.message]) == 8
 
 
-def test_a_session_that_is_over_for_good_stays_so_across_daemons_and_forgetting(tmp_path: Path) -> None:
+def test_a_session_that_is_over_for_good_stays_so_across_daemons_and_forgetting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with closing(open_store(tmp_path)) as store:
         assert not store.is_settled("s")
         store.save(PLAIN)
@@ -137,6 +139,7 @@ def test_a_session_that_is_over_for_good_stays_so_across_daemons_and_forgetting(
         assert store.is_settled(PLAIN.id)
         assert not store.is_settled("")
         assert not store.is_settled("other")
+    assert caplog.records == []
 
 
 def test_a_session_that_was_over_is_nothing_to_another_boot_and_is_dropped(tmp_path: Path) -> None:

@@ -85,6 +85,9 @@ NOT_STRICT_JSON = [
     '{"v":1,"a":9223372036854775808}',
     '{"v":1,"a":-9223372036854775808}',
     '{"v":1,"a":' + "9" * 5000 + "}",
+    '{"v":1,"a":1e999}',
+    '{"v":1,"a":[-1e999]}',
+    '{"v":1,"a":' + "9" * 400 + ".5}",
     '{"v":1,"a":-' + "9" * 20 + "}",
     '{"v":1,"a":' + "[" * 100_000,
     '{"v":1,"a":' + '{"a":' * 100_000,
@@ -139,7 +142,9 @@ def test_the_largest_integers_of_64_bits_are_read() -> None:
     assert wire.decode(f'{{"v":1,"a":{largest},"b":-{largest}}}'.encode())["a"] == largest
 
 
-@pytest.mark.parametrize("version", ["0", "2", "true", '"1"', "null", "[1]", '"' + "x" * 9000 + '"'])
+@pytest.mark.parametrize(
+    "version", ["0", "2", "1.0", "1e0", "true", '"1"', "null", "[1]", '"' + "x" * 9000 + '"']
+)
 def test_another_version_is_refused_as_such_and_told_briefly(version: str) -> None:
     with pytest.raises(WireError) as caught:
         wire.decode(f'{{"v":{version}}}'.encode())
