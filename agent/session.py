@@ -313,7 +313,7 @@ class Spared:
     def _note_children(self) -> None:
         """Name in the page what was started meanwhile: its environment may lack the mark."""
         page, session = _process.page, _process.session
-        started = sorted(_children() - self._before)
+        started = sorted(_children() - self._before - set(_process.spared))
         if page is not None and session is not None and session.leading and started:
             living = _children()
             _process.spared = [one for one in _process.spared if one in living] + started

@@ -45,6 +45,8 @@ from reaperd.times import now_utc
 
 log = logging.getLogger(__name__)
 
+_MANY = 3  # so many sessions that are due for a look at once share one pass over all processes
+
 
 class Core:
     """All sessions, and all that is done about them."""
@@ -176,7 +178,8 @@ class Core:
         descriptor = self._pages.get(session_id)
         if descriptor is not None:
             with contextlib.suppress(wire.WireError, OSError):
-                return page.read_page(descriptor)
+                dead = pidfd.has_exited(self._leaders[session_id]) if session_id in self._leaders else True
+                return page.read_page(descriptor, writer_is_dead=dead)
         return None
 
     # -- looking -----------------------------------------------------------------------------
@@ -251,8 +254,16 @@ class Core:
             for session_id, entry in self.entries.items()
             if (actions := decide.decide(entry, self.policy, now_s))
         }
+        looks = {
+            session_id: action for session_id, (action, *_) in due.items() if isinstance(action, decide.Look)
+        }
+        if len(looks) > _MANY:
+            self._look(list(looks), quick=False)
         for session_id, actions in due.items():
-            self._do(session_id, actions)
+            if session_id not in looks:
+                self._do(session_id, actions)
+            elif len(looks) <= _MANY:
+                self._look([session_id], quick=looks[session_id].quick)
         return bool(due)
 
     def next_deadline(self) -> float | None:
@@ -267,8 +278,6 @@ class Core:
             self._send(session_id, sends)
         for action in actions:
             match action:
-                case decide.Look():
-                    self._look(session_id, quick=action.quick)
                 case decide.Reclaim():
                     self._ask_reclaim(session_id)
                 case decide.Conclude():
@@ -276,26 +285,39 @@ class Core:
                 case decide.Forget():
                     self._forget(session_id)
 
-    def _look(self, session_id: str, *, quick: bool) -> None:
-        entry, started_s = self.entries[session_id], time.monotonic()
-        session = entry.session
+    def _look(self, session_ids: list[str], *, quick: bool) -> None:
+        """Look who belongs to dead leaders' sessions, all in one pass, and send at once what is due on that evidence."""
+        sessions, started_s = (
+            [self.entries[session_id].session for session_id in session_ids],
+            time.monotonic(),
+        )
         try:
-            snapshot = self.observer.look_quick(session) if quick else self.observer.look(session)
-            family = self.judge(session, snapshot)
-            held = self._hold_new(entry, family)
+            snapshot = self.observer.look_quick(sessions[0]) if quick else self.observer.look(*sessions)
+            looked_at_s = time.monotonic()
+            for session_id in session_ids:
+                self._take_in(session_id, snapshot, looked_at_s, looked_at_s - started_s)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            log.warning("cannot look for session=%s: %s, trying again", session_id, error.strerror)
-            self._apply(session_id, ledger.LookFailed(time.monotonic()))
-            return
+            log.warning("cannot look for %d sessions: %s, trying again", len(session_ids), error.strerror)
+            for session_id in session_ids:
+                self._apply(session_id, ledger.LookFailed(time.monotonic()))
         finally:
             self.observer.release()
+
+    def _take_in(self, session_id: str, snapshot: Snapshot, looked_at_s: float, took_s: float) -> None:
+        entry = self.entries[session_id]
+        family = self.judge(entry.session, snapshot)
+        held = self._hold_new(entry, family)
+        complete = len(held.members) == len(family.members)
+        self._apply(session_id, ledger.Looked(held, looked_at_s, took_s, complete=complete))
         new = [id_ for id_ in held.members if id_ not in entry.targets]
-        now_s, complete = time.monotonic(), len(held.members) == len(family.members)
-        self._apply(session_id, ledger.Looked(held, now_s, now_s - started_s, complete=complete))
-        if new and not self.policy.dry_run and self.observer.shares_our_namespaces(session):
-            self._apply(session_id, ledger.ShmMeasured(self._reclaimer.measure(session, new)))
+        if new and not self.policy.dry_run and self.observer.shares_our_namespaces(entry.session):
+            self._apply(session_id, ledger.ShmMeasured(self._reclaimer.measure(entry.session, new)))
+        due = decide.decide(self.entries[session_id], self.policy, time.monotonic())
+        sends = [action for action in due if isinstance(action, decide.Send)]
+        if sends:
+            self._send(session_id, sends)
 
     def _hold_new(self, entry: Entry, family: Family) -> Family:
         """Hold a pidfd of each new member; return the family without those for whom none is left."""

@@ -12,7 +12,7 @@ from reaperd.policy import Policy
 
 FREEZE_S = 0.005  # from SIGSTOP to SIGKILL: all of a growing session must hold still first
 LATE_GRACE_S = 0.2  # the least that a worker found late gets between SIGTERM and SIGKILL
-FRESH_S = 0.05  # nobody is signalled on evidence that is older
+FRESH_S = 0.2  # nobody is signalled on evidence that is older
 KILL_WAIT_S = 1.0  # how long SIGKILL may take to show before a process counts as stuck
 MAX_RETRY_S = 32.0
 
@@ -64,15 +64,16 @@ def decide(entry: Entry, policy: Policy, now_s: float) -> list[Action]:
         return _while_the_leader_lives(entry, policy, now_s)
     if now_s < entry.blind_until_s:
         return []
-    if entry.look_due_s is not None and entry.look_due_s <= now_s:
+    sends = [] if policy.dry_run else _signals(entry, policy, now_s)
+    # Signals first, while the evidence is fresh: where many sessions end at once, a look is due again before long.
+    if sends and now_s - entry.looked_at_s <= FRESH_S:
+        return list(sends)
+    if sends or (entry.look_due_s is not None and entry.look_due_s <= now_s):
         return [Look(quick=entry.looks == 0)]
     if policy.dry_run:
         return _tell(entry, now_s)
-    sends = _signals(entry, policy, now_s)
-    if sends and now_s - entry.looked_at_s > FRESH_S:
-        return [Look(quick=False)]
-    actions: list[Action] = list(sends)
-    if not actions and entry.phase is Phase.RECLAIMING and not entry.reclaim_asked:
+    actions: list[Action] = []
+    if entry.phase is Phase.RECLAIMING and not entry.reclaim_asked:
         actions.append(Reclaim())
     if entry.phase is Phase.FINISHED:
         if not entry.concluded:

@@ -16,7 +16,7 @@ from reaperd.linux import helper
 from reaperd.linux.procfs import ProcessGone, ProcFS, Stat, environment_value, parse_memfd_link
 from reaperd.model import Process, Session
 
-_MOST_DESCRIPTORS = 4096  # of one process; what is mapped tells as well
+MOST_DESCRIPTORS = 4096  # of one process; what is mapped tells as well
 _BLOCKED_READ_S = 0.05
 
 # Names of session pages, by the descriptor number at which their leaders have them.
@@ -88,7 +88,7 @@ class MarkReader:
             # A spared process has no page of the session that spares it; a page handed over by another user is no mark.
             if name in names and self._proc.descriptor_owner(pid, task, number) == uid:
                 return {name}
-        links = self._proc.descriptors(pid, task, most=_MOST_DESCRIPTORS)
+        links = self._proc.descriptors(pid, task, most=MOST_DESCRIPTORS)
         marks = {
             name
             for number, name in ((number, parse_memfd_link(link)) for number, link in links.items())

@@ -10,7 +10,7 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from agent import wire
@@ -71,14 +71,9 @@ class Observer:
                 pending += self._children(pid)
         return self._whole(processes, pages_at_of([session]), living)
 
-    def look(self, session: Session) -> Snapshot:
-        """Return every process that can belong to ``session``."""
-        processes: dict[int, Process] = {}
-        for pid, _ in reversed(self.proc.listing()):  # the newest first: some do not live long
-            process = self._read(pid, session, hold=True)
-            if process is not None:
-                processes[pid] = process
-        return self._whole(processes, pages_at_of([session]), self._living(session.adopters))
+    def look(self, *sessions: Session) -> Snapshot:
+        """Return every process that can belong to one of ``sessions``, each held by a pidfd."""
+        return self._look_at(sessions, hold=True)
 
     def _living(self, adopters: frozenset[ProcessId]) -> frozenset[ProcessId]:
         """Return those of ``adopters`` that are still who they were."""
@@ -91,14 +86,19 @@ class Observer:
 
     def look_at_all(self, sessions: list[Session]) -> Snapshot:
         """Return every process that can belong to one of ``sessions``, whose leaders live."""
+        return self._look_at(sessions, hold=False)
+
+    def _look_at(self, sessions: Sequence[Session], *, hold: bool) -> Snapshot:
         oldest: dict[int, int] = {}
         for session in sessions:
             ticks = session.leader.start_ticks
             oldest[session.uid] = min(ticks, oldest.get(session.uid, ticks))
         pages_at = pages_at_of(sessions)
         processes: dict[int, Process] = {}
-        for pid, _ in self.proc.listing() if oldest else ():
-            process = self._read_candidate(pid, oldest, pages_at, hold=False)
+        for pid, _ in (
+            reversed(self.proc.listing()) if oldest else ()
+        ):  # the newest first: some do not live long
+            process = self._read_candidate(pid, oldest, pages_at, hold=hold)
             if process is not None:
                 processes[pid] = process
         adopters = frozenset(id_ for session in sessions for id_ in session.adopters)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from agent import wire
 from reaperd.linux import page
 from reaperd.linux.procfs import ProcessGone, Stat, environment_value, parse_gid, parse_memfd_link, parse_uid
+from reaperd.marks import MOST_DESCRIPTORS
 from reaperd.observer import Observer
 
 # Processes that are no longer new are looked at in one of so many sweeps: nearly every session registers by message.
@@ -69,7 +70,7 @@ class Sweep:
             for session_id in wire.parse_lineage(environment_value(environ, wire.LINEAGE_VARIABLE)):
                 if session_id not in spared:
                     yield StampedProcess(session_id, stat, uid, gid, self._observer.cgroup_path(pid))
-            for number, link in self._proc.descriptors(pid, task).items():
+            for number, link in self._proc.descriptors(pid, task, most=MOST_DESCRIPTORS).items():
                 if parse_memfd_link(link).startswith(wire.PAGE_PREFIX):
                     found = self._open_page(stat, number, uid, gid)
                     if found is not None:

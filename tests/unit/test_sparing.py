@@ -210,7 +210,6 @@ def test_what_either_of_two_overlapping_threads_started_is_named() -> None:
     assert as_leader(work) == [True, True, True]
 
 
-@pytest.mark.xfail(strict=True, reason="every block that ends names it anew, and the page has 64 places only")
 def test_what_was_started_in_two_blocks_at_once_is_named_once() -> None:
     def work() -> bool:
         with children() as start:

@@ -42,8 +42,11 @@ def open_page(path: str, *, uid: int) -> int:
     return descriptor
 
 
-def read_page(descriptor: int) -> wire.Page:
-    """Return what the page says; TornPage when it never holds still, WireError when it is broken."""
+def read_page(descriptor: int, *, writer_is_dead: bool = False) -> wire.Page:
+    """Return what the page says; TornPage when it never holds still, WireError when it is broken.
+
+    A dead writer can have been killed in the middle of a write: its page is taken as it is.
+    """
     data = b""
     for _ in range(_ATTEMPTS):
         data = os.pread(descriptor, wire.PAGE_BYTES, 0)
@@ -51,6 +54,6 @@ def read_page(descriptor: int) -> wire.Page:
         if wire.page_sequence(os.pread(descriptor, wire.HEADER_BYTES, 0)) == wire.page_sequence(data):
             with contextlib.suppress(wire.TornPage):
                 return wire.parse_page(data)
-    if os.pread(descriptor, wire.PAGE_BYTES, 0) == data and wire.page_sequence(data) % 2:
+    if writer_is_dead:
         return wire.parse_page(data, torn=True)
     raise wire.TornPage
