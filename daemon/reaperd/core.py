@@ -287,10 +287,8 @@ class Core:
 
     def _look(self, session_ids: list[str], *, quick: bool) -> None:
         """Look who belongs to dead leaders' sessions, all in one pass, and send at once what is due on that evidence."""
-        sessions, started_s = (
-            [self.entries[session_id].session for session_id in session_ids],
-            time.monotonic(),
-        )
+        sessions = [self.entries[session_id].session for session_id in session_ids]
+        started_s = time.monotonic()
         try:
             snapshot = self.observer.look_quick(sessions[0]) if quick else self.observer.look(*sessions)
             looked_at_s = time.monotonic()

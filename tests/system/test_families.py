@@ -182,27 +182,27 @@ def test_the_sigkill_of_an_outer_leader_ends_the_inner_leader_and_its_workers(
     daemon.wait_end(inner["lineage"].rpartition(":")[2])
 
 
-def test_a_leader_whose_main_thread_has_ended_lives_as_long_as_another_thread_does(
-    daemon: Daemon, start_leader: Callable[..., Leader]
-) -> None:
-    leader = start_leader("kin.py", "subprocess", "--headless", socket=daemon.socket)
+def assert_watched_until_it_is_killed(daemon: Daemon, leader: Leader) -> None:
+    """Assert that the leader counts as alive, for a daemon that comes later too, and that its end is noticed."""
     daemon.wait_listed(leader.pid, leader.family.workers)
     daemon.restart()
     daemon.wait_listed(leader.pid, leader.family.workers)
     assert leader.still_alive([leader.pid, *leader.family.workers]) == [leader.pid, *leader.family.workers]
     leader.kill9()
     assert_reaped(daemon, leader)
+
+
+def test_a_leader_whose_main_thread_has_ended_lives_as_long_as_another_thread_does(
+    daemon: Daemon, start_leader: Callable[..., Leader]
+) -> None:
+    leader = start_leader("kin.py", "subprocess", "--headless", socket=daemon.socket)
+    assert_watched_until_it_is_killed(daemon, leader)
 
 
 def test_a_stopped_leader_is_alive(daemon: Daemon, start_leader: Callable[..., Leader]) -> None:
     leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
     leader.signal(signal.SIGSTOP)
-    daemon.wait_listed(leader.pid, leader.family.workers)
-    daemon.restart()
-    daemon.wait_listed(leader.pid, leader.family.workers)
-    assert leader.still_alive([leader.pid, *leader.family.workers]) == [leader.pid, *leader.family.workers]
-    leader.kill9()
-    assert_reaped(daemon, leader)
+    assert_watched_until_it_is_killed(daemon, leader)
 
 
 def test_a_leader_that_execs_itself_and_registers_again_leaves_nothing_of_either_life(

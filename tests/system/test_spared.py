@@ -115,15 +115,21 @@ def test_another_session_lives_on(daemon: Daemon, start_leader: StartLeader) -> 
     reap(daemon, other)
 
 
+def queued_job(leader: Leader, start_process: StartProcess) -> tuple[subprocess.Popen[bytes], int]:
+    """Return a queue system's daemon, and the pid of the job that it started with the leader's stamp copied."""
+    script = f'env REAPER_LINEAGE="$STAMP" {shlex.join(JOB)} & wait'
+    queue = start_process(["sh", "-c", script], STAMP=stamp_of(leader)["REAPER_LINEAGE"])
+    assert queue.stdout is not None
+    job = int(queue.stdout.readline())
+    return queue, job
+
+
 def test_a_process_with_the_stamp_whose_parent_is_not_of_the_family_lives_on(
     daemon: Daemon, start_leader: StartLeader, start_process: StartProcess
 ) -> None:
     """A queue system's own daemon starts jobs with the environment that the submitter had."""
     leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
-    script = f'env REAPER_LINEAGE="$STAMP" {shlex.join(JOB)} & wait'
-    queue = start_process(["sh", "-c", script], STAMP=stamp_of(leader)["REAPER_LINEAGE"])
-    assert queue.stdout is not None
-    job = int(queue.stdout.readline())
+    queue, job = queued_job(leader, start_process)
     assert parent_of(job) == queue.pid
     reap_and_go_on(daemon, leader, start_leader)
     assert alive(queue.pid)
@@ -204,10 +210,7 @@ def test_what_was_left_alone_when_a_session_ended_is_not_ended_later(
 ) -> None:
     """Its parent dies after the session is over, and init adopts it."""
     leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
-    script = f'env REAPER_LINEAGE="$STAMP" {shlex.join(JOB)} & wait'
-    queue = start_process(["sh", "-c", script], STAMP=stamp_of(leader)["REAPER_LINEAGE"])
-    assert queue.stdout is not None
-    job = int(queue.stdout.readline())
+    queue, job = queued_job(leader, start_process)
     reap(daemon, leader)
     queue.kill()
     queue.wait()
