@@ -108,6 +108,17 @@ def test_whoever_the_leader_s_parent_is_its_orphans_are_found(
     assert_reaped(daemon, leader)
 
 
+def test_leaders_that_end_together_are_all_reaped_in_time(
+    daemon: Daemon, start_leader: Callable[..., Leader]
+) -> None:
+    leaders = [start_leader("kin.py", "subprocess", socket=daemon.socket) for _ in range(8)]
+    for leader in leaders:
+        leader.signal(signal.SIGKILL)
+    for leader in leaders:
+        leader.wait_dead()
+        assert_reaped(daemon, leader)
+
+
 def test_a_memory_mapped_array_is_really_in_shared_memory_and_is_freed(
     daemon: Daemon, start_leader: Callable[..., Leader]
 ) -> None:

@@ -481,6 +481,16 @@ def test_a_reap_takes_few_turns_however_long_it_lasts() -> None:
     assert reap.now_s >= 600.0
 
 
+def test_a_signal_on_fresh_evidence_goes_out_before_a_look_that_is_due_again() -> None:
+    one = worker(201)
+    entry = apply(Reap([one]).entry, Looked(Family({one.member.process.id: one.member}, {}), 10.0, 0.0))
+    late_s = 10.0 + FRESH_S / 2  # many other sessions were looked at meanwhile
+    assert entry.look_due_s is not None
+    assert entry.look_due_s < late_s
+    (send,) = decide.decide(entry, POLICY, late_s)
+    assert isinstance(send, Send)
+
+
 # -- dry run ----------------------------------------------------------------------------------------
 
 
