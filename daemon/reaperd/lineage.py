@@ -12,8 +12,7 @@ The rules, in order:
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from reaperd import signatures
 from reaperd.model import Family, Member, Process, ProcessId, Session, Snapshot
@@ -28,33 +27,24 @@ def family(session: Session, snapshot: Snapshot, protection: Callable[[Process],
 
 
 class _Search:
-    """One fixed-point search."""
+    """One fixed-point search. It visits the session's own processes, not all of the snapshot's."""
 
     def __init__(
         self, session: Session, snapshot: Snapshot, protection: Callable[[Process], str | None]
     ) -> None:
         self.session = session
-        self.protection = protection
+        self.snapshot = snapshot
         self.processes = snapshot.processes
-        self.living_adopters = {id_.pid for id_ in session.adopters & snapshot.adopters}
-        self.adopters = {1}
+        self.protection = protection
         self.members: dict[ProcessId, Member] = {}
         self.left_alone: dict[ProcessId, str] = {}
-        self.barred: dict[
-            ProcessId, str
-        ] = {}  # spared or protected, or below such; not all look like members
-        self.children: defaultdict[int, list[Process]] = defaultdict(list)
+        self.spared: dict[ProcessId, str] = {}  # spared or below such, with the reason
         self.stamped: dict[ProcessId, Process] = {}  # carry the stamp, and wait for their parent to be known
 
     def run(self) -> Family:
-        for process in self.processes.values():
-            if self._may_belong(process):
-                self.children[process.ppid].append(process)
         self._spare()
-        self.adopters |= self._subreapers()
-        for processes in list(self.children.values()):
-            for process in processes:
-                self._judge_alone(process)
+        for process in self._conspicuous():
+            self._judge_alone(process)
         self._descend(self.session.leader.pid, self.session.leader)
         for member in list(self.members.values()):
             self._descend(member.process.id.pid, member.process.id)
@@ -67,18 +57,32 @@ class _Search:
                 )
         return Family(self.members, self.left_alone)
 
-    def _subreapers(self) -> set[int]:
-        """Return the leader's ancestors that have adopted a process which was the leader's or a worker's child before.
+    def _conspicuous(self) -> Iterable[Process]:
+        """Return those that carry a mark of the session, or were found to be members before."""
+        marked = [p for p in self.snapshot.marked.get(self.session.id, ()) if self._may_belong(p)]
+        return {process.id: process for process in (*marked, *self._present(self.session.kept))}.values()
+
+    def _present(self, wanted: frozenset[ProcessId]) -> Iterator[Process]:
+        for id_ in wanted:
+            process = self.processes.get(id_.pid)
+            if process is not None and process.id == id_ and self._may_belong(process):
+                yield process
+
+    def _children(self, pid: int) -> list[Process]:
+        return [process for process in self.snapshot.children.get(pid, ()) if self._may_belong(process)]
+
+    def _adopters(self) -> set[int]:
+        """Return init, and the leader's ancestors that have adopted a process which was a member before.
 
         /proc does not tell who is a subreaper, and an ancestor may have started a job of its own with a copied stamp.
         """
         session = self.session
-        return {
-            process.ppid
-            for pid in self.living_adopters
-            for process in self.children.get(pid, ())
-            if session.id in process.pages or process.id in session.kept or process.id in session.seen
-        }
+        living = {id_.pid for id_ in session.adopters & self.snapshot.adopters}
+        if not living:
+            return {1}
+        forked = [p for p in self.snapshot.marked.get(session.id, ()) if session.id in p.pages]
+        known = (*filter(self._may_belong, forked), *self._present(session.kept | session.seen))
+        return {1} | {process.ppid for process in known if process.ppid in living}
 
     def _may_belong(self, process: Process) -> bool:
         session = self.session
@@ -90,32 +94,41 @@ class _Search:
         )
 
     def _spare(self) -> None:
-        """Leave alone what must be, and all that stands below it: its environment may be one that says nothing."""
-        everyone = [process for processes in self.children.values() for process in processes]
-        for process in everyone:
-            if self.session.id in process.spared or process.id in self.session.spared:
-                self._bar(process, "was started under spared()")
-        self.left_alone.update(self.barred)
-        for process in everyone:
-            protection = self.protection(process)
-            if protection is not None:
-                self._bar(process, protection)
-
-    def _bar(self, process: Process, reason: str) -> None:
-        pending = [(process, reason)]
+        """Leave alone what was spared, and all that stands below it: its environment may be one that says nothing."""
+        named = [p for p in self.snapshot.spared.get(self.session.id, ()) if self._may_belong(p)]
+        pending = [
+            (process, "was started under spared()")
+            for process in (*named, *self._present(self.session.spared))
+        ]
         while pending:
             process, reason = pending.pop()
-            if process.id not in self.barred:
-                self.barred[process.id] = reason
+            if process.id not in self.spared:
+                self.spared[process.id] = reason
                 below = f"is below pid {process.id.pid}, which {reason}"
-                pending += [(child, below) for child in self.children.get(process.id.pid, ())]
+                pending += [(child, below) for child in self._children(process.id.pid)]
+        self.left_alone.update(self.spared)
+
+    def _bar(self, process: Process) -> str | None:
+        """Return why ``process`` must not be touched: it is spared or protected, or below such; None where it may be."""
+        reason = self.spared.get(process.id)
+        below, seen = "", set()
+        while reason is None:
+            seen.add(process.id.pid)
+            reason = self.protection(process)
+            parent = self.processes.get(process.ppid)
+            if reason is None:
+                if parent is None or parent.id.pid in seen or not self._may_belong(parent):
+                    return None
+                below += f"is below pid {parent.id.pid}, which "
+                process = parent
+        return below + reason
 
     def _judge_alone(self, process: Process) -> None:
         """Judge what a process's own marks tell."""
         session_id = self.session.id
-        if process.id in self.barred:
-            if session_id in (*process.pages, *process.lineage) or process.id in self.session.kept:
-                self.left_alone[process.id] = self.barred[process.id]
+        barred = self._bar(process)
+        if barred is not None:
+            self.left_alone[process.id] = barred
         elif session_id in process.pages:
             self._accept(
                 process, "holds the session page: it was forked by the leader or by a worker", marked=True
@@ -126,20 +139,20 @@ class _Search:
             )
         elif process.id in self.session.kept:
             self._accept(process, "was found below the leader while the leader lived", marked=False)
-        elif session_id in process.lineage:
-            if not self._in_cgroup(process):
-                self.left_alone[process.id] = (
-                    f"carries the session's stamp, but runs in cgroup {process.cgroup!r}"
-                )
-            elif self.session.cgroup == "/":
-                self.stamped[process.id] = process
-            else:
-                self._accept(process, "carries REAPER_LINEAGE of the session in its environment", marked=True)
+        elif not self._in_cgroup(process):
+            self.left_alone[process.id] = (
+                f"carries the session's stamp, but runs in cgroup {process.cgroup!r}"
+            )
+        elif self.session.cgroup == "/":
+            self.stamped[process.id] = process
+        else:
+            self._accept(process, "carries REAPER_LINEAGE of the session in its environment", marked=True)
 
     def _accept_stamped(self) -> None:
         """Accept stamped processes whose parent is one that adopts; their descendants follow."""
+        adopters = self._adopters() if self.stamped else {1}
         for process in self.stamped.values():
-            if process.ppid in self.adopters and process.id not in self.members:
+            if process.ppid in adopters and process.id not in self.members:
                 self._accept(
                     process,
                     f"carries REAPER_LINEAGE of the session in its environment and was adopted by pid {process.ppid}",
@@ -154,13 +167,14 @@ class _Search:
             holder = self.processes.get(pid)
             if holder is None or holder.id != parent:  # gone, and the pid may be somebody else's by now
                 continue
-            for child in self.children.get(pid, ()):
+            for child in self._children(pid):
                 if child.id in self.members or child.id in self.left_alone:
                     continue
                 if child.id.start_ticks < parent.start_ticks:
                     continue
-                if child.id in self.barred:
-                    self.left_alone[child.id] = self.barred[child.id]
+                barred = self._bar(child)
+                if barred is not None:
+                    self.left_alone[child.id] = barred
                     continue
                 if not self._in_cgroup(child):
                     self.left_alone[child.id] = (
@@ -185,7 +199,7 @@ class _Search:
         cgroup = self.session.cgroup
         if cgroup is None or process.cgroup == cgroup:
             return cgroup is not None
-        return cgroup != "/" and process.cgroup.startswith(cgroup + "/")
+        return cgroup != "/" and process.cgroup is not None and process.cgroup.startswith(cgroup + "/")
 
     def _accept(self, process: Process, reason: str, *, marked: bool) -> None:
         framework, role = signatures.recognise(process)

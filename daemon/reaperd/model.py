@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+_Key = TypeVar("_Key", int, str)
 
 # signal(7), the same numbers on x86, ARM, RISC-V and POWER.
 SIGKILL, SIGTERM, SIGSTOP = 9, 15, 19
@@ -40,17 +43,43 @@ class Process:
     lineage: tuple[str, ...] = ()  # the session ids in REAPER_LINEAGE
     pages: frozenset[str] = frozenset()  # the sessions whose page it holds
     spared: frozenset[str] = frozenset()  # the sessions that it is meant to outlive
-    cgroup: str = "/"
+    cgroup: str | None = "/"  # None: not read, for a session page tells enough
     rss_bytes: int = 0
     cpu_ticks: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Snapshot:
-    """The processes that mattered at one instant, by pid."""
+    """The processes that mattered at one instant, by pid; the indices make judging a session cost what the session has."""
 
     processes: Mapping[int, Process] = field(default_factory=dict)
     adopters: frozenset[ProcessId] = frozenset()  # those of the sessions' adopters that still live
+
+    @functools.cached_property
+    def children(self) -> Mapping[int, Sequence[Process]]:
+        """The processes by their parent's pid."""
+        return _index((process.ppid, process) for process in self.processes.values())
+
+    @functools.cached_property
+    def marked(self) -> Mapping[str, Sequence[Process]]:
+        """The processes by the ids of the sessions whose page or stamp they carry."""
+        return _index(
+            (mark, process)
+            for process in self.processes.values()
+            for mark in {*process.pages, *process.lineage}
+        )
+
+    @functools.cached_property
+    def spared(self) -> Mapping[str, Sequence[Process]]:
+        """The processes by the ids of the sessions that they are meant to outlive."""
+        return _index((mark, process) for process in self.processes.values() for mark in process.spared)
+
+
+def _index(pairs: Iterable[tuple[_Key, Process]]) -> Mapping[_Key, Sequence[Process]]:
+    found: dict[_Key, list[Process]] = {}
+    for key, process in pairs:
+        found.setdefault(key, []).append(process)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

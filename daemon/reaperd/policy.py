@@ -31,6 +31,6 @@ class Policy:
         for name in (process.comm, process.argv[0].rpartition("/")[2] if process.argv else ""):
             if name and name in self.protected_names:
                 return f"is called {name!r}, which [protect] names has"
-        for unit in self.protected_units.intersection(process.cgroup.split("/")):
+        for unit in self.protected_units.intersection((process.cgroup or "").split("/")):
             return f"runs in {unit}, which [protect] units names"
         return None

@@ -18,8 +18,18 @@ PURE = [
 PURE_MODULES = ["agent.wire", *(f"reaperd.{name}" for name in PURE)]
 # A list of what is allowed: nobody can name everything that touches the world.
 ALLOWED_IN_PURE = {
-    *("__future__", "binascii", "collections", "dataclasses", "difflib", "enum", "ipaddress", "json", "math"),
-    *("re", "struct", "sys", "tomli", "tomllib", "types", "typing", "unicodedata"),
+    *(
+        "__future__",
+        "binascii",
+        "collections",
+        "dataclasses",
+        "difflib",
+        "enum",
+        "functools",
+        "ipaddress",
+        "json",
+    ),
+    *("math", "re", "struct", "sys", "tomli", "tomllib", "types", "typing", "unicodedata"),
 }
 TOUCHES_THE_WORLD = {"open", "print", "input", "exec", "eval", "compile", "__import__", "breakpoint"}
 
