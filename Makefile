@@ -57,6 +57,25 @@ test: lint check ## lint, then every test: unit, system, and as root those that 
 check: $(STAMP) ## every test, without lint; PYTEST_ARGS="-k name" chooses
 	$(BIN)/python -m pytest $(SUITE) $(PYTEST_ARGS)
 
+# An environment of its own: what Reaper is measured against is none of its dependencies.
+BENCH := build/bench
+BENCH_STAMP := $(BENCH)/.installed
+BENCH_ARGS ?=
+
+$(BENCH_STAMP): tests/bench/requirements.txt pyproject.toml | $(STAMP)
+	@echo 'preparing $(BENCH) (once, and after a change of its requirements)'
+	@$(BIN)/python -m venv --clear $(BENCH)
+	@# Reaper for its dependencies alone: what is measured is the tree.
+	@$(BENCH)/bin/python -m pip install -qq --disable-pip-version-check '.[train]' -r $<
+	@$(BENCH)/bin/python -m pip uninstall -qq --yes reaperd
+	@touch $@
+
+.PHONY: bench
+bench: $(STAMP) $(BENCH_STAMP) ## measure every promised figure beside others'; BENCH_ARGS="--quick" for two minutes
+	@printf '%s\n' '$(CURDIR)' '$(CURDIR)/daemon' \
+	    >"$$($(BENCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tree.pth"
+	@$(BENCH)/bin/python tests/bench/run.py $(BENCH_ARGS)
+
 .PHONY: lint
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check $(CODE)

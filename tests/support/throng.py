@@ -29,17 +29,33 @@ class Kin:
 
 
 class Throng:
-    """``leaders`` sessions of ``workers`` each; they all end with ``close()``, or with this process."""
+    """``leaders`` sessions of ``workers`` each; they all end with ``close()``, or with this process.
 
-    def __init__(self, daemon: Daemon, leaders: int, workers: int, kind: str = "forked") -> None:
+    They register at ``socket``, the daemon's own by default. With ``adopt`` the process that starts the leaders adopts
+    their workers and waits for them, else init does.
+    """
+
+    def __init__(
+        self,
+        daemon: Daemon,
+        leaders: int,
+        workers: int,
+        kind: str = "forked",
+        *,
+        socket: str | None = None,
+        adopt: bool = False,
+    ) -> None:
         self.daemon = daemon
         began_s = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, os.path.join(ZOO, "throng.py"), str(leaders), str(workers), kind],
+            [
+                *(sys.executable, os.path.join(ZOO, "throng.py"), str(leaders), str(workers), kind),
+                *(["adopt"] if adopt else []),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=test_environment(
-                daemon.run, REAPER_SOCKET=daemon.socket, **{FAMILY_MARK: f"{daemon.run}.throng"}
+                daemon.run, REAPER_SOCKET=socket or daemon.socket, **{FAMILY_MARK: f"{daemon.run}.throng"}
             ),
             start_new_session=True,
         )

@@ -1,12 +1,14 @@
-"""Many small leaders: ``throng.py LEADERS WORKERS {forked,execed}`` forks them from one process that never registers.
+"""Many small leaders: ``throng.py LEADERS WORKERS {forked,execed} [adopt]`` forks them from one process that never registers.
 
 Each registers itself, starts its workers, and says ``leader register_us session worker...`` on stdout, one line each.
-All of them end when stdin does, so nothing outlives whoever started this.
+All of them end when stdin does, so nothing outlives whoever started this. With ``adopt`` that one process is a subreaper:
+the dead are waited for at once, however slow the host's init is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -17,6 +19,7 @@ import agent
 
 LIFETIME_S = 300  # should stdin never end
 ABREAST = 8  # so many leaders register at the same time
+SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
 
 
 def wait_for_the_end() -> None:
@@ -61,6 +64,8 @@ def lead(workers: int, kind: str, outlet: int) -> None:
 def main() -> None:
     leaders, workers, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # dead leaders are waited for at once, as a shell would
+    if "adopt" in sys.argv[4:]:
+        ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1)
     reader, writer = os.pipe()
     registering = 0
     for _ in range(leaders):

@@ -1,0 +1,78 @@
+"""Rows: what a daemon that watches a hundred sessions takes while nothing happens, beside circusd and supervisord.
+
+All three run at once on the same host, with as many processes to watch: what they have mapped in common is shared
+among the same number, and whatever disturbs the host disturbs all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from figures import Row
+from processes import memory, spent, with_children
+from scene import Bench, circusd, supervisord
+from throng import Throng
+
+SESSIONS = 100
+SCAN_S = 30.0  # the built-in interval
+MIB = 2**20
+
+
+def measure(bench: Bench) -> Iterator[Row]:
+    with (
+        circusd(bench, SESSIONS) as circus,
+        supervisord(bench, SESSIONS) as supervisor,
+        bench.daemon() as daemon,
+    ):
+        ready_s = time.monotonic()
+        with Throng(daemon, SESSIONS, 1):
+            pids = {
+                "ours": with_children(daemon.pid),
+                "circusd": [circus],
+                "supervisord": [supervisor],
+            }
+            # From the middle between two scans on: so many intervals then hold as many scans.
+            _sleep_until(ready_s + SCAN_S / 2)
+            before = {name: spent(found) for name, found in pids.items()}
+            scans = bench.times(3, 1)
+            _sleep_until(ready_s + SCAN_S / 2 + scans * SCAN_S)
+            taken = {name: spent(found).since(before[name]) for name, found in pids.items()}
+            held = {name: memory(found) for name, found in pids.items()}
+    ours, what = held["ours"], f"{SESSIONS} sessions of one worker, {SESSIONS} children"
+    for name, aim in (("circusd", False), ("supervisord", True)):
+        yield Row(
+            f"memory (PSS), {SESSIONS} sessions, beside {name}",
+            ours.pss_bytes / MIB,
+            "MiB",
+            held[name].pss_bytes / MIB,
+            name,
+            1.0,
+            aim,
+            f"{what}; RSS {ours.rss_bytes / MIB:.1f} and {held[name].rss_bytes / MIB:.1f} MiB,"
+            f" private {ours.private_bytes / MIB:.1f} and {held[name].private_bytes / MIB:.1f} MiB",
+        )
+    ours_percent = 100 * taken["ours"].cpu_s / taken["ours"].at_s
+    for name in ("circusd", "supervisord"):
+        yield Row(
+            f"CPU, {SESSIONS} sessions and nothing happening, beside {name}",
+            ours_percent,
+            "%",
+            100 * taken[name].cpu_s / taken[name].at_s,
+            name,
+            1.0,
+            note=f"of one core, over {taken['ours'].at_s:.0f} s with {scans} scans; {what}",
+        )
+    for name in ("circusd", "supervisord"):
+        yield Row(
+            f"idle wake-ups a second, beside {name}",
+            taken["ours"].wake_ups / taken["ours"].at_s,
+            "/s",
+            taken[name].wake_ups / taken[name].at_s,
+            name,
+            note="all threads of core and gate",
+        )
+
+
+def _sleep_until(at_s: float) -> None:
+    time.sleep(max(0.0, at_s - time.monotonic()))

@@ -1,0 +1,122 @@
+"""Print every promised figure beside what it is compared with: ``run.py [--quick] [--only ROW,...] [--json] [--record]``.
+
+Ours and theirs are measured in the same run, in turn, and the medians compared: on a busy host only ratios mean something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+sys.path.insert(1, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "support"))
+
+import row_agent
+import row_idle
+import row_reap
+import row_scan
+from figures import Row, shown
+from harness import Scratch
+from processes import count_processes
+from scene import Bench, Unmeasured
+
+Measure = Callable[[Bench], Iterator[Row]]
+
+ROWS: dict[str, Measure] = {
+    "reap": row_reap.measure,
+    "scan": row_scan.measure,
+    "idle": row_idle.measure,
+    "import": row_agent.measure_import,
+    "register": row_agent.measure_register,
+    "progress": row_agent.measure_progress,
+}
+
+
+def main() -> None:
+    options = parse_arguments()
+    signal.signal(signal.SIGTERM, _leave)
+    # Users run from compiled files: without them a start of Python measures its compiler.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    out = sys.stderr if options.json else sys.stdout
+    host = describe_host()
+    print(host, file=out)
+    scratch = Scratch()
+    rows: list[Row] = []
+    skipped: dict[str, str] = {}
+    began_s = time.monotonic()
+    try:
+        bench = Bench.begin(scratch, quick=options.quick)
+        for name in options.only:
+            print(f"\n-- {name}", file=out, flush=True)
+            with contextlib.closing(ROWS[name](bench)) as measuring:
+                try:
+                    for row in measuring:
+                        rows.append(row)
+                        print(as_text(row), file=out, flush=True)
+                except Unmeasured as reason:
+                    skipped[name] = str(reason)
+                    print(f"not measured: {reason}", file=out, flush=True)
+    finally:
+        scratch.remove()
+    unreached = [row.name for row in rows if row.reached is False and not row.aim]
+    print(f"\n{time.monotonic() - began_s:.0f} s; not reached: {'; '.join(unreached) or 'nothing'}", file=out)
+    if options.json:
+        print(
+            json.dumps({"host": host, "rows": [row.as_json() for row in rows], "skipped": skipped}, indent=1)
+        )
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions: two minutes, and more noise")
+    parser.add_argument(
+        "--only",
+        type=_names,
+        default=list(ROWS),
+        metavar="ROW[,ROW]",
+        help=f"of {', '.join(ROWS)}",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one document on stdout; the table goes to stderr"
+    )
+    return parser.parse_args()
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in ROWS:
+            raise argparse.ArgumentTypeError(f"there is no {name!r}, there are {', '.join(ROWS)}")
+    return names
+
+
+def describe_host() -> str:
+    return (
+        f"Linux {platform.release()}, Python {platform.python_version()}, {os.cpu_count()} cores,"
+        f" {count_processes()} processes, load {os.getloadavg()[0]:.2f}"
+    )
+
+
+def as_text(row: Row) -> str:
+    compared = f"{shown(row.theirs, row.unit)} ({row.peer})" if row.theirs is not None else ""
+    ratio = "" if row.ratio is None else f"{row.ratio:.3g} x"
+    line = f"{row.name:58} {shown(row.ours, row.unit):>12}  {compared:45} {ratio:>8}  {row.bound:14} {row.verdict}"
+    return f"{line.rstrip()}\n    {row.note}" if row.note else line.rstrip()
+
+
+if __name__ == "__main__":
+    main()
