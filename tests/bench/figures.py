@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +73,9 @@ def shown(value: float | None, unit: str) -> str:
     return f"{value:.{digits}f} {unit}".rstrip()
 
 
-def alternate(pairs: int, *takes: Callable[[], float]) -> list[list[float]]:
+def alternate(pairs: int, *takes: Callable[[], T]) -> list[list[T]]:
     """Call ``takes`` in turn, A B A B ..., and return what each returned; whatever drifts meanwhile meets all alike."""
-    values: list[list[float]] = [[] for _ in takes]
+    values: list[list[T]] = [[] for _ in takes]
     for _ in range(pairs):
         for found, take in zip(values, takes, strict=True):
             found.append(take())

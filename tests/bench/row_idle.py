@@ -7,7 +7,7 @@ among the same number, and whatever disturbs the host disturbs all of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from figures import Row
 from processes import memory, spent, with_children
@@ -19,7 +19,7 @@ SCAN_S = 30.0  # the built-in interval
 MIB = 2**20
 
 
-def measure(bench: Bench) -> Iterator[Row]:
+def measure(bench: Bench) -> Generator[Row]:
     with (
         circusd(bench, SESSIONS) as circus,
         supervisord(bench, SESSIONS) as supervisor,

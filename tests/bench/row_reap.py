@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from functools import partial
 
 from figures import Row, alternate, spread
 from scene import Bench, crowd, reap_with_bare_loop, reap_with_daemon
@@ -14,7 +15,7 @@ FACTOR = 1.5
 FEW = 100
 
 
-def measure(bench: Bench) -> Iterator[Row]:
+def measure(bench: Bench) -> Generator[Row]:
     with bench.daemon() as daemon:
         for total in (FEW, 3000):
             with crowd(bench, total) as processes:
@@ -25,8 +26,8 @@ def measure(bench: Bench) -> Iterator[Row]:
                 ):
                     ours, bare, listing = alternate(
                         pairs,
-                        lambda workers=workers: reap_with_daemon(daemon, workers),
-                        lambda workers=workers: reap_with_bare_loop(bench, daemon, workers),
+                        partial(reap_with_daemon, daemon, workers),
+                        partial(reap_with_bare_loop, bench, daemon, workers),
                         listing_s,
                     )
                     floor_s = statistics.median(bare)

@@ -6,13 +6,13 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from figures import Row
 from harness import Daemon
-from processes import cpu_clock_s, spent, with_children
-from scene import Bench, answers, crowd
+from processes import spent, with_children
+from scene import Bench, answers, crowd, wait_scanned
 from throng import Throng
 
 TOTAL = 3000
@@ -28,7 +28,7 @@ class Pass:
     cpu_s: float
 
 
-def measure(bench: Bench) -> Iterator[Row]:
+def measure(bench: Bench) -> Generator[Row]:
     scans, passes = bench.times(30, 12), bench.times(9, 3)
     with bench.daemon(f"[scan]\ninterval = '{INTERVAL_S:g}s'\n") as daemon:
         # The crowd is younger than the sessions and of their uid: what costs the most to tell apart from workers.
@@ -44,7 +44,7 @@ def measure(bench: Bench) -> Iterator[Row]:
             )
 
 
-def _rows(bench: Bench, daemon: Daemon, scans: int, passes: int, name: str, processes: int) -> Iterator[Row]:
+def _rows(bench: Bench, daemon: Daemon, scans: int, passes: int, name: str, processes: int) -> Generator[Row]:
     ours, ps, psutil = [], [], []
     for _ in range(3):
         ours.append(daemon_cpu_s(daemon, scans // 3))
@@ -68,23 +68,11 @@ def daemon_cpu_s(daemon: Daemon, scans: int) -> float:
     """Return the CPU seconds of one scan, of core and gate together, over ``scans`` of them."""
     pids = with_children(daemon.pid)
     for _ in range(2):  # the first look at a process that is new costs more
-        _wait_scanned(daemon.pid)
+        wait_scanned(daemon.pid, INTERVAL_S)
     before = spent(pids)
     for _ in range(scans):
-        _wait_scanned(daemon.pid)
+        wait_scanned(daemon.pid, INTERVAL_S)
     return spent(pids).since(before).cpu_s / scans
-
-
-def _wait_scanned(pid: int) -> None:
-    """Return in the pause after the next scan: the CPU clock of an idle daemon moves for nothing else."""
-    begun, moved_s, at_s = False, time.monotonic(), cpu_clock_s(pid)
-    while not begun or time.monotonic() < moved_s + INTERVAL_S / 5:
-        time.sleep(0.01)
-        now_s = cpu_clock_s(pid)
-        if now_s != at_s:
-            begun, moved_s, at_s = True, time.monotonic(), now_s
-        elif time.monotonic() > moved_s + 20 * INTERVAL_S:
-            raise AssertionError(f"the daemon has not scanned for {20 * INTERVAL_S:g} s")
 
 
 def run_ps() -> Pass:

@@ -14,21 +14,30 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+from collections.abc import Callable, Generator
+from typing import NoReturn, TextIO
 
 sys.path.insert(1, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "support"))
 
+import record
 import row_agent
+import row_growth
 import row_idle
 import row_reap
 import row_scan
+import row_start
+import row_syscalls
+import row_training
 from figures import Row, shown
 from harness import Scratch
 from processes import count_processes
 from scene import Bench, Unmeasured
 
-Measure = Callable[[Bench], Iterator[Row]]
+Measure = Callable[[Bench], Generator[Row]]
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+DOCS = os.path.join(ROOT, "docs")
+PAGE = os.path.join(DOCS, "performance.md")
 
 ROWS: dict[str, Measure] = {
     "reap": row_reap.measure,
@@ -37,6 +46,10 @@ ROWS: dict[str, Measure] = {
     "import": row_agent.measure_import,
     "register": row_agent.measure_register,
     "progress": row_agent.measure_progress,
+    "training": row_training.measure,
+    "syscalls": row_syscalls.measure,
+    "start": row_start.measure,
+    "growth": row_growth.measure,
 }
 
 
@@ -50,30 +63,39 @@ def main() -> None:
     out = sys.stderr if options.json else sys.stdout
     host = describe_host()
     print(host, file=out)
-    scratch = Scratch()
-    rows: list[Row] = []
-    skipped: dict[str, str] = {}
     began_s = time.monotonic()
+    scratch = Scratch()
     try:
-        bench = Bench.begin(scratch, quick=options.quick)
-        for name in options.only:
-            print(f"\n-- {name}", file=out, flush=True)
-            with contextlib.closing(ROWS[name](bench)) as measuring:
-                try:
-                    for row in measuring:
-                        rows.append(row)
-                        print(as_text(row), file=out, flush=True)
-                except Unmeasured as reason:
-                    skipped[name] = str(reason)
-                    print(f"not measured: {reason}", file=out, flush=True)
+        bench = Bench.begin(scratch, quick=options.quick, plots=DOCS if options.record else options.plots)
+        rows, skipped = measure(bench, options.only, out)
     finally:
         scratch.remove()
-    unreached = [row.name for row in rows if row.reached is False and not row.aim]
-    print(f"\n{time.monotonic() - began_s:.0f} s; not reached: {'; '.join(unreached) or 'nothing'}", file=out)
+    missed = [row.name for row in rows if row.reached is False and not row.aim]
+    print(f"\n{time.monotonic() - began_s:.0f} s; not reached: {'; '.join(missed) or 'nothing'}", file=out)
+    if options.record:
+        record.put_between_marks(PAGE, record.as_markdown(host, rows, skipped))
     if options.json:
-        print(
-            json.dumps({"host": host, "rows": [row.as_json() for row in rows], "skipped": skipped}, indent=1)
-        )
+        document = {"host": host, "rows": [row.as_json() for row in rows], "skipped": skipped}
+        print(json.dumps(document, indent=1))
+
+
+def measure(bench: Bench, names: list[str], out: TextIO) -> tuple[list[Row], dict[str, str]]:
+    """Print the rows of ``names`` as they come; return them, and why others could not be measured."""
+    rows: list[Row] = []
+    skipped: dict[str, str] = {}
+    for name in names:
+        began_s = time.monotonic()
+        print(f"\n-- {name}", file=out, flush=True)
+        with contextlib.closing(ROWS[name](bench)) as measuring:
+            try:
+                for row in measuring:
+                    rows.append(row)
+                    print(as_text(row), file=out, flush=True)
+            except Unmeasured as reason:
+                skipped[name] = str(reason)
+                print(f"not measured: {reason}", file=out, flush=True)
+        print(f"   ({time.monotonic() - began_s:.0f} s, load {os.getloadavg()[0]:.2f})", file=out, flush=True)
+    return rows, skipped
 
 
 def _leave(number: int, frame: object) -> NoReturn:
@@ -93,7 +115,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="one document on stdout; the table goes to stderr"
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--plots",
+        default=os.path.join(ROOT, "build"),
+        metavar="DIRECTORY",
+        help="where plots go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="put figures and plots of a whole run into docs/"
+    )
+    options = parser.parse_args()
+    if options.record and (options.quick or options.only != list(ROWS)):
+        parser.error("--record is for a whole run")
+    return options
 
 
 def _names(text: str) -> list[str]:

@@ -14,13 +14,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from harness import Daemon, Scratch, children_of, test_environment
-from processes import count_processes
+from processes import count_processes, cpu_clock_s
 from throng import Kin, Throng
 
 from agent import client
+
+T = TypeVar("T")
 
 PROGRAMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "programs")
 SETTLED_WITHIN_S = 120.0
@@ -39,12 +41,13 @@ class Bench:
     scratch: Scratch
     run: str
     quick: bool
+    plots: str  # a directory
 
     @classmethod
-    def begin(cls, scratch: Scratch, *, quick: bool) -> Bench:
-        return cls(scratch, uuid.uuid4().hex[:12], quick)
+    def begin(cls, scratch: Scratch, *, quick: bool, plots: str) -> Bench:
+        return cls(scratch, uuid.uuid4().hex[:12], quick, plots)
 
-    def times(self, full: int, quick: int) -> int:
+    def times(self, full: T, quick: T) -> T:
         return quick if self.quick else full
 
     @contextlib.contextmanager
@@ -134,6 +137,18 @@ def wait_until(there: Callable[[], bool], what: str, within_s: float = SETTLED_W
 def wait_idle(daemon: Daemon) -> None:
     """Return when the daemon has put every session on record and has nothing left to do."""
     wait_until(lambda: ask(daemon, "status")["status"]["sessions"] == 0, "a session is still listed")
+
+
+def wait_scanned(pid: int, interval_s: float) -> None:
+    """Return in the pause after the next scan: the CPU clock of an idle daemon moves for nothing else."""
+    begun, moved_s, at_s = False, time.monotonic(), cpu_clock_s(pid)
+    while not begun or time.monotonic() < moved_s + interval_s / 5:
+        time.sleep(_PAUSE_S / 2)
+        now_s = cpu_clock_s(pid)
+        if now_s != at_s:
+            begun, moved_s, at_s = True, time.monotonic(), now_s
+        elif time.monotonic() > moved_s + 20 * interval_s:
+            raise AssertionError(f"the daemon has not scanned for {20 * interval_s:g} s")
 
 
 def nobody_at(daemon: Daemon) -> str:
