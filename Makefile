@@ -76,6 +76,18 @@ bench: $(STAMP) $(BENCH_STAMP) ## measure every promised figure beside others'; 
 	    >"$$($(BENCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tree.pth"
 	@$(BENCH)/bin/python tests/bench/run.py $(BENCH_ARGS)
 
+STEPS ?= 300
+SEED ?=
+SESSIONS ?= 4000
+
+.PHONY: chaos
+chaos: $(STAMP) ## random steps against a real daemon, every promise checked; STEPS=10000 takes 20 minutes, SEED=n repeats
+	@$(BIN)/python tests/chaos/run.py --steps $(STEPS) $(if $(SEED),--seed $(SEED))
+
+.PHONY: soak
+soak: $(STAMP) ## sessions by the thousand, and what core and gate take meanwhile; SESSIONS=n
+	@$(BIN)/python tests/chaos/soak.py --sessions $(SESSIONS)
+
 .PHONY: lint
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check $(CODE)

@@ -1,0 +1,37 @@
+"""Sessions that came and went leave nothing in the daemon: no descriptor, no thread, no memory. ``make soak`` is the long run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from chaos.flat import Measured, come_and_go
+from chaos.stage import Stage
+from harness import Scratch
+
+WARM_UP, MEASURED = 200, 200
+# A session that is not forgotten takes more than 3 KiB; fresh pages of the allocator and of SQLite less than this in all.
+MOST_GROWTH_BYTES = 3 * 1024 * MEASURED
+
+
+@pytest.fixture
+def measured(scratch: Scratch, run: str) -> Iterator[list[Measured]]:
+    """What core and gate took after the warm-up, and at every batch of sessions from then on."""
+    stage = Stage(scratch, run)
+    try:
+        stage.start_daemon()
+        found = list(come_and_go(stage, WARM_UP + MEASURED))
+        yield [one for one in found if one.sessions >= WARM_UP]
+    finally:
+        stage.close()
+
+
+def test_core_and_gate_are_flat_however_many_sessions_come_and_go(measured: list[Measured]) -> None:
+    first, last = measured[0], measured[-1]
+    for who in ("core", "gate"):
+        before, after = getattr(first, who), getattr(last, who)
+        story = [getattr(one, who) for one in measured]
+        assert after.descriptors <= before.descriptors, f"descriptors of the {who}: {story}"
+        assert after.threads <= before.threads, f"threads of the {who}: {story}"
+        growth = min(after.pss_bytes - before.pss_bytes, after.rss_bytes - before.rss_bytes)
+        assert growth <= MOST_GROWTH_BYTES, f"memory of the {who}: {story}"
