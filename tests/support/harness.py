@@ -285,8 +285,8 @@ def shm_of(pids: Iterable[int]) -> set[str]:
 class Scratch:
     """A directory with a short path: a Unix socket's may have no more than 107 bytes."""
 
-    def __init__(self) -> None:
-        self.path = tempfile.mkdtemp(prefix="rp-", dir="/tmp")
+    def __init__(self, within: str = "/tmp") -> None:
+        self.path = tempfile.mkdtemp(prefix="rp-", dir=within)
         os.chmod(self.path, 0o755)
         self._count = 0
 

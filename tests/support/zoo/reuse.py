@@ -1,15 +1,15 @@
 """Pids that are given to somebody else: run as the init of a pid namespace, with a daemon of its own inside.
 
-    unshare --pid --fork --mount-proc --kill-child python reuse.py CASE
+    unshare --pid --fork --mount --mount-proc --cgroup --kill-child python reuse.py CASE DIRECTORY
 
-In there ``ns_last_pid`` decides which pid the next fork gets, and nobody else's. Each case ends with an
-exit code of 0, or with an AssertionError and the daemon's log.
+Each case ends with an exit code of 0, with 1 and the reason and the daemon's log on stderr, or with 3 where this machine
+cannot be made to show what the case is about.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,276 +17,92 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import harness
-from harness import GRACE_S, RUN_MARK, WORKERS_GONE_S, Daemon, Scratch, alive, wait_gone
+from harness import GRACE_S, RUN_MARK, WORKERS_GONE_S, Daemon, Scratch, alive, parent_of, wait_gone
+from pidspace import (
+    SLEEPER,
+    Channel,
+    Innocent,
+    ask,
+    assert_reaped,
+    end,
+    fork,
+    hold,
+    reuse,
+    session_of,
+    start_session,
+    start_ticks,
+    stubborn,
+    take_pid,
+    wait_free,
+    wait_listed,
+    wait_over,
+)
+from tracer import PIDFD_OPEN, PIDFD_SEND_SIGNAL, Call, Tracer
 
 import agent
+from agent import wire
 
-LIFETIME_S = 60
-REUSED_WITHIN_S = 10.0
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-FAR = itertools.count(1000, 100)  # pids that nobody had yet
-SLEEPER = ["sleep", str(LIFETIME_S)]
-
-
-# -- processes ------------------------------------------------------------------------------------
-
-
-def fork(body: Callable[[], None]) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        signal.alarm(LIFETIME_S)
-        body()
-    except BaseException:  # noqa: BLE001 - a fork must never return into the code of its parent
-        traceback.print_exc()
-    finally:
-        os._exit(0)
+CANNOT_BE_SHOWN = 3
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
+STILL_REAPING = "the reap must not be over, or this proves nothing"
+# Where a case waits for many sessions to be over, one after another.
+QUICK_GRACE_S = 0.3
+QUICK_GONE_S = QUICK_GRACE_S + 1.0
+QUICK = f"""\
+[daemon]
+log_level = "debug"
+[scan]
+interval = "50ms"
+[kill]
+grace = "{QUICK_GRACE_S:g}s"
+exit_grace = "{QUICK_GRACE_S:g}s"
+"""
 
 
-def hold() -> None:
-    while True:
-        signal.pause()
+class CannotBeShown(Exception):
+    """This machine is too slow, or too old, for what the case is about."""
 
 
-def start_ticks(pid: int) -> int:
-    fields = harness.read_proc(pid, "stat").rpartition(b")")[2].split()
-    return int(fields[19]) if fields else 0
-
-
-def end(pid: int, *, child: bool = True) -> None:
-    """SIGKILL ``pid`` and return when its number is free: when we, or whoever its parent is, have waited for it."""
-    os.kill(pid, signal.SIGKILL)
-    if child:
-        os.waitpid(pid, 0)
-    wait_free(pid)
-
-
-def wait_free(pid: int) -> None:
-    end_s = time.monotonic() + REUSED_WITHIN_S
-    while os.path.exists(f"/proc/{pid}"):  # nothing tells when somebody else has waited for a zombie
-        assert time.monotonic() < end_s, f"{pid} is not free: {harness.read_proc(pid, 'status')!r}"
-
-
-def set_last_pid(pid: int) -> None:
-    with open("/proc/sys/kernel/ns_last_pid", "w", encoding="ascii") as file:
-        file.write(str(pid))
-
-
-def take_pid(pid: int, body: Callable[[], None]) -> int:
-    """Run ``body`` in a child that has ``pid``, a free one."""
-    end_s = time.monotonic() + REUSED_WITHIN_S
-
-    def elsewhere_then_body() -> None:
-        if os.getpid() == pid:
-            set_last_pid(next(FAR))  # or its children would get the pids of the next to be reused
-            body()
-
-    while time.monotonic() < end_s:
-        set_last_pid(pid - 1)
-        child = fork(elsewhere_then_body)
-        if child == pid:
-            return child
-        os.waitpid(child, 0)
-    raise AssertionError(f"no child got {pid}")
-
-
-@dataclass
-class Channel:
-    """Pids that forks report."""
-
-    ends: tuple[int, int] = field(default_factory=os.pipe)
-
-    def say(self, *pids: int) -> None:
-        os.write(self.ends[1], "".join(f"{pid} " for pid in pids).encode())
-
-    def hear(self, count: int) -> list[int]:
-        data = b""
-        while data.count(b" ") < count:
-            data += os.read(self.ends[0], 4096)
-        return [int(word) for word in data.split()]
-
-
-@dataclass
-class Session:
-    """A leader that is a fork of ours, and its workers."""
-
-    leader: int
-    workers: list[int]
-
-    def kill_leader(self) -> None:
-        end(self.leader)
-
-
-def start_session(daemon: Daemon, *kinds: str) -> Session:
-    """Start a leader with one worker of each kind: ``forked``, ``stubborn``, ``execed``, ``bare``, ``parent`` of two."""
-    channel = Channel()
-
-    def lead() -> None:
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever ends is waited for, so its pid is free
-        agent.register("reuse", socket=daemon.socket, timeout=10.0, required=True)
-        workers = [WORKERS[kind]() for kind in kinds]
-        channel.say(*workers)
-        hold()
-
-    def parent() -> int:
-        return fork(lambda: (channel.say(bare()), hold())[1])
-
-    WORKERS["parent"] = parent
-    leader = fork(lead)
-    found = channel.hear(len(kinds) + kinds.count("parent"))
-    # What is known by descent alone must have been seen by a scan.
-    harness.repeat_until(
-        lambda: listed(daemon, leader, found), 10.0, f"{found} are not listed below {leader}"
-    )
-    return Session(leader, found)
-
-
-def listed(daemon: Daemon, leader: int, pids: list[int]) -> bool | None:
-    session = daemon.session_of(leader)
-    return True if session and {w["pid"] for w in session["workers"]} >= set(pids) else None
-
-
-def stubborn() -> int:
-    def ignore() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        hold()
-
-    return fork(ignore)
-
-
-def bare() -> int:
-    """A worker that no mark tells: it lost the page when it exec'ed, and was given an empty environment."""
-    mark = {RUN_MARK: os.environ[RUN_MARK]}
-    return subprocess.Popen(SLEEPER, env={"PATH": os.environ["PATH"], **mark}).pid
-
-
-WORKERS: dict[str, Callable[[], int]] = {
-    "forked": lambda: fork(hold),
-    "stubborn": stubborn,
-    "execed": lambda: subprocess.Popen(SLEEPER).pid,
-    "bare": bare,
-}
-
-
-@dataclass
-class Bystanders:
-    """An innocent process that got the pid of a dead one, and its child. They have our uid and none of the marks."""
-
-    pids: list[int]
-    folder: str
-
-    def check(self) -> None:
-        assert os.path.isdir(self.folder), f"{self.folder} was taken from its living owner"
-        dead = [pid for pid in self.pids if not alive(pid)]
-        assert not dead, f"bystanders of {self.pids} were ended: {dead}"
-
-    def end(self) -> None:
-        self.check()
-        os.rmdir(self.folder)
-        for pid in self.pids[1:]:
-            os.kill(pid, signal.SIGKILL)
-        end(self.pids[0])
-
-
-def reuse(
-    pid: int, register_with: Daemon | None = None, kinds: tuple[str, ...] = ("forked", "bare")
-) -> Bystanders:
-    """Give ``pid`` to an innocent that starts children, has a folder as joblib makes them, and maybe leads a session."""
-    channel = Channel()
-    folder = f"/dev/shm/joblib_memmapping_folder_{pid}_theirs"
-
-    def live() -> None:
-        os.mkdir(folder)
-        if register_with is not None:
-            agent.register("afresh", socket=register_with.socket, timeout=10.0, required=True)
-        channel.say(pid, *(WORKERS[kind]() for kind in kinds))
-        hold()
-
-    take_pid(pid, live)
-    return Bystanders(channel.hear(1 + len(kinds)), folder)
-
-
-# -- cases ----------------------------------------------------------------------------------------
-
-
-def assert_reaped(daemon: Daemon, workers: list[int], innocent: Bystanders) -> None:
-    left = wait_gone([w for w in workers if w not in innocent.pids], WORKERS_GONE_S)
-    assert not left, f"workers live on: {left}"
-    innocent.check()
-
-
-def wait_over(daemon: Daemon, leader: int) -> None:
-    """Return when every session of ``leader`` that was ever registered is over."""
-
-    def over() -> bool | None:
-        kinds = [e["kind"] for e in daemon.events() if (e.get("session") or "").startswith(f"{leader}-")]
-        return True if "reaped" in kinds or "ended" in kinds else None
-
-    harness.repeat_until(over, 20.0, f"the session of {leader} is not over")
+# -- a pid changes hands while its session is being reaped ---------------------------------------
 
 
 def worker_while_reaping(daemon: Daemon) -> None:
-    """A worker ends at once, one lasts until it is killed, and between them somebody else gets the pid of the first."""
+    """Workers end at once, one lasts until it is killed, and between them others get the pids of the first."""
     session = start_session(daemon, "forked", "execed", "bare", "stubborn")
     *quick, last = session.workers
     session.kill_leader()
     for pid in quick:
         wait_free(pid)
     innocents = [reuse(pid) for pid in quick]
-    assert alive(last), "the reap must not be over, or this proves nothing"
-    for innocent in innocents:
-        assert_reaped(daemon, session.workers, innocent) if innocent is innocents[0] else innocent.check()
+    assert alive(last), STILL_REAPING
+    assert_reaped(session.workers, innocents, WORKERS_GONE_S)
     wait_over(daemon, session.leader)
     for innocent in innocents:
         innocent.end()
 
 
-def worker_in_the_same_tick(daemon: Daemon) -> None:
-    """The worker, its end and its pid's next owner all fall into one tick: pid and start time are the same."""
-    hits = 0
-    end_s = time.monotonic() + 25.0
-    while hits < 3 and time.monotonic() < end_s:
-        hits += _try_same_tick(daemon)
-    print(f"{hits} times in the same tick", file=sys.stderr)
-
-
-def _try_same_tick(daemon: Daemon) -> bool:
-    channel, go = Channel(), Channel()
-
-    def lead() -> None:
-        agent.register("reuse", socket=daemon.socket, timeout=10.0, required=True)
-        lasting = stubborn()
-        channel.say(lasting)
-        os.read(go.ends[0], 1)
-        channel.say(fork(hold))
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    leader = fork(lead)
-    (lasting,) = channel.hear(1)
-    harness.repeat_until(lambda: listed(daemon, leader, [lasting]), 10.0, "the session is not listed")
-    while time.clock_gettime(time.CLOCK_BOOTTIME) % TICK_S > TICK_S / 20:
-        pass
-    go.say(0)
-    (worker,) = channel.hear(1)
-    ticks = start_ticks(worker)
-    os.waitpid(leader, 0)
-    wait_free(worker)
-    innocent = reuse(worker)
-    hit = start_ticks(worker) == ticks
-    try:
-        assert_reaped(daemon, [lasting], innocent)
-        wait_over(daemon, leader)
-        innocent.check()
-    except AssertionError as error:
-        raise AssertionError(f"{error} (same tick: {hit})") from None
+def worker_again_and_again(daemon: Daemon) -> None:
+    """A worker's pid changes hands all the time that its session is being reaped."""
+    session = start_session(daemon, "forked", "stubborn", "execed")
+    session.kill_leader()
+    wait_free(session.workers[0])
+    end_s = time.monotonic() + GRACE_S * 1.2
+    count = 0
+    while time.monotonic() < end_s:
+        innocent = reuse(session.workers[0], ["forked"])
+        innocent.end()
+        wait_free(innocent.pids[1])
+        count += 1
+    innocent = reuse(session.workers[0])
+    assert_reaped(session.workers, [innocent], WORKERS_GONE_S)
+    wait_over(daemon, session.leader)
     innocent.end()
-    return hit
+    assert count > 3
 
 
 def leader_while_reaping(daemon: Daemon) -> None:
@@ -294,8 +110,8 @@ def leader_while_reaping(daemon: Daemon) -> None:
     session = start_session(daemon, "forked", "stubborn", "execed")
     session.kill_leader()
     innocent = reuse(session.leader)
-    assert alive(session.workers[1]), "the reap must not be over, or this proves nothing"
-    assert_reaped(daemon, session.workers, innocent)
+    assert alive(session.workers[1]), STILL_REAPING
+    assert_reaped(session.workers, [innocent], WORKERS_GONE_S)
     wait_over(daemon, session.leader)
     innocent.end()
 
@@ -304,31 +120,192 @@ def leader_registers_afresh(daemon: Daemon) -> None:
     """Whoever got the leader's pid leads a session itself, while the old one's workers are being ended."""
     session = start_session(daemon, "forked", "stubborn", "execed")
     session.kill_leader()
-    innocent = reuse(session.leader, daemon)
-    assert alive(session.workers[1]), "the reap must not be over, or this proves nothing"
-    assert_reaped(daemon, session.workers, innocent)
+    innocent = reuse(session.leader, lead=lambda: register_afresh(daemon))
+    assert alive(session.workers[1]), STILL_REAPING
+    assert_reaped(session.workers, [innocent], WORKERS_GONE_S)
     wait_over(daemon, session.leader)
+    assert_leads(daemon, innocent)
+
+
+def register_afresh(daemon: Daemon) -> None:
+    agent.register("afresh", socket=daemon.socket, timeout=10.0, required=True)
+
+
+def assert_leads(daemon: Daemon, innocent: Innocent) -> None:
+    """Assert that ``innocent`` has a session of its own, which ends as every other does: with its folder freed."""
     innocent.check()
-    ours = daemon.session_of(session.leader)
-    assert ours is not None
-    assert ours["name"] == "afresh", ours
-    end(session.leader)
+    session = session_of(daemon, innocent.pids[0])
+    assert session is not None
+    assert session["name"] == "afresh", session
+    end(innocent.pids[0])
     left = wait_gone(innocent.pids[1:], WORKERS_GONE_S)
     assert not left, f"the new session's workers live on: {left}"
-    harness.repeat_until(lambda: None if os.path.exists(innocent.folder) else True, 10.0, "its folder stays")
+    wait_over(daemon, innocent.pids[0], sessions=2)
+    assert not os.path.exists(innocent.folder)
+
+
+def leader_s_pid_goes_to_its_own_worker(daemon: Daemon) -> None:
+    """A worker starts another one that gets the pid of their dead leader: it is no leader for that."""
+    heirs = start_heirs(daemon)
+    left = wait_gone(heirs, WORKERS_GONE_S)
+    assert not left, f"workers live on: {left}"
+    wait_over(daemon, heirs[1])
+
+
+def start_heirs(daemon: Daemon, *, before_death: Callable[[], object] = lambda: None) -> list[int]:
+    """Return a worker that lasts, and its child that has the pid of their leader, which is dead."""
+    channel, go = Channel(), Channel()
+
+    def inherit() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        channel.say(os.getpid())
+        leader = os.getppid()
+        os.read(go.ends[0], 1)
+        channel.say(take_pid(leader, hold))
+        hold()
+
+    def lead() -> None:
+        register_afresh(daemon)
+        fork(inherit)
+        hold()
+
+    leader = fork(lead)
+    (heir,) = channel.hear(1)
+    wait_listed(daemon, leader, [heir])
+    before_death()
+    end(leader)
+    go.say(0)
+    assert channel.hear(1) == [leader]
+    return [heir, leader]
+
+
+def leader_that_is_being_stopped(daemon: Daemon) -> None:
+    """Somebody wants a leader ended that pays no heed; it ends otherwise, and its pid is another's when the time is up."""
+    channel = Channel()
+
+    def lead() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        channel.say(len(agent.register("stop me", socket=daemon.socket, timeout=10.0, required=True).id))
+        hold()
+
+    leader = fork(lead)
+    channel.hear(1)
+    session = session_of(daemon, leader)
+    assert session is not None
+    ask(daemon, "stop", session=session["id"])
+    end(leader)
+    innocent = reuse(leader)
+    wait_over(daemon, leader)
+    outlast_a_session(daemon, "stubborn")  # which takes a whole grace period
+    innocent.end()
+
+
+def outlast_a_session(daemon: Daemon, *kinds: str) -> None:
+    """Return when a session was reaped from beginning to end: what was due before it is done."""
+    session = start_session(daemon, *kinds)
+    session.kill_leader()
+    wait_over(daemon, session.leader)
+
+
+# -- within one tick: pid and start time are the same ---------------------------------------------
+
+
+def worker_in_the_same_tick(daemon: Daemon) -> None:
+    """A worker's start, its end and the start of its pid's next owner all fall into one tick."""
+    try_until_hit(_worker_in_the_same_tick, daemon)
+
+
+def leader_in_the_same_tick(daemon: Daemon) -> None:
+    """A leader's start, its end and the start of its pid's next owner all fall into one tick."""
+    try_until_hit(_leader_in_the_same_tick, daemon)
+
+
+def try_until_hit(attempt: Callable[[Daemon], bool], daemon: Daemon) -> None:
+    end_s = time.monotonic() + 15.0
+    hits = 0
+    while hits < 2:
+        hits += attempt(daemon)
+        if time.monotonic() > end_s:
+            if hits:
+                return
+            raise CannotBeShown("not once did all of that happen within one tick: this machine is too slow")
+
+
+def await_tick(wanted: Callable[[int], bool] | None = None) -> None:
+    """Return at the beginning of a tick, the next one by default."""
+    now = int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_PER_S)
+    while not (wanted or now.__lt__)(int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_PER_S)):
+        pass
+
+
+def _worker_in_the_same_tick(daemon: Daemon) -> bool:
+    channel, go = Channel(), Channel()
+
+    def lead() -> None:
+        register_afresh(daemon)
+        channel.say(stubborn())
+        os.read(go.ends[0], 1)
+        channel.say(fork(hold))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    leader = fork(lead)
+    (lasting,) = channel.hear(1)
+    await_tick()
+    go.say(0)
+    (worker,) = channel.hear(1)
+    ticks = start_ticks(worker)
+    os.waitpid(leader, 0)
+    wait_free(worker)
+    return _is_hit(daemon, leader, reuse(worker), ticks, lasting)
+
+
+def _leader_in_the_same_tick(daemon: Daemon) -> bool:
+    channel = Channel()
+
+    def lead() -> None:
+        lasting, ticks = stubborn(), start_ticks(os.getpid())
+        place = wire.place_of(daemon.socket, "/", os.geteuid())
+        session = wire.format_session_id(os.getpid(), ticks, place, 0)
+        ask(
+            daemon, "register", session=session, start_ticks=ticks
+        )  # in a third of the time that the agent takes
+        channel.say(lasting)
+        hold()
+
+    await_tick()
+    leader = fork(lead)
+    (lasting,) = channel.hear(1)
+    ticks = start_ticks(leader)
+    end(leader)
+    return _is_hit(daemon, leader, reuse(leader), ticks, lasting)
+
+
+def _is_hit(daemon: Daemon, leader: int, innocent: Innocent, ticks: int, lasting: int) -> bool:
+    """Say whether ``innocent`` started at ``ticks``; if so, its session must be reaped without it."""
+    hit = start_ticks(innocent.pids[0]) == ticks
+    if hit:
+        assert_reaped([lasting], [innocent], QUICK_GONE_S)
+    else:
+        end(lasting, child=False)
+    wait_over(daemon, leader)
+    innocent.end()
+    return hit
+
+
+# -- a pid changes hands while no daemon is there ------------------------------------------------
 
 
 def while_the_daemon_is_down(daemon: Daemon) -> None:
-    """The leader and a worker die unseen, and others have both their pids when the daemon comes back."""
+    """The leader and workers die unseen, and others have all their pids when the daemon comes back."""
     session = start_session(daemon, "forked", "execed", "bare", "stubborn")
+    forked, execed, bare, lasting = session.workers
     daemon.kill9()
     session.kill_leader()
-    for pid in (session.workers[0], session.workers[2]):
+    for pid in (forked, bare):
         end(pid, child=False)
-    innocents = [reuse(pid) for pid in (session.leader, session.workers[0], session.workers[2])]
+    innocents = [reuse(pid) for pid in (session.leader, forked, bare)]
     daemon.start()
-    for innocent in innocents:
-        assert_reaped(daemon, [session.workers[1], session.workers[3]], innocent)
+    assert_reaped([execed, lasting], innocents, WORKERS_GONE_S)
     wait_over(daemon, session.leader)
     for innocent in innocents:
         innocent.end()
@@ -337,15 +314,20 @@ def while_the_daemon_is_down(daemon: Daemon) -> None:
 def while_the_daemon_forgets(daemon: Daemon) -> None:
     """As before, and the daemon has lost its state: it knows the session by the page that a worker holds."""
     session = start_session(daemon, "forked", "execed", "stubborn")
-    daemon.kill9()
-    for name in os.listdir(daemon.state):
-        os.unlink(os.path.join(daemon.state, name))
+    forget(daemon)
     session.kill_leader()
     innocent = reuse(session.leader)
     daemon.start()
-    assert_reaped(daemon, session.workers, innocent)
+    assert_reaped(session.workers, [innocent], WORKERS_GONE_S)
     wait_over(daemon, session.leader)
     innocent.end()
+
+
+def forget(daemon: Daemon) -> None:
+    """End the daemon, and all that it has on record."""
+    daemon.kill9()
+    for name in os.listdir(daemon.state):
+        os.unlink(os.path.join(daemon.state, name))
 
 
 def afresh_while_the_daemon_is_down(daemon: Daemon) -> None:
@@ -353,27 +335,25 @@ def afresh_while_the_daemon_is_down(daemon: Daemon) -> None:
     session = start_session(daemon, "forked", "execed", "stubborn")
     daemon.kill9()
     session.kill_leader()
-    channel = Channel()
-    folder = f"/dev/shm/joblib_memmapping_folder_{session.leader}_theirs"
-
-    def live() -> None:
-        os.mkdir(folder)
-        agent.register("afresh", socket=daemon.socket)
-        channel.say(os.getpid(), fork(hold), subprocess.Popen(SLEEPER).pid)
-        hold()
-
-    take_pid(session.leader, live)
-    innocent = Bystanders(channel.hear(3), folder)
+    innocent = reuse(
+        session.leader, ["forked", "execed"], lead=lambda: agent.register("afresh", socket=daemon.socket)
+    )
     daemon.start()
-    assert_reaped(daemon, session.workers, innocent)
+    assert_reaped(session.workers, [innocent], WORKERS_GONE_S)
     wait_over(daemon, session.leader)
-    innocent.check()
-    ours = daemon.session_of(session.leader)
-    assert ours is not None
-    assert ours["name"] == "afresh", ours
-    end(session.leader)
-    assert not wait_gone(innocent.pids[1:], WORKERS_GONE_S)
-    os.rmdir(folder) if os.path.exists(folder) else None
+    assert_leads(daemon, innocent)
+
+
+def own_worker_while_the_daemon_forgets(daemon: Daemon) -> None:
+    """A worker has the leader's pid, and the page that names it, when a daemon comes that knows of nothing."""
+    heirs = start_heirs(daemon, before_death=lambda: forget(daemon))
+    daemon.start()
+    left = wait_gone(heirs, WORKERS_GONE_S)
+    assert not left, f"workers live on: {left}"
+    wait_over(daemon, heirs[1])
+
+
+# -- a pid changes hands while the leader lives --------------------------------------------------
 
 
 def kept_while_the_leader_lives(daemon: Daemon) -> None:
@@ -382,7 +362,7 @@ def kept_while_the_leader_lives(daemon: Daemon) -> None:
     end(session.workers[0], child=False)
     innocent = reuse(session.workers[0])
     session.kill_leader()
-    assert_reaped(daemon, session.workers, innocent)
+    assert_reaped(session.workers, [innocent], WORKERS_GONE_S)
     wait_over(daemon, session.leader)
     innocent.end()
 
@@ -390,62 +370,317 @@ def kept_while_the_leader_lives(daemon: Daemon) -> None:
 def parent_of_orphans(daemon: Daemon) -> None:
     """A worker ends and leaves a child; whoever gets its pid has children too, and they are nobody's orphans."""
     session = start_session(daemon, "parent", "stubborn")
-    child, parent, last = sorted(
-        session.workers, key=lambda pid: (harness.parent_of(pid) == session.leader, pid)
-    )
-    assert harness.parent_of(child) == parent
+    parents = [pid for pid in session.workers if parent_of(pid) in session.workers]
+    (child,) = parents
+    parent = parent_of(child)
     end(parent, child=False)
-    innocent = reuse(parent, kinds=("forked", "bare", "execed"))
+    innocent = reuse(parent, ["forked", "bare", "execed"])
     session.kill_leader()
-    assert_reaped(daemon, [child, last], innocent)
+    assert_reaped(session.workers, [innocent], WORKERS_GONE_S)
     wait_over(daemon, session.leader)
     innocent.end()
 
 
-def reused_again_and_again(daemon: Daemon) -> None:
-    """A worker's pid changes hands all the time that its session is being reaped."""
-    session = start_session(daemon, "forked", "stubborn", "execed")
-    session.kill_leader()
-    wait_free(session.workers[0])
-    end_s = time.monotonic() + GRACE_S * 1.5
-    count = 0
-    while time.monotonic() < end_s:
-        innocent = reuse(session.workers[0], kinds=("forked",))
-        innocent.end()
-        wait_free(innocent.pids[1])
-        count += 1
-    innocent = reuse(session.workers[0])
-    assert_reaped(daemon, session.workers, innocent)
-    wait_over(daemon, session.leader)
-    innocent.end()
-    assert count > 10
+def spared_pid_goes_to_a_worker(daemon: Daemon) -> None:
+    """What was started under spared() ends, and a worker gets its pid: that one is not spared."""
+    channel = Channel()
+
+    def lead() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        register_afresh(daemon)
+        with agent.spared():
+            spared = subprocess.Popen(SLEEPER).pid
+        begun = start_ticks(spared)
+        os.kill(spared, signal.SIGKILL)
+        wait_free(spared)
+        await_tick(lambda ticks: ticks > begun)  # or the worker would be the same process for whoever looks
+        channel.say(take_pid(spared, hold))
+        hold()
+
+    leader = fork(lead)
+    (worker,) = channel.hear(1)
+    end(leader)
+    left = wait_gone([worker], WORKERS_GONE_S)
+    assert not left, f"{left} was spared for the pid it was given"
+    wait_over(daemon, leader)
+
+
+def subreaper_s_pid_goes_to_a_scheduler(daemon: Daemon) -> None:
+    """Who adopted the leader's workers ends; whoever gets its pid runs a job that was given a copy of the environment."""
+    channel = Channel()
+
+    def adopt() -> None:
+        ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        leader = fork(lead)
+        channel.say(leader)
+        hold()
+
+    def lead() -> None:
+        register_afresh(daemon)
+        fork(lambda: channel.say(subprocess.Popen(SLEEPER).pid))  # and its parent has gone
+        fork(lambda: channel.say(fork(hold)))
+        hold()
+
+    subreaper = fork(adopt)
+    leader, *workers = sorted(channel.hear(3), key=lambda pid: parent_of(pid) != subreaper)
+    session = session_of(daemon, leader)
+    if session is None:  # all three are children of the subreaper
+        (leader,) = (pid for pid in (leader, *workers) if session_of(daemon, pid) is not None)
+        session = session_of(daemon, leader)
+    assert session is not None
+    os.environ["REAPER_LINEAGE"] = session["id"]
+    wait_listed(daemon, leader, session["workers"] and [worker["pid"] for worker in session["workers"]])
+    end(subreaper)
+    scheduler = reuse(subreaper, ["execed", "execed"])
+    del os.environ["REAPER_LINEAGE"]
+    end(leader, child=False)
+    wait_over(daemon, leader)
+    outlast_a_session(daemon, "execed")
+    scheduler.end()
+
+
+# -- a pid changes hands just before a chosen system call of the daemon -------------------------
+
+# The daemon looks again and again: what it asks in one look is all that it ever asks.
+MOST_MOMENTS = 10
+KILL = {"x86_64": 62, "aarch64": 129}[os.uname().machine]
+
+
+class Held:
+    """Holds the daemon just before the ``moment``-th time that it asks about a pid (or signals it, with ``signals``)."""
+
+    def __init__(self, daemon: Daemon, moment: int, *, signals: bool) -> None:
+        self.daemon = daemon
+        self.moment = moment
+        self.signals = signals
+
+    def __call__(
+        self, pid: int, provoke: Callable[[], object], over: Callable[[], bool]
+    ) -> Callable[[], None] | None:
+        """Return, once it is held, what lets it go; None when it was ``over`` before the moment came."""
+        seen = 0
+
+        def wanted(call: Call) -> bool:
+            nonlocal seen
+            concerns = self._signals(call, pid) if self.signals else asks_about(call, pid)
+            seen += concerns
+            if concerns and seen == self.moment:
+                print(
+                    f"moment {seen}: call {call.number} {call.paths[call.number != PIDFD_OPEN]!r}",
+                    file=sys.stderr,
+                )
+                return True
+            return False
+
+        tracer = Tracer(self.daemon.pid)
+        tracer.hold()
+        provoke()
+        if tracer.run_until(wanted, over):
+            return tracer.close
+        tracer.close()
+        return None
+
+    def _signals(self, call: Call, pid: int) -> bool:
+        if call.number != PIDFD_SEND_SIGNAL:
+            return call.number == KILL and call.arguments[0] == pid
+        facts = harness.read_proc(self.daemon.pid, f"fdinfo/{call.arguments[0]}")
+        return b"\nPid:\t%d\n" % pid in facts
+
+
+def asks_about(call: Call, pid: int) -> bool:
+    if call.number == PIDFD_OPEN:
+        return call.arguments[0] == pid
+    return any(path.startswith(b"/proc/%d/" % pid) for path in call.paths)
+
+
+def at_each_moment(daemon: Daemon, trial: Callable[[Held], bool]) -> None:
+    """Try with the pid taken at the first, second, ... moment, until one does not come."""
+    questions = count_moments(lambda moment: trial(Held(daemon, moment, signals=False)))
+    signals = count_moments(lambda moment: trial(Held(daemon, moment, signals=True)))
+    print(f"held {questions} times before a question, {signals} times before a signal", file=sys.stderr)
+    assert questions, "the daemon never asks about that pid: nothing was shown"
+
+
+def count_moments(trial: Callable[[int], bool]) -> int:
+    moments = 0
+    while moments < MOST_MOMENTS and trial(moments + 1):
+        moments += 1
+    return moments
+
+
+def held_while_reaping(daemon: Daemon) -> None:
+    """A worker ends, and its pid changes hands, at any moment from the leader's death to the last signal."""
+
+    def trial(held: Held) -> bool:
+        session = start_session(daemon, "stubborn", "stubborn")
+        worker, lasting = session.workers
+        go_on = held(worker, session.kill_leader, lambda: not alive(lasting))
+        innocents = []
+        if go_on is not None:
+            end(worker, child=False)
+            innocents = [reuse(worker)]
+            go_on()
+        assert_reaped([lasting], innocents, QUICK_GONE_S)
+        wait_over(daemon, session.leader)
+        for innocent in innocents:
+            innocent.end()
+        return bool(innocents)
+
+    at_each_moment(daemon, trial)
+
+
+def held_while_scanning(daemon: Daemon) -> None:
+    """A worker that only descent tells ends, and its pid changes hands, at any moment of a scan while the leader lives."""
+
+    def trial(held: Held) -> bool:
+        session = start_session(daemon, "bare", "stubborn")
+        worker, lasting = session.workers
+        end_s = time.monotonic() + 1.0
+        go_on = held(worker, lambda: None, lambda: time.monotonic() > end_s)
+        innocents = []
+        if go_on is not None:
+            end(worker, child=False)
+            innocents = [reuse(worker)]
+            go_on()
+            ask(daemon, "ps")  # a whole look since then
+        session.kill_leader()
+        assert_reaped([lasting], innocents, QUICK_GONE_S)
+        wait_over(daemon, session.leader)
+        for innocent in innocents:
+            innocent.end()
+        return bool(innocents)
+
+    at_each_moment(daemon, trial)
+
+
+def held_at_the_leader_s_end(daemon: Daemon) -> None:
+    """A dead leader is waited for, and its pid changes hands, at any moment of the reap."""
+
+    def trial(held: Held) -> bool:
+        session = start_session(daemon, "stubborn")
+        go_on = held(
+            session.leader,
+            lambda: os.kill(session.leader, signal.SIGKILL),
+            lambda: not alive(session.workers[0]),
+        )
+        os.waitpid(session.leader, 0)
+        innocents = []
+        if go_on is not None:
+            innocents = [reuse(session.leader)]
+            go_on()
+        assert_reaped(session.workers, innocents, QUICK_GONE_S)
+        wait_over(daemon, session.leader)
+        for innocent in innocents:
+            innocent.end()
+        return bool(innocents)
+
+    at_each_moment(daemon, trial)
+
+
+def held_while_registering(daemon: Daemon) -> None:
+    """A leader dies, and its pid changes hands, at any moment at which the daemon takes it on."""
+
+    def trial(held: Held) -> bool:
+        channel, go = Channel(), Channel()
+
+        def lead() -> None:
+            channel.say(stubborn())
+            os.read(go.ends[0], 1)
+            with contextlib.suppress(agent.RegistrationError):
+                register_afresh(daemon)
+            hold()
+
+        leader = fork(lead)
+        (worker,) = channel.hear(1)
+        end_s = time.monotonic() + 1.0
+        go_on = held(leader, lambda: go.say(0), lambda: time.monotonic() > end_s)
+        end(leader)
+        if go_on is not None:
+            innocent = reuse(leader)
+            go_on()
+            outlast_a_session(daemon)
+            end_who_leads_nobody(daemon, innocent)
+        end(worker, child=False)
+        return go_on is not None
+
+    at_each_moment(daemon, trial)
+
+
+def end_who_leads_nobody(daemon: Daemon, innocent: Innocent) -> None:
+    """End ``innocent`` and assert that its children live on."""
+    innocent.check()
+    os.rmdir(innocent.folder)
+    end(innocent.pids[0])
+    outlast_a_session(daemon)
+    dead = [pid for pid in innocent.pids[1:] if not alive(pid)]
+    assert not dead, f"{dead} were ended with {innocent.pids[0]}, which never registered"
+    for pid in innocent.pids[1:]:
+        end(pid, child=False)
+
+
+def held_while_starting(daemon: Daemon) -> None:
+    """A leader dies, and its pid changes hands, at any moment of the start of a daemon that has it on record."""
+
+    def trial(held: Held) -> bool:
+        session = start_session(daemon, "stubborn")
+        daemon.kill9()
+        daemon.drain_notifications().clear()
+        daemon.launch()
+        go_on = held(session.leader, lambda: None, lambda: "READY=1" in daemon.drain_notifications())
+        end(session.leader)
+        if go_on is not None:
+            innocent = reuse(session.leader)
+            go_on()
+            daemon.wait_ready()
+            assert_reaped(session.workers, [innocent], QUICK_GONE_S)
+            end_who_leads_nobody(daemon, innocent)
+        assert_reaped(session.workers, [], QUICK_GONE_S)
+        wait_over(daemon, session.leader)
+        return go_on is not None
+
+    at_each_moment(daemon, trial)
 
 
 CASES: dict[str, Callable[[Daemon], None]] = {
-    case.__name__.replace("_", "-"): case
+    case.__name__.replace("_s_", "s_").replace("_", "-"): case
     for case in (
+        held_while_reaping,
+        held_while_scanning,
+        held_at_the_leader_s_end,
+        held_while_registering,
+        held_while_starting,
         worker_while_reaping,
-        worker_in_the_same_tick,
+        worker_again_and_again,
         leader_while_reaping,
         leader_registers_afresh,
+        leader_s_pid_goes_to_its_own_worker,
+        leader_that_is_being_stopped,
+        worker_in_the_same_tick,
+        leader_in_the_same_tick,
         while_the_daemon_is_down,
         while_the_daemon_forgets,
         afresh_while_the_daemon_is_down,
+        own_worker_while_the_daemon_forgets,
         kept_while_the_leader_lives,
         parent_of_orphans,
-        reused_again_and_again,
+        spared_pid_goes_to_a_worker,
+        subreaper_s_pid_goes_to_a_scheduler,
     )
 }
 
 
-def run(name: str) -> int:
+def run(name: str, scratch: Scratch) -> int:
     """Run one case with a daemon of its own and return the exit code."""
-    scratch = Scratch()
-    daemon = Daemon(scratch, os.environ[RUN_MARK])
+    quick = name.startswith("held-") or name.endswith("-tick")
+    daemon = Daemon(scratch, os.environ[RUN_MARK], config=QUICK if quick else None)
     os.environ["TMPDIR"] = scratch.path
     try:
         daemon.start()
         CASES[name](daemon)
+    except CannotBeShown as reason:
+        print(reason, file=sys.stderr)
+        return CANNOT_BE_SHOWN
     except AssertionError:
         traceback.print_exc()
         sys.stderr.write(daemon.read_log())
@@ -453,20 +688,27 @@ def run(name: str) -> int:
     finally:
         with contextlib.suppress(AssertionError):
             daemon.close()
-        scratch.remove()
     return 0
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--list"]:
+        print(*CASES, sep="\n")
+        return
     if os.getpid() != 1:
         raise SystemExit("this must be the init of a pid namespace")
+    if sys.argv[1].endswith("-tick"):
+        with contextlib.suppress(
+            PermissionError
+        ):  # so that ten milliseconds are enough, however busy the machine is
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     # A /dev/shm of our own: pids in here are small, and folders named after them would be others' outside.
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
     case = os.fork()
     if not case:
         code = 2
         try:
-            code = run(sys.argv[1])
+            code = run(sys.argv[1], Scratch(sys.argv[2]))
         except BaseException:  # noqa: BLE001 - a fork must never return into the code of its parent
             traceback.print_exc()
         finally:

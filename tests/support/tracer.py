@@ -1,0 +1,125 @@
+"""Holds a process just before a chosen system call, with ptrace(2): a race is then a sequence of steps, not of luck."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Callable
+from typing import NamedTuple
+
+# linux/ptrace.h
+_CONT, _DETACH, _SYSCALL, _SEIZE, _INTERRUPT = 7, 17, 24, 0x4206, 0x4207
+_GET_SYSCALL_INFO = 0x420E  # Linux 5.3
+_TRACESYSGOOD = 0x1
+_ENTRY = 1  # PTRACE_SYSCALL_INFO_ENTRY
+_STOPPED_AT_CALL = signal.SIGTRAP | 0x80
+_WALL = 0x40000000
+
+# The same number on every architecture: asm-generic/unistd.h.
+PIDFD_SEND_SIGNAL, PIDFD_OPEN = 424, 434
+
+
+class Call(NamedTuple):
+    """A system call that is about to be made."""
+
+    number: int
+    arguments: tuple[int, ...]
+    paths: tuple[bytes, ...]  # what the first two arguments point to, where they do
+
+
+class _Info(ctypes.Structure):
+    _fields_ = [
+        ("op", ctypes.c_uint8),
+        ("pad", ctypes.c_uint8 * 3),
+        ("arch", ctypes.c_uint32),
+        ("instruction", ctypes.c_uint64),
+        ("stack", ctypes.c_uint64),
+        ("number", ctypes.c_uint64),
+        ("arguments", ctypes.c_uint64 * 6),
+        ("more", ctypes.c_uint64),
+    ]
+
+
+class Tracer:
+    """Traces the main thread of ``pid``, from the thread that made this; whoever is traced runs on after ``close()``."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+        self._libc.ptrace.restype = ctypes.c_long
+        self._ptrace(_SEIZE, 0, _TRACESYSGOOD)
+        self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        self._stopped = self._ended = self._at_call = False
+        self._signal = 0
+
+    def _ptrace(self, request: int, address: int = 0, data: int = 0) -> int:
+        result: int = self._libc.ptrace(request, self.pid, address, data)
+        if result < 0:
+            error = ctypes.get_errno()
+            raise OSError(error, f"ptrace request {request:#x} of {self.pid}: {os.strerror(error)}")
+        return result
+
+    def hold(self) -> None:
+        """Stop it where it is."""
+        self._ptrace(_INTERRUPT)
+        self._wait()
+
+    def run_until(self, wanted: Callable[[Call], bool], give_up: Callable[[], bool]) -> bool:
+        """Let it run until it is about to make a ``wanted`` call, and hold it there; False when it is time to give up.
+
+        ``give_up`` is asked whenever a call of any kind is about to be made, and leaves it held as well.
+        """
+        self._ptrace(_SYSCALL)
+        while self._wait():
+            if self._at_entry(call := _Info()):
+                if give_up():
+                    return False
+                if wanted(self._describe(call)):
+                    return True
+            self._ptrace(_SYSCALL, 0, self._signal)
+        return False
+
+    def _wait(self) -> bool:
+        """Wait until it stops, and say whether it still runs at all."""
+        _, status = os.waitpid(self.pid, _WALL)
+        self._stopped = os.WIFSTOPPED(status)
+        self._ended = not self._stopped
+        self._signal = 0
+        if self._stopped:
+            number = os.WSTOPSIG(status)
+            self._at_call = number == _STOPPED_AT_CALL
+            if not self._at_call and status >> 16 == 0:  # a signal on its way to it, not an event of ptrace's
+                self._signal = number
+        return self._stopped
+
+    def _at_entry(self, info: _Info) -> bool:
+        if not self._at_call:
+            return False
+        self._ptrace(_GET_SYSCALL_INFO, ctypes.sizeof(info), ctypes.addressof(info))
+        return bool(info.op == _ENTRY)
+
+    def _describe(self, info: _Info) -> Call:
+        arguments = tuple(info.arguments)
+        return Call(info.number, arguments, tuple(map(self._read_text, arguments[:2])))
+
+    def _read_text(self, address: int) -> bytes:
+        with contextlib.suppress(OSError, OverflowError, ValueError):
+            return os.pread(self._memory, 256, address).partition(b"\0")[0]
+        return b""
+
+    def close(self) -> None:
+        """Let it go."""
+        os.close(self._memory)
+        if self._ended:
+            return
+        if not self._stopped:
+            self._ptrace(_INTERRUPT)
+            if not self._wait():
+                return
+        try:
+            self._ptrace(_DETACH, 0, self._signal)
+        except ProcessLookupError:  # it was killed: its parent hears of that once we have
+            os.waitpid(self.pid, _WALL)
