@@ -16,9 +16,10 @@ import uuid
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "support"))
 
+from chaos.kin import Violation
 from chaos.perform import Performance, abilities, evidence
 from chaos.plan import Abilities, Step, plan
-from chaos.stage import Stage, Violation
+from chaos.stage import Stage
 from harness import ROOT, Scratch
 
 TELL_EVERY = 100  # steps

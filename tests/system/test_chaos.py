@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
-from chaos.kin import Session
+from chaos.kin import Session, Violation
 from chaos.perform import Performance, abilities, evidence
 from chaos.plan import Abilities, plan
-from chaos.stage import Stage, Violation
+from chaos.stage import Stage
 from harness import Scratch
 
 FIXED_SEED = 20
@@ -78,7 +78,7 @@ def kill_daemon_at_moments(stage: Stage, chance: random.Random) -> None:
         if when in ("it dies", "it is reaped"):
             end(stage, living, session)
         stage.poll(chance.uniform(0.0, 0.6) if when == "it is reaped" else chance.expovariate(150.0))
-        stage.kill_daemon()
+        stage.watched.kill()
         while living and chance.random() < 0.5:  # unseen
             end(stage, living, chance.choice(living))
         stage.start_daemon()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import harness
 from chaos.stage import Stage
 
-BATCH = 25
+BATCH = 50
 # In turn; each with one worker, so that most of them leave something to be reaped.
 MANNERS = ("kill", "unregister", "clean", "kill", "at-once")
 _REGISTERED_WITHIN_S = 60.0
@@ -65,7 +65,7 @@ def come_and_go(stage: Stage, sessions: int) -> Iterator[Measured]:
         for number, session in enumerate(batch):
             stage.end_leader(session, MANNERS[(first + number) % len(MANNERS)])
         stage.be_calm()
-        (gate,) = stage.gates()
+        (gate,) = stage.watched.gates()
         yield Measured(first + len(batch), read_footing(stage.daemon.pid), read_footing(gate))
 
 

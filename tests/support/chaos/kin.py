@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,3 +163,12 @@ def owes(session: Session, proc: Proc) -> bool | None:
         above = next((p for p in session.procs if p.token == proc.parent), None)
         return owes(session, above) if above is not None and above.alive else None
     return True
+
+
+class Violation(AssertionError):
+    """Reaper broke a promise; ``about`` are the processes and ``sessions`` the sessions it concerns."""
+
+    def __init__(self, text: str, about: Iterable[Proc] = (), sessions: Iterable[Session] = ()) -> None:
+        super().__init__(text)
+        self.about = list(about)
+        self.sessions = [*sessions, *(p.session for p in self.about if p.session is not None)]

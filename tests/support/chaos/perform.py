@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import harness
-from chaos.kin import LEADER, Proc, Session
+from chaos.kin import LEADER, Proc, Session, Violation
 from chaos.plan import Abilities, Step
-from chaos.stage import Stage, Violation
+from chaos.stage import Stage
 
 _SHOWN_STEPS = 30
 _PATIENCE_S = 3.0
@@ -60,7 +60,7 @@ class Performance:
             stage.wait_up(session)
         give_up_s = stage.life.now_s() + _PATIENCE_S
         while stage.life.running and stage.life.now_s() < give_up_s:
-            if all(session.told_s is not None and not stage.unsure(session) for session in sessions):
+            if all(session.told_s is not None and not stage.record.unsure(session) for session in sessions):
                 return
             stage.poll(0.02)
 
@@ -99,11 +99,11 @@ class Performance:
         self.stage.dismiss(self.stage.procs[token])
 
     def _hold_daemon(self, for_s: float) -> None:
-        self.stage.hold_daemon(for_s)
+        self.stage.watched.hold(for_s)
 
     def _kill_daemon(self, after_s: float, forget: bool) -> None:
         self.stage.poll(after_s)
-        self.stage.kill_daemon()
+        self.stage.watched.kill()
         self._forget = forget
 
     def _restart_daemon(self, forget: bool) -> None:
@@ -111,23 +111,23 @@ class Performance:
         self._forget = forget
 
     def _start_daemon(self, eagerly: bool) -> None:
-        self.stage.settings_are_good()
+        self.stage.watched.settings_are_good()
         if self._forget:
             self._forget = False
             self.stage.forget_state()
         if eagerly:
-            self.stage.launch_daemon()
+            self.stage.watched.launch()
         else:
             self.stage.start_daemon()
 
     def _reload(self, good: bool) -> None:
-        self.stage.reload(good=good)
+        self.stage.watched.reload(good=good)
 
     def _kill_gate(self) -> None:
-        self.stage.kill_gate()
+        self.stage.watched.kill_gate()
 
     def _ask(self) -> None:
-        self.stage.ask_who_is_there()
+        self.stage.record.read_listing()
 
     def _pass(self, for_s: float) -> None:
         self.stage.poll(for_s)
@@ -203,7 +203,7 @@ def _told_of(stage: Stage, session: Session) -> str:
     if session.id is None:
         return "  it has no id"
     lines = []
-    stage.let_daemon_go_on()
+    stage.watched.let_go_on()
     done = stage.daemon.ctl("ps", "--json")
     listed = json.loads(done.stdout) if done.returncode == 0 else done.stderr
     lines.append(
