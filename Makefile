@@ -71,7 +71,7 @@ $(BENCH_STAMP): tests/bench/requirements.txt pyproject.toml | $(STAMP)
 	@touch $@
 
 .PHONY: bench
-bench: $(STAMP) $(BENCH_STAMP) ## measure every promised figure beside others'; BENCH_ARGS="--quick" for two minutes
+bench: $(STAMP) $(BENCH_STAMP) ## measure every promised figure beside others'; BENCH_ARGS="--quick": in three minutes
 	@printf '%s\n' '$(CURDIR)' '$(CURDIR)/daemon' \
 	    >"$$($(BENCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tree.pth"
 	@$(BENCH)/bin/python tests/bench/run.py $(BENCH_ARGS)
@@ -83,6 +83,10 @@ SESSIONS ?= 4000
 .PHONY: chaos
 chaos: $(STAMP) ## random steps against a real daemon, every promise checked; STEPS=10000 takes 20 minutes, SEED=n repeats
 	@$(BIN)/python tests/chaos/run.py --steps $(STEPS) $(if $(SEED),--seed $(SEED))
+
+.PHONY: attack
+attack: $(STAMP) ## attack a real daemon at full length, as root (an hour or less); ATTACK_ARGS="--quick" for some minutes
+	@$(BIN)/python tests/attack/run.py $(ATTACK_ARGS)
 
 .PHONY: soak
 soak: $(STAMP) ## sessions by the thousand, and what core and gate take meanwhile; SESSIONS=n

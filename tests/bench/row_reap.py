@@ -20,9 +20,9 @@ def measure(bench: Bench) -> Generator[Row]:
         for total in (FEW, 3000):
             with crowd(bench, total) as processes:
                 for workers, pairs in (
-                    (4, bench.times(25, 9)),
-                    (64, bench.times(15, 5)),
-                    (256, bench.times(11, 5)),
+                    (4, bench.times(25, 7)),
+                    (64, bench.times(15, 3)),
+                    (256, bench.times(9, 3)),
                 ):
                     ours, bare, listing = alternate(
                         pairs,

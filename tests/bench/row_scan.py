@@ -34,6 +34,8 @@ def measure(bench: Bench) -> Generator[Row]:
         # The crowd is younger than the sessions and of their uid: what costs the most to tell apart from workers.
         with Throng(daemon, 5, 4), crowd(bench, TOTAL) as processes:
             yield from _rows(bench, daemon, scans, passes, "", processes)
+        if bench.quick:
+            return
         with crowd(bench, TOTAL) as processes, Throng(daemon, 5, 4):
             cpu_s = daemon_cpu_s(daemon, scans)
             yield Row(

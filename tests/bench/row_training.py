@@ -8,9 +8,11 @@ from collections.abc import Generator
 from figures import Row, alternate, spread
 from scene import Bench, answers
 
+MOST_NOISE = 0.1  # on a busier machine than that the row tells nothing, and must not look reached
+
 
 def measure(bench: Bench) -> Generator[Row]:
-    pairs = bench.times(9, 3)
+    pairs = bench.times(7, 3)
     with bench.daemon() as daemon:
 
         def search_s(*arguments: str) -> float:
@@ -26,7 +28,7 @@ def measure(bench: Bench) -> Generator[Row]:
         "s",
         statistics.median(bare),
         "without it",
-        1 + max(noise, 0.005),
+        1 + min(max(noise, 0.005), MOST_NOISE),
         note=f"{pairs} pairs; noise: the middle half of the runs without it lies within {noise:.1%} of their median"
         f" (with it: {spread(ours):.1%})",
     )

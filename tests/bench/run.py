@@ -104,7 +104,9 @@ def _leave(number: int, frame: object) -> NoReturn:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions: two minutes, and more noise")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repetitions: about three minutes, and more noise"
+    )
     parser.add_argument(
         "--only",
         type=_names,

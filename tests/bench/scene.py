@@ -139,6 +139,18 @@ def wait_idle(daemon: Daemon) -> None:
     wait_until(lambda: ask(daemon, "status")["status"]["sessions"] == 0, "a session is still listed")
 
 
+def wait_concluded(daemon: Daemon, session: str) -> None:
+    """Return when the end of ``session`` is on record; the daemon tells, and is not kept busy with questions."""
+    after = 0
+    end_s = time.monotonic() + SETTLED_WITHIN_S
+    while time.monotonic() < end_s:
+        reply = ask(daemon, "events", session=session, after=after, wait_s=30)
+        if any(event["kind"] in ("reaped", "ended") for event in reply["events"]):
+            return
+        after = reply["last"]
+    raise AssertionError(f"the end of session {session} is not on record after {SETTLED_WITHIN_S:g} s")
+
+
 def wait_scanned(pid: int, interval_s: float) -> None:
     """Return in the pause after the next scan: the CPU clock of an idle daemon moves for nothing else."""
     begun, moved_s, at_s = False, time.monotonic(), cpu_clock_s(pid)
@@ -184,6 +196,7 @@ def reap_with_daemon(daemon: Daemon, workers: int, kind: str = "forked") -> floa
     with Throng(daemon, 1, workers, kind, adopt=True) as throng:
         assert throng.sessions[0].register_s is not None, "the daemon did not accept the session"
         took_s = last_one_gone(throng.sessions[0])
+        wait_concluded(daemon, throng.sessions[0].session)
     wait_idle(daemon)
     return took_s
 
