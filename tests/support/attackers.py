@@ -32,7 +32,8 @@ from harness import (
     test_environment,
 )
 
-from agent import client, wire
+from agent import client, wire, zmtp
+from reaperd import gate_frames
 
 SAYS_WITHIN_S = 120.0
 SETTLES_WITHIN_S = 30.0
@@ -46,7 +47,7 @@ StartLeader = Callable[..., Leader]
 class Attacker:
     """One process of ``zoo/attacker.py``, as another user; it ends with ``close()``."""
 
-    def __init__(self, daemon: Daemon, kind: str, *, uid: int = STRANGER, **options: Any) -> None:
+    def __init__(self, daemon: Daemon, kind: str, *, uid: int | None = STRANGER, **options: Any) -> None:
         self._process = subprocess.Popen(
             as_user(
                 uid,
@@ -265,14 +266,14 @@ class Bystanders:
 # -- a siege --------------------------------------------------------------------------------------
 
 
-def reap_latency(leader: Leader) -> float | None:
-    """SIGKILL a leader; return how many seconds its workers lasted, None where that was longer than promised."""
+def reap_latency(leader: Leader, within_s: float) -> float | None:
+    """SIGKILL a leader; return how many seconds its workers lasted, None where that was longer than ``within_s``."""
     pidfds = {pid: os.pidfd_open(pid) for pid in leader.family.everyone}
     try:
         leader.signal(signal.SIGKILL)
         began_s = time.monotonic()
         for pidfd in pidfds.values():
-            if not has_ended(pidfd, within_s=began_s + WORKERS_GONE_S - time.monotonic()):
+            if not has_ended(pidfd, within_s=began_s + within_s - time.monotonic()):
                 return None
         return time.monotonic() - began_s
     finally:
@@ -293,6 +294,7 @@ class Siege:
         self.watch = Watch(daemon, self.stays.session)
         self.victims = [self.victim() for _ in range(victims)]
         self.bystanders = Bystanders(daemon.run, self.stays.session, NEIGHBOUR)
+        self.promise_s = WORKERS_GONE_S
         self.latencies_s: list[float] = []
         self.reaped: list[Leader] = []
 
@@ -301,6 +303,10 @@ class Siege:
             "kin.py", "subprocess", "--name", "victim", socket=self.daemon.socket, uid=NEIGHBOUR
         )
 
+    def stranger(self) -> Leader:
+        """Return a leader of another user's."""
+        return self._start_leader("kin.py", "subprocess", socket=self.daemon.socket, uid=STRANGER)
+
     def attacker(self, kind: str, **options: Any) -> Attacker:
         return Attacker(self.daemon, kind, **options)
 
@@ -308,10 +314,10 @@ class Siege:
         """Kill a victim's leader, and return how long its workers lasted; AssertionError beyond the promise."""
         leader = self.victims.pop()
         self.reaped.append(leader)
-        latency_s = reap_latency(leader)
+        latency_s = reap_latency(leader, self.promise_s)
         assert not (ended := self.watch.lives()), ended
         assert latency_s is not None, (
-            f"workers alive {WORKERS_GONE_S:g} s after their leader's death:\n"
+            f"workers alive {self.promise_s:g} s after their leader's death:\n"
             f"{describe(leader.still_alive(leader.family.everyone))}"
         )
         self.latencies_s.append(latency_s)
@@ -374,3 +380,20 @@ def as_captured_gate(channel: socket.socket, work: Callable[[socket.socket], Non
             os._exit(0)
         os._exit(1)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+def routing_id_of_a_reply(daemon: Daemon, gate: int) -> bytes:
+    """Return the id that the gate gave to a connection: from a reply that waits in its channel while it is stopped."""
+    with take_channel(gate) as channel, contextlib.ExitStack() as stack:
+        waiter = stack.enter_context(contextlib.closing(zmtp.Dealer(daemon.socket, 30)))
+        waiter._send(zmtp.frame(b'{"v":1,"op":"events","session":"1-1-00000000-00000000","wait_s":1}'))
+        answers(daemon)  # the request has reached the core, for this one came later
+        os.kill(gate, signal.SIGSTOP)
+        try:
+            assert select.select([channel], [], [], 20)[0], "no reply came"
+            data = channel.recv(gate_frames.MAX_REPLY_BYTES, socket.MSG_PEEK)
+        finally:
+            os.kill(gate, signal.SIGCONT)
+    routing_id, _, _ = gate_frames.parse_reply(data)
+    assert len(routing_id) == 5
+    return routing_id

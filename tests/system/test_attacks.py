@@ -22,6 +22,7 @@ from attackers import (
     as_captured_gate,
     gate_of,
     resident_bytes,
+    routing_id_of_a_reply,
     take_channel,
 )
 from harness import (
@@ -37,7 +38,6 @@ from harness import (
     repeat_until,
 )
 
-from agent import zmtp
 from reaperd import gate_frames
 
 StartDaemon = Callable[..., Daemon]
@@ -307,30 +307,13 @@ def test_planted_routing_ids_cost_at_most_the_gate(siege: Siege) -> None:
     daemon = siege.daemon
     gate = gate_of(daemon)
     assert gate is not None
-    last = int.from_bytes(_routing_id_of_a_reply(daemon, gate)[1:], "big")
+    last = int.from_bytes(routing_id_of_a_reply(daemon, gate)[1:], "big")
     following = [(b"\0" + struct.pack(">I", (last + n) & 0xFFFFFFFF)).hex() for n in range(2, 60)]
     with siege.attacker("planted", identities=following) as attacker:
         attacker.read_until("planted")
         siege.reap()
         answers(daemon)
     siege.check()
-
-
-def _routing_id_of_a_reply(daemon: Daemon, gate: int) -> bytes:
-    """Return the id that the gate gave to a connection: from a reply that waits in its channel while it is stopped."""
-    with take_channel(gate) as channel, contextlib.ExitStack() as stack:
-        waiter = stack.enter_context(contextlib.closing(zmtp.Dealer(daemon.socket, 30)))
-        waiter._send(_frame({"op": "events", "session": "1-1-00000000-00000000", "wait_s": 1}))
-        answers(daemon)  # the request has reached the core, for this one came later
-        os.kill(gate, signal.SIGSTOP)
-        try:
-            assert select.select([channel], [], [], 20)[0], "no reply came"
-            data = channel.recv(gate_frames.MAX_REPLY_BYTES, socket.MSG_PEEK)
-        finally:
-            os.kill(gate, signal.SIGCONT)
-    routing_id, _, _ = gate_frames.parse_reply(data)
-    assert len(routing_id) == 5
-    return routing_id
 
 
 @pytest.mark.parametrize("connections", [1, 20])

@@ -25,6 +25,7 @@ from harness import (
     Scratch,
     broken_promise,
     has_ended,
+    needed_interpreter,
     test_environment,
     wait_gone,
 )
@@ -354,3 +355,83 @@ def test_a_memfd_of_another_user_makes_nobody_a_member(
         assert pid not in [process["pid"] for process in event["processes"]]
     finally:
         os.close(pidfd)
+
+
+# -- processes that are bad to look at ------------------------------------------------------------
+
+
+def test_a_process_whose_memory_cannot_be_read_blocks_nobody(
+    start_daemon: StartDaemon,
+    lay_siege: Callable[..., Siege],
+    attack: Callable[..., Attacker],
+    scratch: Scratch,
+) -> None:
+    """Its main thread sleeps, another one waits for a file system with the lock of their memory: state S, for ever."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("there is no /dev/fuse")
+    daemon = start_daemon()
+    siege = lay_siege(daemon, victims=3)
+    directory = scratch.directory("stalled")
+    holder = attack(
+        daemon, "stalled", uid=None, holds=STRANGER, directory=directory, python=needed_interpreter(STRANGER)
+    )
+    try:
+        holder.read_until("holds")
+        siege.reap()  # while the scans and the sweeps meet it
+        assert answers(daemon) < 5
+        siege.reap()
+        daemon.kill9()
+        daemon.start()  # its first sweep meets it, too
+        siege.watch.renew()
+        siege.reap()
+    finally:
+        holder.close()
+    siege.check()
+
+
+@pytest.mark.parametrize("depth, width", [(3000, 0), (10, 20_000)], ids=["deep", "wide"])
+def test_a_folder_that_never_ends_costs_only_its_owner(
+    depth: int,
+    width: int,
+    daemon: Daemon,
+    lay_siege: Callable[..., Siege],
+    attack: Callable[..., Attacker],
+    start_leader: StartLeader,
+) -> None:
+    """What a dead leader left in /dev/shm is measured and removed: it is as deep and as wide as its owner likes."""
+    siege = lay_siege(daemon, victims=2)
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket, uid=STRANGER)
+    with contextlib.ExitStack() as stack:
+        maker = attack(daemon, "deep", leader=leader.pid, depth=depth, width=width)
+        folder = os.path.join("/dev/shm", maker.read_line()["made"])
+        stack.callback(subprocess.run, ["rm", "-rf", folder], check=False)
+        leader.kill9()
+        assert wait_gone(leader.family.workers, WORKERS_GONE_S) == []
+        siege.reap()
+        daemon.wait_end(leader.session, within_s=45)
+        siege.reap()
+        daemon.kill9()
+        daemon.start()  # what is on record must not end the next one either
+        siege.watch.renew()
+    siege.check()
+
+
+@pytest.mark.parametrize("registered", [True, False], ids=["of a session", "of nobody"])
+def test_processes_that_are_dear_to_look_at_delay_no_reap(
+    registered: bool,
+    start_daemon: StartDaemon,
+    lay_siege: Callable[..., Siege],
+    attack: Callable[..., Attacker],
+) -> None:
+    daemon = start_daemon()
+    siege = lay_siege(daemon, victims=3)
+    crowd = attack(daemon, "crowd", processes=20, descriptors=5000, mappings=5000, registers=registered)
+    while siege.victims:
+        siege.reap()
+    assert crowd.read_line()["ready"]
+    siege.victims = [siege.victim() for _ in range(2)]
+    while siege.victims:
+        assert answers(daemon) < 5
+        siege.reap()
+    crowd.close()
+    siege.check()

@@ -805,6 +805,10 @@ def service(options: Options) -> None:
 def crowd(options: Options) -> None:
     """Be many forked processes that are dear to look at: of ``descriptors`` and ``mappings`` each."""
     take_descriptors()
+    if options["registers"]:
+        import agent
+
+        agent.register("crowd", socket=options["socket"], timeout=10)
     for _ in range(options.get("descriptors", 0)):
         os.dup(0)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -817,6 +821,94 @@ def crowd(options: Options) -> None:
             wait_for_the_end()
             os._exit(0)
     say(ready=True)
+    wait_for_the_end()
+
+
+def holder(options: Options) -> None:
+    """Be a process in state S whose memory nobody can read: a second thread holds its lock, for a write that never ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    shared, fixed = mmap.MAP_SHARED, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10
+    write = mmap.PROT_READ | mmap.PROT_WRITE
+    address = libc.mmap(None, 4096, write, shared, os.open(options["file"], os.O_RDWR), 0)
+    ctypes.c_char.from_address(address).value = b"x"  # what is dirty is written back when it is mapped over
+    # No word may come later: whatever touches this process's memory may stand still.
+    say(pid=os.getpid())
+    threading.Thread(
+        target=libc.mmap, args=(address, 4096, mmap.PROT_READ, fixed, -1, 0), daemon=True
+    ).start()
+    select.select([0], [], [])
+
+
+def stalled(options: Options) -> None:
+    """Serve a file system (FUSE, in a mount namespace of one's own) that never ends a write, to one process of ``uid``.
+
+    It says ``holds`` when that process waits. Run by root, for /dev/fuse is root's in many a container.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    uid, directory = options["holds"], options["directory"]
+    settings = f"fd={device},rootmode=40000,user_id={uid},group_id={uid},allow_other".encode()
+    if libc.unshare(0x20000) or libc.mount(b"none", b"/", None, 1 << 18 | 1 << 14, None):
+        raise OSError(ctypes.get_errno(), "cannot have a mount namespace")
+    if libc.mount(b"stalled", directory.encode(), b"fuse.stalled", 6, settings):
+        raise OSError(ctypes.get_errno(), "cannot mount")
+    if os.fork() == 0:
+        os.close(device)
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        python = options["python"]
+        os.execv(python, [python, __file__, "holder", json.dumps({"file": f"{directory}/file"})])
+    while select.select([device, 0], [], [])[0] == [device]:
+        _answer_fuse(device, uid)
+    # Closing the device ends the file system, and whoever waits for it.
+
+
+def _answer_fuse(device: int, uid: int) -> None:
+    """Answer one request (linux/fuse.h, protocol 7.31) for a folder with one file; a write is never answered."""
+    data = os.read(device, 1 << 20)
+    _, operation, unique, node = struct.unpack_from("<IIQQ", data)
+
+    def reply(body: bytes = b"", error: int = 0) -> None:
+        os.write(device, struct.pack("<IiQ", 16 + len(body), error, unique) + body)
+
+    def attributes(number: int) -> bytes:
+        mode = 0o40755 if number == 1 else 0o100666
+        return struct.pack("<6Q10I", number, 4096, 8, *[0] * 6, mode, 1, uid, uid, 0, 4096, 0)
+
+    match operation:
+        case 26:  # INIT
+            reply(struct.pack("<4I2H2I2H32x", 7, 31, 0, 0, 16, 12, 65536, 1, 16, 0))
+        case 1:  # LOOKUP
+            reply(struct.pack("<4Q2I", 2, 0, 100, 100, 0, 0) + attributes(2))
+        case 3 | 4:  # GETATTR, SETATTR
+            reply(struct.pack("<Q2I", 100, 0, 0) + attributes(node))
+        case 14 | 27:  # OPEN, OPENDIR
+            reply(struct.pack("<Q2I", 1, 0, 0))
+        case 15:  # READ
+            reply(bytes(4096))
+        case 16:  # WRITE
+            say(holds=True)
+        case 2 | 36 | 42:  # FORGET, INTERRUPT, BATCH_FORGET: want no answer
+            pass
+        case _:
+            reply(error=-38)
+
+
+def deep(options: Options) -> None:
+    """Make a folder in /dev/shm that is named like a leader's own, ``depth`` deep, of ``width`` files."""
+    os.chdir("/dev/shm")
+    name = f"joblib_memmapping_folder_{options['leader']}_x"
+    os.mkdir(name)
+    os.chdir(name)
+    for number in range(options["width"]):
+        os.close(os.open(f"f{number}", os.O_CREAT | os.O_WRONLY))
+    for _ in range(options["depth"]):
+        os.mkdir("a")
+        os.chdir("a")
+    say(made=name)
     wait_for_the_end()
 
 
@@ -840,7 +932,7 @@ KINDS: dict[str, Callable[[Options], None]] = {
     function.__name__: function
     for function in (
         *(garbage, openings, connects, endless, deaf, waiters, registrar, many, planted, courier, impostor),
-        *(pages, squatter, giver, service, crowd, greedy),
+        *(pages, squatter, giver, service, crowd, greedy, deep, stalled, holder),
     )
 }
 
