@@ -14,6 +14,7 @@ from chaos.plan import Abilities, Step
 from chaos.stage import Stage
 
 _SHOWN_STEPS = 30
+_SHOWN_LINES = 30
 _PATIENCE_S = 3.0
 
 
@@ -158,6 +159,7 @@ def evidence(violation: Violation, performance: Performance) -> str:
     parts += [_proc_facts(proc) for proc in dict.fromkeys(violation.about)]
     for session in dict.fromkeys(violation.sessions):
         parts += [_session_facts(session), _told_of(stage, session)]
+    parts += ["the end of the daemon's log:", *stage.daemon.read_log().splitlines()[-_SHOWN_LINES:]]
     parts.append(f"the daemon: pid={stage.daemon.pid} life={stage.life.number} running={stage.life.running}")
     return "\n".join(parts)
 

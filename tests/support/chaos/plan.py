@@ -36,6 +36,7 @@ KINDS = {
     "spared-scrubbed": 3,
     "spared-family": 2,
     "turncoat": 3,
+    "moved": 2,
     "tracker": 3,
     "stubborn-tracker": 1,
 }
@@ -272,6 +273,8 @@ class _Planner:
         while len(found) < count:
             kind = self._weighted({name: KINDS[name] for name in kinds or KINDS})
             if kind == "turncoat" and (leader.other_user or not self._abilities.other_users):
+                continue
+            if kind == "moved" and (leader.other_user or not self._abilities.cgroups):
                 continue
             if kind in COSTLY and leader.other_user:  # who may not execute our interpreter
                 continue

@@ -274,6 +274,7 @@ class Stage:
                 "other_uid": harness.STRANGER,
                 "uid": harness.STRANGER if wish.pop("other_user", False) else 0,
                 "cgroup": self.procs_file("leaders") if own_cgroup else "",
+                "elsewhere": self.procs_file("elsewhere") if self._cgroups else "",
                 **wish,
             }
         )
@@ -340,8 +341,8 @@ class Stage:
         """With every leader dead: wait until all is over, then see that nothing is left, and forget everybody."""
         self.start_daemon()
         self.wait_until(self._all_dead, 60.0, "a leader does not end")
-        self.wait_until(self._all_owed_gone, 120.0, "what must be gone is not, nor late")
-        self.wait_until(self.record.is_complete, 120.0, "an end is not on record, nor late")
+        self.wait_until(self._all_owed_gone, 400.0, "what must be gone is not, nor late")
+        self.wait_until(self.record.is_complete, 400.0, "an end is not on record, nor late")
         self.promises.check_untouched(self.procs.values())
         for proc in self.procs.values():
             if proc.owed is not None and proc.session is not None and proc.session.dead_s is not None:

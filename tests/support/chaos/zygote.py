@@ -38,6 +38,7 @@ ALL = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 MARKS = ("REAPER_TEST_RUN", "REAPER_TEST_FAMILY")
 _SET_DUMPABLE, _SET_CHILD_SUBREAPER = 4, 36  # linux/prctl.h
 _CRASHED = 97
+NOT_YET_SPARED = "spared-when-started"  # it is spared once its leader has told that it was started
 
 
 class Reporter:
@@ -124,6 +125,15 @@ def become(uid: int) -> None:
     ctypes.CDLL(None).prctl(_SET_DUMPABLE, 1)  # else its /proc/self is root's, and it cannot register
 
 
+def settle(wish: Wish) -> None:
+    """Move into the cgroup and become the user that are wished."""
+    if wish.get("cgroup"):
+        with open(wish["cgroup"], "w", encoding="ascii") as file:
+            file.write("0")
+    if wish.get("uid"):
+        become(wish["uid"])
+
+
 # -- leaders --------------------------------------------------------------------------------------
 
 
@@ -142,11 +152,7 @@ class Leader:
     def begin(self) -> None:
         """Register, with what it is to start before and after."""
         reporter, wish = self.reporter, self.wish
-        if wish.get("cgroup"):
-            with open(wish["cgroup"], "w", encoding="ascii") as file:
-                file.write("0")
-        if wish.get("uid"):
-            become(wish["uid"])
+        settle(wish)
         reporter.up(self.token, "leader", "none", outer=wish.get("outer"))
         if wish.get("deaf"):
             signal.signal(signal.SIGTERM, lambda number, frame: None)
@@ -362,7 +368,7 @@ class Leader:
         """One that only the session page can name; it is spared once the block was left."""
 
         def body() -> None:
-            self.up(token, "none", fate="spared-when-started", silent=True)
+            self.up(token, "none", fate=NOT_YET_SPARED, silent=True)
             sleep_as(bare_environment(), deaf=True)
 
         with agent.spared():
@@ -382,6 +388,20 @@ class Leader:
 
         with agent.spared():
             self.fork(body)
+
+    def start_moved(self, token: str, marks: str) -> None:
+        """A program that was put into another cgroup, as queue systems do; it is left alone once it is one."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+
+        def body() -> None:
+            settle({"cgroup": self.wish["elsewhere"]})
+            self.up(token, "none", fate=NOT_YET_SPARED, silent=True)
+            sleep_as(dict(os.environ), deaf=True)
+
+        self.fork(body)
+        os.close(writer)
+        os.read(reader, 1)
+        os.close(reader)
 
     def start_turncoat(self, token: str, marks: str) -> None:
         """One that becomes another user, page and all."""
@@ -445,11 +465,7 @@ def leave(manner: str, code: int) -> NoReturn:
 def stand_by(reporter: Reporter, wish: Wish) -> None:
     """Live on as somebody who is no concern of Reaper's."""
     token = wish["token"]
-    if wish.get("cgroup"):
-        with open(wish["cgroup"], "w", encoding="ascii") as file:
-            file.write("0")
-    if wish.get("uid"):
-        become(wish["uid"])
+    settle(wish)
 
     def stay() -> None:
         reporter.up(token, "bystander", "none", silent=bool(wish.get("stamp")))
