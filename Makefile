@@ -92,6 +92,12 @@ attack: $(STAMP) ## attack a real daemon at full length, as root (an hour or les
 soak: $(STAMP) ## sessions by the thousand, and what core and gate take meanwhile; SESSIONS=n
 	@$(BIN)/python tests/chaos/soak.py --sessions $(SESSIONS)
 
+SCALE_ARGS ?=
+
+.PHONY: scale
+scale: $(STAMP) ## measure 5,000 workers, 2,000 sessions and what forks itself each millisecond; SCALE_ARGS="--quick"
+	@$(BIN)/python tests/scale/run.py $(SCALE_ARGS)
+
 .PHONY: lint
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check $(CODE)

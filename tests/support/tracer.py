@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ _TRACESYSGOOD = 0x1
 _ENTRY = 1  # PTRACE_SYSCALL_INFO_ENTRY
 _STOPPED_AT_CALL = signal.SIGTRAP | 0x80
 _WALL = 0x40000000
+_PATIENCE_S = 0.1
 
 # The same number on every architecture: asm-generic/unistd.h.
 PIDFD_SEND_SIGNAL, PIDFD_OPEN = 424, 434
@@ -65,26 +67,47 @@ class Tracer:
     def hold(self) -> None:
         """Stop it where it is."""
         self._ptrace(_INTERRUPT)
-        self._wait()
+        while not self._wait(_PATIENCE_S):
+            pass
 
     def run_until(self, wanted: Callable[[Call], bool], give_up: Callable[[], bool]) -> bool:
         """Let it run until it is about to make a ``wanted`` call, and hold it there; False when it is time to give up.
 
-        ``give_up`` is asked whenever a call of any kind is about to be made, and leaves it held as well.
+        ``give_up`` is asked whenever a call of any kind is about to be made, and now and then while none is. It is
+        held then as well.
         """
         self._ptrace(_SYSCALL)
-        while self._wait():
-            if self._at_entry(call := _Info()):
+        while not self._ended:
+            if not self._wait(_PATIENCE_S):
+                if give_up():
+                    self.hold()
+                    return False
+                continue
+            if not self._ended and self._at_entry(call := _Info()):
                 if give_up():
                     return False
                 if wanted(self._describe(call)):
                     return True
-            self._ptrace(_SYSCALL, 0, self._signal)
+            if not self._ended:
+                self._ptrace(_SYSCALL, 0, self._signal)
         return False
 
-    def _wait(self) -> bool:
-        """Wait until it stops, and say whether it still runs at all."""
-        _, status = os.waitpid(self.pid, _WALL)
+    def _wait(self, within_s: float) -> bool:
+        """Say whether it stopped or ended within that time."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        try:
+            end_s = time.monotonic() + within_s
+            while (found := os.waitpid(self.pid, _WALL | os.WNOHANG)) == (0, 0):
+                left_s = end_s - time.monotonic()
+                if left_s <= 0:
+                    return False
+                signal.sigtimedwait({signal.SIGCHLD}, left_s)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._note(found[1])
+        return True
+
+    def _note(self, status: int) -> None:
         self._stopped = os.WIFSTOPPED(status)
         self._ended = not self._stopped
         self._signal = 0
@@ -93,7 +116,6 @@ class Tracer:
             self._at_call = number == _STOPPED_AT_CALL
             if not self._at_call and status >> 16 == 0:  # a signal on its way to it, not an event of ptrace's
                 self._signal = number
-        return self._stopped
 
     def _at_entry(self, info: _Info) -> bool:
         if not self._at_call:
@@ -113,12 +135,10 @@ class Tracer:
     def close(self) -> None:
         """Let it go."""
         os.close(self._memory)
+        if not self._stopped and not self._ended:
+            self.hold()
         if self._ended:
             return
-        if not self._stopped:
-            self._ptrace(_INTERRUPT)
-            if not self._wait():
-                return
         try:
             self._ptrace(_DETACH, 0, self._signal)
         except ProcessLookupError:  # it was killed: its parent hears of that once we have

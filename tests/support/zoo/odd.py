@@ -108,14 +108,17 @@ class Odd:
         return self.hop()
 
     def hop(self, *, deaf: bool = True, setsid: bool = False, closed: bool = False) -> list[int]:
-        """A worker that forks every millisecond, and each time the parent is gone at once."""
+        """A worker that forks every millisecond, and each time the parent is gone at once.
+
+        When the directory of this script goes, it goes too.
+        """
 
         def run() -> None:
             if deaf:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             end_s = time.monotonic() + HOPS_FOR_S
             hops = 0
-            while time.monotonic() < end_s:
+            while time.monotonic() < end_s and os.path.exists(self.muster.directory):
                 time.sleep(HOP_S)
                 hops += 1
                 if hops == 3:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import signal
 import subprocess
 import time
@@ -23,6 +24,7 @@ from agent import client
 
 LIFETIME_S = 90
 REUSED_WITHIN_S = 10.0
+HEARD_WITHIN_S = 30.0
 FAR = itertools.count(1000, 100)  # pids that nobody had yet
 SLEEPER = ["sleep", str(LIFETIME_S)]
 
@@ -93,9 +95,13 @@ def take_pid(pid: int, body: Callable[[], object]) -> int:
 
 @dataclass
 class Channel:
-    """Numbers that forks report."""
+    """Numbers that forks report, for as long as whoever made this keeps it."""
 
     ends: tuple[int, int] = field(default_factory=os.pipe)
+
+    def __del__(self) -> None:
+        for descriptor in self.ends:
+            os.close(descriptor)
 
     def say(self, *numbers: int) -> None:
         os.write(self.ends[1], "".join(f"{number} " for number in numbers).encode())
@@ -103,6 +109,8 @@ class Channel:
     def hear(self, count: int) -> list[int]:
         data = b""
         while data.count(b" ") < count:
+            ready, _, _ = select.select([self.ends[0]], [], [], HEARD_WITHIN_S)
+            assert ready, f"of {count} numbers only {data!r} came within {HEARD_WITHIN_S:g} s"
             data += os.read(self.ends[0], 4096)
         return [int(word) for word in data.split()]
 
@@ -159,11 +167,13 @@ class Session:
         end(self.leader)
 
 
-def start_session(daemon: Daemon, *kinds: str) -> Session:
+def start_session(daemon: Daemon, *kinds: str, deaf: bool = False) -> Session:
     """Start a leader with one worker of each kind in ``WORKERS``; a ``parent`` starts one more, which is reported first."""
     channel = Channel()
 
     def lead() -> None:
+        if deaf:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever ends is waited for, so its pid is free
         agent.register("reuse", socket=daemon.socket, timeout=10.0, required=True)
         for kind in kinds:
@@ -193,7 +203,13 @@ def bare() -> int:
 
 
 def parent(channel: Channel) -> int:
-    return fork(lambda: (channel.say(bare()), hold()))
+    """Start a worker that starts one itself."""
+
+    def start_and_hold() -> None:
+        channel.say(bare())
+        hold()
+
+    return fork(start_and_hold)
 
 
 WORKERS: dict[str, Callable[[], int]] = {

@@ -17,7 +17,7 @@ import warnings
 
 import agent
 
-LIFETIME_S = 300  # should stdin never end
+LIFETIME_S = 900  # should stdin never end
 ABREAST = 8  # so many leaders register at the same time
 SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
 
