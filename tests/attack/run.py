@@ -378,6 +378,7 @@ def run_one(name: str, seed: int, scale: float) -> bool:
             with contextlib.ExitStack() as stack:
                 told = SCRIPTS[name](Assault(siege, scratch, random.Random(f"{seed} {name}"), stack), scale)
             attacked = list(siege.latencies_s)
+            answers(siege.daemon)
             gates = siege.daemon.ask("status").get("gate_restarts", 0)
             siege.check()
         except (AssertionError, subprocess.TimeoutExpired):
@@ -411,6 +412,7 @@ def main() -> None:
     options = parser.parse_args()
     if os.geteuid() != 0:
         raise SystemExit("this needs root: the attackers and their victims are other users")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what was started is ended
     print(f"seed {options.seed}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.2f}")
     chosen = options.only or list(SCRIPTS)
     wrong = [name for name in chosen if not run_one(name, options.seed, 0.1 if options.quick else 1.0)]

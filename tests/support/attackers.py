@@ -299,13 +299,12 @@ class Siege:
         self.reaped: list[Leader] = []
 
     def victim(self) -> Leader:
-        return self._start_leader(
-            "kin.py", "subprocess", "--name", "victim", socket=self.daemon.socket, uid=NEIGHBOUR
-        )
+        """Return a leader with two workers, who may last for as long as any attack."""
+        return self._start_leader("victim.py", socket=self.daemon.socket, uid=NEIGHBOUR)
 
     def stranger(self) -> Leader:
         """Return a leader of another user's."""
-        return self._start_leader("kin.py", "subprocess", socket=self.daemon.socket, uid=STRANGER)
+        return self._start_leader("victim.py", socket=self.daemon.socket, uid=STRANGER)
 
     def attacker(self, kind: str, **options: Any) -> Attacker:
         return Attacker(self.daemon, kind, **options)
