@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 # linux/ptrace.h
 _CONT, _DETACH, _SYSCALL, _SEIZE, _INTERRUPT = 7, 17, 24, 0x4206, 0x4207
+_GET_EVENT_MESSAGE = 0x4201
 _GET_SYSCALL_INFO = 0x420E  # Linux 5.3
-_TRACESYSGOOD = 0x1
+_TRACESYSGOOD, _TRACEFORK = 0x1, 0x2
+_FORKED = 1  # PTRACE_EVENT_FORK
 _ENTRY = 1  # PTRACE_SYSCALL_INFO_ENTRY
 _STOPPED_AT_CALL = signal.SIGTRAP | 0x80
 _WALL = 0x40000000
@@ -47,15 +49,16 @@ class _Info(ctypes.Structure):
 class Tracer:
     """Traces the main thread of ``pid``, from the thread that made this; whoever is traced runs on after ``close()``."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, *, hold_children: bool = False) -> None:
         self.pid = pid
+        self.children: list[int] = []  # held before they have done anything
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
         self._libc.ptrace.restype = ctypes.c_long
-        self._ptrace(_SEIZE, 0, _TRACESYSGOOD)
+        self._ptrace(_SEIZE, 0, _TRACESYSGOOD | (_TRACEFORK if hold_children else 0))
         self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
         self._stopped = self._ended = self._at_call = False
-        self._signal = 0
+        self._signal = self._event = 0
 
     def _ptrace(self, request: int, address: int = 0, data: int = 0) -> int:
         result: int = self._libc.ptrace(request, self.pid, address, data)
@@ -92,6 +95,19 @@ class Tracer:
                 self._ptrace(_SYSCALL, 0, self._signal)
         return False
 
+    def run_while(self, wanted: Callable[[], bool]) -> None:
+        """Let it run while ``wanted``, and hold every child that it forks meanwhile; it is held itself afterwards."""
+        while wanted() and not self._ended:
+            if self._stopped:
+                self._ptrace(_CONT, 0, self._signal)
+                self._stopped = False
+            if self._wait(_PATIENCE_S / 10) and self._event == _FORKED:
+                message = ctypes.c_ulong()
+                self._ptrace(_GET_EVENT_MESSAGE, 0, ctypes.addressof(message))
+                self.children.append(message.value)
+        if not self._stopped and not self._ended:
+            self.hold()
+
     def _wait(self, within_s: float) -> bool:
         """Say whether it stopped or ended within that time."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
@@ -110,11 +126,11 @@ class Tracer:
     def _note(self, status: int) -> None:
         self._stopped = os.WIFSTOPPED(status)
         self._ended = not self._stopped
-        self._signal = 0
+        self._signal, self._event = 0, status >> 16
         if self._stopped:
             number = os.WSTOPSIG(status)
             self._at_call = number == _STOPPED_AT_CALL
-            if not self._at_call and status >> 16 == 0:  # a signal on its way to it, not an event of ptrace's
+            if not self._at_call and not self._event:  # a signal on its way to it, not an event of ptrace's
                 self._signal = number
 
     def _at_entry(self, info: _Info) -> bool:
@@ -139,6 +155,9 @@ class Tracer:
             self.hold()
         if self._ended:
             return
+        for child in self.children:
+            os.waitpid(child, _WALL)  # it has stopped before it ran
+            self._libc.ptrace(_DETACH, child, 0, 0)
         try:
             self._ptrace(_DETACH, 0, self._signal)
         except ProcessLookupError:  # it was killed: its parent hears of that once we have

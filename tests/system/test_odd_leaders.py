@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 from harness import (
     STRANGER,
+    WORKERS_GONE_S,
     Daemon,
     Leader,
     Scratch,
@@ -290,6 +293,29 @@ def test_a_leader_whose_memory_is_nobody_s_to_read_is_reaped(
     if late:
         daemon.start()
     assert_reaped_once_it_is_killed(daemon, leader)
+
+
+# -- the daemon's own children ---------------------------------------------------------------------
+
+
+def test_a_helper_of_the_daemon_is_nobody_s_worker(daemon: Daemon, start_leader: StartLeader) -> None:
+    """When it is born it has all of the daemon's descriptors, the pages of other sessions among them."""
+    first, second = (start_leader("odd.py", "worker", socket=daemon.socket) for _ in range(2))
+    with contextlib.closing(Tracer(daemon.pid, hold_children=True)) as tracer:
+        tracer.hold()
+        first.signal(signal.SIGKILL)
+        end_s = time.monotonic() + 20.0
+        tracer.run_while(lambda: not tracer.children and time.monotonic() < end_s)
+        assert tracer.children, "the daemon started no helper to free what the first session held"
+        second.signal(signal.SIGKILL)
+        end_s = time.monotonic() + WORKERS_GONE_S
+        tracer.run_while(lambda: bool(second.living()) and time.monotonic() < end_s)
+        assert second.living() == []
+    for leader in (first, second):
+        event = daemon.wait_end(
+            leader.session
+        )  # so it lives: a helper's SIGTERM must not be taken for its own
+        assert {one["pid"] for one in event["processes"]} == set(leader.family.workers)
 
 
 # -- workers that are never long the same ---------------------------------------------------------
