@@ -32,7 +32,7 @@ def measure(bench: Bench) -> Generator[Row]:
                     )
                     floor_s = statistics.median(bare)
                     listing_ms = statistics.median(listing) * 1e3
-                    note = f"{processes} processes on the host"
+                    note = f"{processes} processes on the host, {len(ours)} pairs"
                     peer = "bare loop"
                     if total > FEW:
                         floor_s += listing_ms / 1e3

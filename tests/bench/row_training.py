@@ -29,6 +29,6 @@ def measure(bench: Bench) -> Generator[Row]:
         statistics.median(bare),
         "without it",
         1 + min(max(noise, 0.005), MOST_NOISE),
-        note=f"{pairs} pairs; noise: the middle half of the runs without it lies within {noise:.1%} of their median"
+        note=f"{len(bare)} pairs; noise: the middle half of the runs without it lies within {noise:.1%} of their median"
         f" (with it: {spread(ours):.1%})",
     )

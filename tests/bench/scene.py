@@ -153,14 +153,16 @@ def wait_concluded(daemon: Daemon, session: str) -> None:
 
 def wait_scanned(pid: int, interval_s: float) -> None:
     """Return in the pause after the next scan: the CPU clock of an idle daemon moves for nothing else."""
-    begun, moved_s, at_s = False, time.monotonic(), cpu_clock_s(pid)
-    while not begun or time.monotonic() < moved_s + interval_s / 5:
+    began_s, moved_s, cpu_s = 0.0, time.monotonic(), cpu_clock_s(pid)
+    while not began_s or time.monotonic() < moved_s + interval_s / 5:
         time.sleep(_PAUSE_S / 2)
-        now_s = cpu_clock_s(pid)
-        if now_s != at_s:
-            begun, moved_s, at_s = True, time.monotonic(), now_s
-        elif time.monotonic() > moved_s + 20 * interval_s:
+        now_s, now_cpu_s = time.monotonic(), cpu_clock_s(pid)
+        if now_cpu_s != cpu_s:
+            began_s, moved_s, cpu_s = began_s or now_s, now_s, now_cpu_s
+        elif now_s > moved_s + 20 * interval_s:
             raise AssertionError(f"the daemon has not scanned for {20 * interval_s:g} s")
+        if began_s and now_s > began_s + interval_s:
+            raise Unmeasured(f"the host is too busy: a scan takes more than the {interval_s:g} s between two")
 
 
 def nobody_at(daemon: Daemon) -> str:
