@@ -122,8 +122,17 @@ class Attacker:
 
 
 def resident_bytes(pid: int) -> int:
+    return _status_bytes(pid, b"VmRSS:")
+
+
+def peak_bytes(pid: int) -> int:
+    """Return the most that ``pid`` has ever had resident."""
+    return _status_bytes(pid, b"VmHWM:")
+
+
+def _status_bytes(pid: int, name: bytes) -> int:
     for line in read_proc(pid, "status").splitlines():
-        if line.startswith(b"VmRSS:"):
+        if line.startswith(name):
             return int(line.split()[1]) * 1024
     return 0
 

@@ -92,6 +92,10 @@ def test_nothing_that_bears_a_page_s_name_misleads_the_core(
         daemon.wait_event(uid=STRANGER, kind="registered", adopted=True)  # a sweep has seen them
     siege.reap()
     assert answers(daemon) < 5
+    lies = [
+        event for event in daemon.events() if str(event.get("session")).endswith(("-0000b007", "-0000b008"))
+    ]
+    assert not lies, "of another boot, or of another daemon"
     theirs = {session["uid"] for session in daemon.sessions()} - {NEIGHBOUR}
     assert theirs <= {STRANGER}
     told = [event for event in daemon.events() if event.get("session") == siege.stays.session]

@@ -584,8 +584,9 @@ def impostor(options: Options) -> None:
     if "page" in options:  # the victim's own page, handed over by somebody whom it trusted
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as source:
             source.connect(options["page"])
-            handed = socket.recv_fds(source, 1, 1)[1][0]
-        questions["the very page as mine"] = {**questions["its page as mine"], "page_fd": handed}
+            handed = socket.recv_fds(source, 1, 2)[1]
+        for name, descriptor in zip(("the very page as mine", "a page made for me"), handed, strict=True):
+            questions[name] = {**questions["its page as mine"], "page_fd": descriptor}
     with Peer(options["socket"]).shake_hands(claims) as peer:
         say(kinds={name: _kind_of(peer.ask(**question)) for name, question in questions.items()})
         say(ps=peer.ask(op="ps"), events=peer.ask(op="events"), status=peer.ask(op="status"))
@@ -672,7 +673,11 @@ def _lies(options: Options, session: str) -> Iterator[dict[str, Any]]:
             "start_ticks": innocent.start_ticks,
         }
         yield {"id": wire.format_session_id(other, 1, 0, 1), "start_ticks": 0}
-    yield {"id": session, "boot_id": "00000000-0000-0000-0000-000000000000"}
+    for nonce, lie in (
+        (0xB007, {"boot_id": "00000000-0000-0000-0000-000000000000"}),
+        (0xB008, {"sockets": ["/x"]}),
+    ):
+        yield {"id": wire.format_session_id(30_000, 1, 0, nonce), "start_ticks": 1, **lie}
     yield {"id": session, "start_ticks": 2**62}
     yield {"sockets": ["/run/somebody/else.sock", "../../x", "", "\x1b[2J", "/" + "x" * 1000]}
     yield {"sockets": "text"}
