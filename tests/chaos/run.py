@@ -10,6 +10,7 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 import uuid
@@ -72,6 +73,9 @@ def main() -> None:
 
 def run(seed: int, steps: int, keep: str) -> int:
     """Perform the plan of ``seed`` and return the exit code."""
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(1)
+    )  # whoever takes part is ended on the way out
     scratch = Scratch()
     stage = Stage(scratch, uuid.uuid4().hex[:12])
     performance, teller = Performance(stage), Teller(stage)

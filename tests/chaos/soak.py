@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import uuid
 
@@ -32,6 +33,9 @@ def main() -> None:
     print(
         f"{options.warm_up} + {options.sessions} sessions, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.2f}"
     )
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(1)
+    )  # whoever takes part is ended on the way out
     scratch = Scratch()
     stage = Stage(scratch, uuid.uuid4().hex[:12])
     measured: list[Measured] = []

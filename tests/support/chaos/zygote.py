@@ -567,7 +567,8 @@ class Zygote:
         self._zombies.pop(pid, None)
         token, _ = self._children.pop(pid, ("", 0.0))
         if token:
-            self._reporter.tell("waited", token=token, status=status)
+            with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+                self._reporter.tell("waited", token=token, status=status)
 
 
 def main() -> None:
