@@ -13,6 +13,8 @@ import contextlib
 import os
 import random
 import resource
+import shutil
+import signal
 import statistics
 import sys
 import time
@@ -229,8 +231,7 @@ class Figures:
         )
         for kind in HOPS:
             times = []
-            with contextlib.closing(self.start_hopper(scratch, kind, REAPER_DISABLE="1")) as stranger:
-                stranger.kill9()  # nobody's worker, and hopping on
+            with self.stranger(scratch, kind) as stranger:
                 for _ in range(repeat):
                     with contextlib.closing(self.start_hopper(scratch, kind)) as leader:
                         before = footprint(self.daemon)
@@ -250,6 +251,18 @@ class Figures:
                 self.fault(f"{kind}: {repeat - len(caught)} of {repeat} were not gone within {PROMISE_S:g} s")
             if not untouched:
                 self.fault(f"{kind}: a stranger that does the same was ended")
+
+    @contextlib.contextmanager
+    def stranger(self, scratch: Scratch, kind: str) -> Iterator[Leader]:
+        """Have something hop that is nobody's worker, as long as the block lasts."""
+        stranger = self.start_hopper(scratch, kind, REAPER_DISABLE="1", REAPER_TEST_HOPS_S="600")
+        with contextlib.closing(stranger):
+            stranger.kill9()
+            try:
+                yield stranger
+            finally:
+                shutil.rmtree(os.path.dirname(stranger.log))  # at which it ends
+                stranger.wait_released(HOPPED_WITHIN_S)
 
     def start_hopper(self, scratch: Scratch, kind: str, **env: str) -> Leader:
         return Leader(scratch, self.daemon.run, "odd.py", kind, socket=self.daemon.socket, env=env).up()
@@ -300,6 +313,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     others = len(all_pids())
     print(f"seed {options.seed}, {os.cpu_count()} CPUs, {others} processes, load {os.getloadavg()[0]:.2f}")
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # and everything is taken down again
     scratch = Scratch()
     daemon = Daemon(scratch, uuid.uuid4().hex[:12], config=CONFIG)
     try:

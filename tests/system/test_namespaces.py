@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
-from harness import ROOT, WORKERS_GONE_S, Daemon, Leader, Scratch, broken_promise, pids_within
+from harness import GRACE_S, ROOT, WORKERS_GONE_S, Daemon, Leader, Scratch, broken_promise, pids_within
 
 StartDaemon = Callable[..., Daemon]
 StartLeader = Callable[..., Leader]
@@ -68,11 +68,15 @@ def test_a_worker_in_a_pid_namespace_of_its_own_is_reaped(daemon: Daemon, start_
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["registered", "adopted"])
-def test_a_scrubbed_worker_in_a_pid_namespace_is_reaped_with_its_leader(
-    late: bool, start_daemon: StartDaemon, start_leader: StartLeader
+@pytest.mark.parametrize("kind", ["subprocess", "scrubbed"])
+def test_a_leader_in_a_pid_namespace_that_dies_before_the_first_scan_leaves_nothing(
+    kind: str, late: bool, start_daemon: StartDaemon, start_leader: StartLeader
 ) -> None:
-    daemon = start_daemon(started=not late)
-    leader = start_leader("kin.py", "scrubbed", socket=daemon.socket, inside=PID_NAMESPACE)
+    """What it leaves is adopted by the init of that namespace, whom no look has seen adopt anybody."""
+    daemon = start_daemon(
+        started=not late, config=f'[scan]\ninterval = "1h"\n[kill]\ngrace = "{GRACE_S:g}s"\n'
+    )
+    leader = start_leader("kin.py", kind, socket=daemon.socket, inside=PID_NAMESPACE)
     if late:
         daemon.start()
     leader.kill9()
