@@ -1,13 +1,38 @@
 """The time that a daemon had: promises are counted in it, not in the time that passed.
 
-It runs while the daemon is ready, not stopped, and not waiting for a processor that others use.
+It runs while the daemon is ready, not stopped, not waiting for a processor that others use, and while the machine runs.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 
 from harness import read_proc
+
+_BEAT_S, _MISSED_S = 0.05, 0.15
+
+
+class Pauses:
+    """Counts the seconds for which nothing of ours ran: everything was frozen, or the machine was suspended."""
+
+    def __init__(self) -> None:
+        self.lost_s = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        before_s = time.monotonic()
+        while not self._over.wait(_BEAT_S):
+            now_s = time.monotonic()
+            if now_s - before_s > _BEAT_S + _MISSED_S:
+                self.lost_s += now_s - before_s - _BEAT_S
+            before_s = now_s
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
 
 
 class Life:
@@ -17,7 +42,9 @@ class Life:
         self._had_s = 0.0
         self._since_s: float | None = None
         self._waited_s = 0.0
+        self._lost_s = 0.0
         self._pid = 0
+        self.pauses = Pauses()
         self.ready = False
         self.stopped = False
         self.number = 0  # of the life: each READY begins one
@@ -61,11 +88,12 @@ class Life:
         """Return the seconds that daemons had so far."""
         if self._since_s is None:
             return self._had_s
-        waited_s = max(0.0, self._read_waited_s() - self._waited_s)
+        waited_s = max(0.0, self._read_waited_s() - self._waited_s) + self.pauses.lost_s - self._lost_s
         return self._had_s + max(0.0, time.monotonic() - self._since_s - waited_s)
 
     def _go(self) -> None:
         self._since_s, self._waited_s = time.monotonic(), self._read_waited_s()
+        self._lost_s = self.pauses.lost_s
 
     def _stand_still(self) -> None:
         self._had_s, self._since_s = self.now_s(), None

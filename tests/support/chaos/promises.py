@@ -53,7 +53,7 @@ class Promises:
             raise Violation(f"WRONG SIGNAL: the tracker {proc.token} {what}", [proc])
         innermost = dead[0]
         waits = len(dead) == 1 and innermost.ended_well and innermost.accepted and not innermost.lost
-        if not waits or proc.fate in (TRACKER, LEADER) or innermost.ordered_s is None:
+        if not waits or proc.tracks or proc.fate == LEADER or innermost.ordered_s is None:
             return
         if not self.life.unbroken_since(innermost.ordered_s) or innermost is not proc.session:
             return

@@ -85,9 +85,9 @@ class Stage:
 
     def wait_until(self, condition: Callable[[], bool], within_s: float, what: str) -> None:
         """Poll until ``condition`` holds; it is our own fault when it never does."""
-        end_s = time.monotonic() + within_s
+        end_s = time.monotonic() + within_s - self.life.pauses.lost_s
         while not condition():
-            if time.monotonic() > end_s:
+            if time.monotonic() - self.life.pauses.lost_s > end_s:
                 raise RuntimeError(f"{what}: not within {within_s:g} s")
             self.poll(0.005)
 

@@ -177,5 +177,6 @@ class Watched:
 
     def close(self) -> None:
         """Stop it, whatever state it is in."""
+        self.life.pauses.close()
         self.let_go_on()
         self.daemon.close()

@@ -509,6 +509,7 @@ class Zygote:
                     reader.recv(4096)
             self._wait()
             if self._control.fileno() in ready and not self._take_order():
+                signal.set_wakeup_fd(-1)
                 return
 
     def _take_order(self) -> bool:
