@@ -87,7 +87,7 @@ def _difference_ms(these: list[float], those: list[float]) -> float:
 
 
 def measure_register(bench: Bench) -> Generator[Row]:
-    pairs, repeat = bench.times(25, 9), bench.times(200, 50)
+    pairs, repeat = bench.times(25, 9), bench.times(25, 10)
     path = bench.scratch.file("router")
     with bench.daemon("[kill]\nexit_grace = '0s'\n") as daemon, program(bench, "router.py", path):
 
