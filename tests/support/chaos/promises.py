@@ -13,12 +13,10 @@ from chaos.watched import EXIT_GRACE_S, GRACE_S, INTERVAL_S, TRACKER_GRACE_S
 
 # No message told of such a session: it is found by its marks, when it is their turn (sweep.py).
 ADOPTED_WITHIN_S = 17 * INTERVAL_S + 1.0
-CONCLUDED_WITHIN_S = (
-    60.0  # from the end of the last member to the event, on the daemon's clock: nothing is promised
-)
-LATE_BY_S = (
-    20.0  # on a machine that is busy with other things, and for who has SIGKILL pending: late is not lost
-)
+# From the end of the last member to the event, on the daemon's clock; nothing is promised about it.
+CONCLUDED_WITHIN_S = 120.0
+# On a machine that is busy with other things, and for who has SIGKILL pending: late is not lost.
+LATE_BY_S = 60.0
 
 
 class Promises:
