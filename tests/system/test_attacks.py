@@ -438,9 +438,9 @@ def test_more_unmarked_children_than_descriptors_end_nothing(
 def test_a_gate_that_is_killed_again_and_again_loses_no_session_and_delays_no_reap(
     daemon: Daemon, lay_siege: Callable[..., Siege], start_leader: StartLeader
 ) -> None:
-    siege = lay_siege(daemon, victims=3)
+    siege = lay_siege(daemon, victims=2)
     late: list[Leader] = []
-    for _ in range(3):
+    for _ in range(2):
         gate = wait_for_another_gate(daemon, None)
         os.kill(gate, signal.SIGKILL)
         # It registers into the gap, or not at all: its page tells.
