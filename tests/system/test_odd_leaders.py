@@ -67,18 +67,20 @@ class Nested:
         daemon.wait_listed(self.leader, self.workers[-1:])
 
 
-@pytest.fixture(params=["late-child", "late-grandchild"])
+@pytest.fixture(
+    params=[("late-child", False), ("late-grandchild", True)], ids=["child", "grandchild-restarted"]
+)
 def nested(request: pytest.FixtureRequest, daemon: Daemon, start_leader: StartLeader) -> Nested:
-    return Nested(daemon, start_leader("odd.py", request.param, socket=daemon.socket))
-
-
-@pytest.mark.parametrize("restart", [False, True], ids=["", "restarted"])
-def test_a_worker_that_registers_late_ends_with_its_workers_alone(
-    restart: bool, daemon: Daemon, nested: Nested
-) -> None:
+    """Have such a pair; in one case the daemon began anew since the inner leader has registered."""
+    kind, restart = request.param
+    nested = Nested(daemon, start_leader("odd.py", kind, socket=daemon.socket))
     if restart:
         daemon.restart()
     nested.wait_listed(daemon)
+    return nested
+
+
+def test_a_worker_that_registers_late_ends_with_its_workers_alone(daemon: Daemon, nested: Nested) -> None:
     os.kill(nested.leader, signal.SIGKILL)
     event = daemon.wait_end(nested.session)
     assert event["cause"] == SIGKILLED
@@ -89,13 +91,7 @@ def test_a_worker_that_registers_late_ends_with_its_workers_alone(
     assert_reaped(daemon, nested.outer)
 
 
-@pytest.mark.parametrize("restart", [False, True], ids=["", "restarted"])
-def test_whoever_registered_late_below_it_goes_with_the_outer_leader(
-    restart: bool, daemon: Daemon, nested: Nested
-) -> None:
-    if restart:
-        daemon.restart()
-    nested.wait_listed(daemon)
+def test_whoever_registered_late_below_it_goes_with_the_outer_leader(daemon: Daemon, nested: Nested) -> None:
     nested.outer.kill9()
     assert_reaped(daemon, nested.outer)
     assert nested.outer.still_alive([nested.leader, *nested.workers]) == []
@@ -323,8 +319,6 @@ def test_a_helper_of_the_daemon_is_nobody_s_worker(daemon: Daemon, start_leader:
 @pytest.mark.parametrize(
     "kind",
     [
-        "hops",
-        "hops-politely",
         "hops-in-new-sessions",
         "hops-with-closed-descriptors",
         "hops-in-a-crowd",

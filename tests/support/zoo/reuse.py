@@ -44,7 +44,7 @@ from pidspace import (
 from tracer import PIDFD_OPEN, PIDFD_SEND_SIGNAL, Call, Tracer
 
 import agent
-from agent import wire
+from agent import client, wire
 
 CANNOT_BE_SHOWN = 3
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -659,8 +659,8 @@ def held_while_registering(daemon: Daemon) -> None:
         def lead() -> None:
             channel.say(stubborn())
             os.read(go.ends[0], 1)
-            with contextlib.suppress(agent.RegistrationError):
-                register_afresh(daemon)
+            with contextlib.suppress(client.Unreachable, wire.WireError):
+                register_by_hand(daemon)  # without a page, which would tell as well whose it is
             hold()
 
         leader = fork(lead)
