@@ -61,7 +61,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[str]:
     left += [pid for pid in harness.marked(harness.RUN_MARK, mark) if pid not in left]
     if left:
         faults.append(f"processes left behind:\n{harness.describe(left)}")
-    harness.end_leftovers(left)
+    harness.end_leftovers(left, mark)
     ours = {entry for leader in request.node.stash.get(leaders_key, []) for entry in leader.shm}
     if entries := harness.shm_left(shm, ours, mark, LEFT_WITHIN_S):
         faults.append(f"left in /dev/shm: {entries}")

@@ -130,14 +130,26 @@ def end_process(pid: int, within_s: float = 10.0) -> bool:
         return has_ended(pidfd, within_s=within_s)
 
 
-def end_leftovers(pids: Iterable[int]) -> None:
-    """SIGKILL ``pids``, but let their resource trackers clean up after them first."""
+def end_leftovers(pids: Iterable[int], run: str | None = None) -> None:
+    """SIGKILL ``pids`` (with ``run``: if they bear its mark still), but let their resource trackers clean up first."""
     trackers = [pid for pid in pids if "resource_tracker" in " ".join(cmdline(pid))]
     for pid in pids:
         if pid not in trackers:
-            end_process(pid)
+            _end_marked(pid, run)
     for pid in wait_gone(trackers, 2.0):
-        end_process(pid)
+        _end_marked(pid, run)
+
+
+def _end_marked(pid: int, run: str | None) -> None:
+    """SIGKILL ``pid``, unless it is somebody else's by now: what forks all the time uses up all pids in seconds."""
+    pidfd = open_pidfd(pid)
+    if pidfd is None:
+        return
+    with contextlib.closing(Descriptor(pidfd)):
+        if run is None or f"{RUN_MARK}={run}".encode() in read_environment(pid).split(b"\0"):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            has_ended(pidfd, within_s=10.0)
 
 
 def all_pids() -> list[int]:
