@@ -197,6 +197,7 @@ def _announce(session: Session, socket: str | None, timeout_s: float, required: 
         "name": session.name,
         "start_ticks": wire.SessionId.parse(session.id).start_ticks,
         "page_fd": page.fd,
+        "temp_dirs": _temp_dirs(),
     }
     reasons = []
     for path in sockets.candidate_sockets(socket):
@@ -214,6 +215,14 @@ def _announce(session: Session, socket: str | None, timeout_s: float, required: 
             return
     _process.retry_at_s = time.monotonic() + _RETRY_S
     _without_daemon(session, "; ".join(reasons), required=required, stacklevel=5)
+
+
+def _temp_dirs() -> list[str]:
+    """Return where joblib puts memory-mapped arrays, where /dev/shm is not the place."""
+    folders = (os.environ.get(name, "") for name in ("JOBLIB_TEMP_FOLDER", "TMPDIR"))
+    return [
+        folder for folder in folders if os.path.isabs(folder) and len(folder) <= 4096 and folder.isprintable()
+    ]
 
 
 def _without_daemon(session: Session, reason: str, *, required: bool, stacklevel: int) -> Session:

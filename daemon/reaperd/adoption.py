@@ -12,7 +12,7 @@ from reaperd import report
 from reaperd.core import Core
 from reaperd.linux import pidfd
 from reaperd.linux.procfs import ProcessGone
-from reaperd.model import UNKNOWN_CAUSE, ProcessId, Session
+from reaperd.model import TEMP_DIRS, UNKNOWN_CAUSE, ProcessId, Session, SessionKey
 from reaperd.sweep import FoundPage, StampedProcess, Sweep
 from reaperd.times import now_utc
 
@@ -27,85 +27,118 @@ class Adoption:
         self._observer = core.observer
         self._sweep = Sweep(core.observer)
         self._socket_path = socket_path
+        self._on_record: list[Session] = []  # that nobody could take on yet
 
     def recover(self) -> None:
         """Take on again what was on record when the last daemon ended."""
-        for session in self._core.store.sessions():
-            if session.cause is not None:
-                self._core.take_on(session, None, None)
-                continue
-            try:
-                handle = pidfd.open_pidfd(session.leader, self._observer.proc)
-            except ProcessGone:
-                log.info("leader died unseen session=%s pid=%d", session.id, session.leader.pid)
-                self._core.take_on(session, None, None)
-                continue
-            page_fd = self._open_page(session)
-            # A page that the leader no longer has: it has unregistered while no daemon was there, or exec'ed.
-            gone = page_fd is None and session.page_fd >= 0 and not pidfd.has_exited(handle)
-            self._core.take_on(replace(session, ending=session.ending or gone), handle, page_fd)
+        self._on_record = self._core.store.sessions()
+        self._recover_those_left()
 
-    def _open_page(self, session: Session) -> int | None:
-        with contextlib.suppress(OSError, wire.WireError):
-            return self._observer.open_page(session.leader.pid, session.page_fd, session.uid)
-        return None
+    def _recover_those_left(self) -> None:
+        """Take on who is not set aside: a session that cannot be taken on must not keep the daemon from all others."""
+        aside = self._core.aside
+        for session in self._on_record:
+            if session.key not in self._core.entries and aside.until_s(session.key) is None:
+                with aside.trying(session.key, "take on the members"):
+                    self._recover(session)
+        self._on_record = [one for one in self._on_record if one.key not in self._core.entries]
+
+    def _recover(self, session: Session) -> None:
+        if session.cause is not None:
+            self._core.take_on(session, None, None)
+            return
+        try:
+            handle = pidfd.open_pidfd(session.leader, self._observer.proc)
+        except ProcessGone:
+            log.info("leader died unseen session=%s pid=%d", session.id, session.leader.pid)
+            self._core.take_on(session, None, None)
+            return
+        page_fd, gone = self._open_page(session)
+        gone = gone and not pidfd.has_exited(handle)
+        self._core.take_on(replace(session, ending=session.ending or gone), handle, page_fd)
+
+    def _open_page(self, session: Session) -> tuple[int | None, bool]:
+        """Return the page, and whether its leader no longer has it: it has unregistered meanwhile, or exec'ed."""
+        if session.page_fd < 0:
+            return None, False
+        try:
+            return self._observer.open_page(session.leader.pid, session.page_fd, session.uid), False
+        except (FileNotFoundError, wire.WireError):
+            return None, True
+        except (ProcessGone, OSError):  # we cannot tell
+            return None, False
 
     def sweep(self, *, all_of_them: bool) -> None:
         """Look for marks of sessions that are not on record; of new processes, or of all of them."""
+        self._recover_those_left()
+        aside = self._core.aside
         for found in self._sweep.run(all_of_them=all_of_them):
             with contextlib.ExitStack() as ours:
                 if isinstance(found, FoundPage):
                     ours.callback(os.close, found.descriptor)
                 session_id = found.page.id if isinstance(found, FoundPage) else found.session
-                if self._is_known(session_id) or self._core.has_no_room_for(found.uid):
+                key = SessionKey(found.holder.uid, session_id)
+                if self._is_known(key) or self._core.has_no_room_for(key.uid):
+                    continue
+                if aside.until_s(key) is not None:
                     continue
                 # OSError: descriptors or processes ran out; the marks will be found again.
-                with contextlib.suppress(ProcessGone, OSError):
+                with aside.trying(key, "adopt the members"), contextlib.suppress(ProcessGone, OSError):
                     if not isinstance(found, FoundPage):
                         self._adopt_by_environment(found)
                     elif self._adopt_by_page(found):
                         ours.pop_all()
 
-    def _is_known(self, session_id: str) -> bool:
-        return session_id in self._core.entries or self._core.is_settled(session_id)
+    def _is_known(self, key: SessionKey) -> bool:
+        on_record = any(session.key == key for session in self._on_record)
+        return on_record or key in self._core.entries or self._core.is_settled(key)
 
     def _adopt_by_page(self, found: FoundPage) -> bool:
         """Take on the session of a page; True when the page's descriptor went along."""
         told, holder = found.page, found.holder
         if self._socket_path not in told.sockets or told.boot_id != self._observer.boot_id:
             return False
-        session = Session(told.id, told.name, found.uid, found.gid, holder.id, now_utc(), told.page_fd)
-        if self._observer.namespaced_pid(holder.id.pid) == told.pid and self._observer.same_ticks(
-            holder.id, told.start_ticks
+        leader = ProcessId(told.pid, told.start_ticks)
+        if told.start_ticks != wire.SessionId.parse(told.id).start_ticks:
+            return False
+        session = Session(
+            told.id, told.name, holder.uid, holder.gid, holder.stat.id, now_utc(), told.page_fd,
+            temp_dirs=(*holder.folders, *TEMP_DIRS),
+        )  # fmt: skip
+        if self._observer.namespaced_pid(holder.stat.id.pid) == told.pid and self._observer.same_ticks(
+            holder.stat.id, told.start_ticks
         ):
-            if self._core.leads_another(session):
+            if self._core.led_by(holder.stat.id):
                 return False
             session = self._observer.describe_leader(session)
-            leader_pidfd = pidfd.open_pidfd(holder.id, self._observer.proc)
+            leader_pidfd = pidfd.open_pidfd(holder.stat.id, self._observer.proc)
             self._note(session, "its leader lives")
             self._core.take_on(session, leader_pidfd, found.descriptor)
             return True
-        leader = ProcessId(told.pid, told.start_ticks)
-        if self._observer.could_be_orphan(holder.id, leader):
+        if self._observer.could_be_orphan(holder.stat.id, leader):
             clean = bool(told.flags & (wire.CLOSING | wire.ENDED))
             spared = frozenset(ProcessId(*pair) for pair in told.spared)
             session = replace(
                 session, leader=leader, spared=spared, cause=replace(UNKNOWN_CAUSE, clean=clean)
             )
-            self._adopt_dead(session, self._observer.cgroup_path(holder.id.pid))
+            self._adopt_dead(session, self._observer.cgroup_path(holder.stat.id.pid), found.descriptor)
+            return True
         return False
 
     def _adopt_by_environment(self, found: StampedProcess) -> None:
         """Take on a session whose dead leader only the environment of an exec'ed worker names."""
-        told = wire.SessionId.parse(found.session)
-        if wire.place_of(self._socket_path, found.cgroup, found.uid) != told.place:
+        told, holder = wire.SessionId.parse(found.session), found.holder
+        if wire.place_of(self._socket_path, found.cgroup, holder.uid) != told.place:
             return  # another daemon's, or carried into another cgroup or to another user
         leader = ProcessId(told.pid, told.start_ticks)
-        if self._observer.could_be_orphan(found.holder.id, leader):
-            session = Session(found.session, "", found.uid, found.gid, leader, now_utc())
-            self._adopt_dead(session, found.cgroup)
+        if self._observer.could_be_orphan(holder.stat.id, leader):
+            session = Session(
+                found.session, "", holder.uid, holder.gid, leader, now_utc(),
+                temp_dirs=(*holder.folders, *TEMP_DIRS),
+            )  # fmt: skip
+            self._adopt_dead(session, found.cgroup, None)
 
-    def _adopt_dead(self, session: Session, cgroup: str) -> None:
+    def _adopt_dead(self, session: Session, cgroup: str, page_fd: int | None) -> None:
         known = (
             wire.place_of(self._socket_path, cgroup, session.uid) == wire.SessionId.parse(session.id).place
         )
@@ -113,10 +146,9 @@ class Adoption:
             session,
             cgroup=cgroup if known else None,
             namespaces=self._observer.proc.namespaces(os.getpid()),
-            temp_dirs=("/tmp",),  # noqa: S108
         )
         self._note(session, "its leader died unseen")
-        self._core.take_on(session, None, None)
+        self._core.take_on(session, None, page_fd)
 
     def _note(self, session: Session, how: str) -> None:
         log.info(

@@ -11,17 +11,21 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from agent import wire
 from reaperd import decide, ledger, report
+from reaperd.aside import Aside
 from reaperd.causes import read_cause
 from reaperd.escalation import Stage
+from reaperd.kept import Kept
 from reaperd.ledger import Entry, Happening
-from reaperd.linux import page, pidfd
-from reaperd.linux.procfs import ProcessGone
+from reaperd.linux import pidfd
+from reaperd.linux.alarm import Alarm
+from reaperd.linux.page import OpenPage
 from reaperd.model import (
     SIGNAL_NAMES,
     UNKNOWN_CAUSE,
@@ -33,19 +37,33 @@ from reaperd.model import (
     ProcessId,
     Role,
     Session,
+    SessionKey,
     Snapshot,
 )
-from reaperd.observer import Observer
+from reaperd.observer import Interrupted, Observer
 from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.reaper import Outcome, Reaper
 from reaperd.reclaimer import Reclaimer
+from reaperd.roster import Roster
 from reaperd.store import Store
 from reaperd.times import now_utc
+from reaperd.waiters import News
 
 log = logging.getLogger(__name__)
 
-_MANY = 3  # so many sessions that are due for a look at once share one pass over all processes
+_GATHER_S = (
+    0.002  # workers end together: what that changes is worked out once for all who do within that time
+)
+_PATIENCE_S = 60.0
+_MOST_ROUNDS = 3  # of looking for one plan
+
+
+class Sight(NamedTuple):
+    """Who was seen to belong to a dead leader's session, and whether all who can could be read."""
+
+    family: Family
+    whole: bool
 
 
 class Core:
@@ -58,96 +76,123 @@ class Core:
         store: Store,
         poller: Poller,
         policy: Policy,
+        alarm: Alarm,
     ) -> None:
         self.observer = observer
         self.store = store
-        self.policy = policy
-        self.entries: dict[str, Entry] = {}
-        self.on_event: Callable[[], None] = lambda: None
+        self._policy = policy
+        self.aside = Aside()
+        self._roster = Roster(self._deadline_of)
+        self.on_event: Callable[[News], None] = lambda _: None
         self._reaper = reaper
         self._poller = poller
-        self._leaders: dict[str, int] = {}  # pidfds
-        self._pages: dict[str, int] = {}  # our own descriptors of the session pages
-        self._kept: dict[ProcessId, int] = {}  # pidfds of members that only descent tells
-        self._exited: set[ProcessId] = set()
-        self._mapped: dict[
-            str, frozenset[str]
-        ] = {}  # names in /dev/shm that a dead session's members had mapped
-        self._unsaved: set[str] = set()
-        self._told: set[str] = set()  # sessions that a dry run has spoken of
+        self._alarm = alarm
+        self._leaders: dict[SessionKey, int] = {}  # pidfds
+        self._pages: dict[SessionKey, OpenPage] = {}
+        self._kept = Kept(observer.proc)
+        self._exited: dict[ProcessId, float] = {}  # and when that was seen
+        self._exits_due_s: float | None = None
+        self._gather_s = _GATHER_S
+        self._look_costs_s: dict[int, float] = {}  # by uid, of the last one
+        self._targeted: Counter[ProcessId] = Counter()  # in how many sessions: a worker can lead one itself
+        self._unsaved: dict[SessionKey, None] = {}
+        self._told: set[SessionKey] = set()  # sessions that a dry run has spoken of
         self._reclaimer = Reclaimer(poller, observer, self._reclaimed)
+        self._heed(policy)
+
+    @property
+    def entries(self) -> Mapping[SessionKey, Entry]:
+        """All sessions on record."""
+        return self._roster.entries
+
+    @property
+    def policy(self) -> Policy:
+        """The rules in force."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._heed(policy)
+
+    def _heed(self, policy: Policy) -> None:
+        self._policy = policy
+        self.observer.reads_cgroups = bool(policy.protected_units)
+        self._roster.touch()
 
     # -- taking sessions on ------------------------------------------------------------------
 
     def take_on(self, session: Session, leader_pidfd: int | None, page_fd: int | None) -> None:
         """Watch a session; without a pidfd its leader is dead already. The descriptors are ours, whatever comes of it."""
         if leader_pidfd is not None:
-            self._leaders[session.id] = leader_pidfd
+            self._leaders[session.key] = leader_pidfd
         if page_fd is not None:
-            self._pages[session.id] = page_fd
-        self.entries[session.id] = Entry(session)
-        self._unsaved.add(session.id)
+            opened = self._pages[session.key] = OpenPage(page_fd)
+            session = replace(session, page_inode=opened.inode)
+        self.observer.cover(session)
+        self._roster.put(Entry(session))
+        self._unsaved[session.key] = None
         if leader_pidfd is None:
-            self._leader_is_dead(session.id, session.cause or UNKNOWN_CAUSE)
+            self._leader_is_dead(session.key, session.cause or UNKNOWN_CAUSE)
             return
-        self._poller.watch(leader_pidfd, functools.partial(self._leader_died, session.id))
-        self._read_page(session.id)
-        family = self.judge(self.entries[session.id].session, self.observer.look_below(session))
-        self._apply(session.id, ledger.Looked(family, time.monotonic(), 0.0))
-        self._hold_kept(session.id)
+        self._poller.watch(leader_pidfd, functools.partial(self._leader_died, session.key))
+        self._alarm.watch(leader_pidfd)
+        self._read_page(session.key)
+        family = self.judge(self.entries[session.key].session, self.observer.look_below(session))
+        self._apply(session.key, ledger.Looked(family, time.monotonic(), 0.0))
+        self._kept.hold(session.key, self.entries[session.key].session.kept)
 
     def has_no_room_for(self, uid: int) -> bool:
         """Say whether ``uid`` has as many sessions as one user may have."""
-        mine = sum(1 for entry in self.entries.values() if entry.session.uid == uid)
-        return mine >= self.policy.max_per_uid
+        return self._roster.count_of(uid) >= self.policy.max_per_uid
 
-    def leads_another(self, session: Session) -> bool:
-        """Say whether the leader of ``session`` leads one already: it can have many pages, and lead but one session."""
-        return any(
-            entry.session.leader == session.leader and not entry.session.ending
-            for entry in self.entries.values()
-        )
+    def led_by(self, leader: ProcessId) -> list[Entry]:
+        """Return the sessions that ``leader`` leads: it can have many pages, and lead but one session."""
+        return [entry for entry in self._roster.led_by(leader) if not entry.session.ending]
 
-    def is_settled(self, session_id: str) -> bool:
+    def is_settled(self, key: SessionKey) -> bool:
         """Say whether a session is over for good: whoever carries its marks still was left alone, or told of."""
-        return session_id in self._told or self.store.is_settled(session_id)
+        return key in self._told or self.store.is_settled(key)
 
     # -- the leader ends ---------------------------------------------------------------------
 
-    def unregister(self, session_id: str) -> None:
+    def unregister(self, key: SessionKey) -> None:
         """The leader ended its session: what it left is watched until the leader ends, too."""
-        self._apply(session_id, ledger.Unregistered())
-        self.look_at_living()
+        self._apply(key, ledger.Unregistered())
+        with contextlib.suppress(Interrupted):  # the next scan looks, too
+            self.look_at_living([key])
 
-    def stop_leader(self, session_id: str, by_uid: int) -> None:
+    def stop_leader(self, key: SessionKey, by_uid: int) -> None:
         """Ask the leader to end, and make it end after the grace period."""
-        session = self.entries[session_id].session
+        session = self.entries[key].session
         process = self.observer.leader(session)
         if process is None:
             return
-        handle = os.dup(self._leaders[session_id])
+        handle = os.dup(self._leaders[key])
         self._reaper.take(session.leader, handle)
         member = Member(process, Role.WORKER, "leader", ("somebody asked to stop the session",), marked=True)
-        self._apply(session_id, ledger.StopAsked(member, time.monotonic(), by_uid))
+        self._apply(key, ledger.StopAsked(member, time.monotonic(), by_uid))
 
-    def _leader_died(self, session_id: str) -> None:
-        handle = self._leaders[session_id]
+    def _leader_died(self, key: SessionKey) -> None:
+        handle = self._leaders[key]
         self._poller.unwatch(handle)
-        session = self.entries[session_id].session
-        cause = self._read_cause(session, handle)
-        flags = self._read_page(session_id)
+        self._alarm.silence(handle)
+        session = self.entries[key].session
+        cause, flags = UNKNOWN_CAUSE, 0
+        with self._trying(key, "read the end"):
+            cause = self._read_cause(session, handle)
+            flags = self._read_page(key)
         if cause.kind is CauseKind.EXIT and (flags & (wire.CLOSING | wire.ENDED) or session.ending):
             cause = replace(cause, clean=True)
         self._note_exit(
             session.leader
         )  # it may be somebody's target, too: it was to be stopped, or is a worker itself
-        self._leader_is_dead(session_id, cause)
+        self._leader_is_dead(key, cause)
 
-    def _leader_is_dead(self, session_id: str, cause: Cause) -> None:
+    def _leader_is_dead(self, key: SessionKey, cause: Cause) -> None:
         now_s = time.monotonic()
         wait_s = self.policy.exit_grace_s if cause.clean else 0.0
-        self._drop_reused(session_id)
-        self._apply(session_id, ledger.LeaderDied(cause, now_s, now_s + wait_s))
+        self._lose_dead(key, self._kept.dead())
+        self._apply(key, ledger.LeaderDied(cause, now_s, now_s + wait_s))
 
     def _read_cause(self, session: Session, handle: int) -> Cause:
         def vanished() -> int:
@@ -157,30 +202,32 @@ class Core:
 
     def _amend_cause(self, entry: Entry) -> None:
         """Ask again why the leader died, where the kernel did not tell at once."""
-        session, handle = entry.session, self._leaders.get(entry.session.id)
+        session, handle = entry.session, self._leaders.get(entry.session.key)
         if session.cause is not None and session.cause.kind is CauseKind.UNKNOWN and handle is not None:
-            self._apply(session.id, ledger.CauseTold(self._read_cause(session, handle)))
+            self._apply(session.key, ledger.CauseTold(self._read_cause(session, handle)))
 
-    def _read_page(self, session_id: str) -> int:
+    def _read_page(self, key: SessionKey) -> int:
         """Take from the page what only the leader knows, and return its flags."""
-        told = self.page_of(session_id)
+        told = self.page_of(key)
         if told is None:
             return 0
-        session = self.entries[session_id].session
+        session = self.entries[key].session
         if told.flags & wire.ENDED and not session.ending:
-            self._apply(session_id, ledger.Unregistered())
+            self._apply(key, ledger.Unregistered())
         if self.observer.shares_our_namespaces(session):
-            self._apply(session_id, ledger.Spared(frozenset(ProcessId(*pair) for pair in told.spared)))
+            self._apply(key, ledger.Spared(frozenset(ProcessId(*pair) for pair in told.spared)))
         return told.flags
 
-    def page_of(self, session_id: str) -> wire.Page | None:
+    def page_of(self, key: SessionKey) -> wire.Page | None:
         """Return what a session's page says now, None where it has none or says nonsense."""
-        descriptor = self._pages.get(session_id)
-        if descriptor is not None:
+        opened = self._pages.get(key)
+        if opened is not None:
             with contextlib.suppress(wire.WireError, OSError):
-                dead = pidfd.has_exited(self._leaders[session_id]) if session_id in self._leaders else True
-                return page.read_page(descriptor, writer_is_dead=dead)
+                return opened.read(writer_is_dead=self._is_dead(key))
         return None
+
+    def _is_dead(self, key: SessionKey) -> bool:
+        return key not in self._leaders or pidfd.has_exited(self._leaders[key])
 
     # -- looking -----------------------------------------------------------------------------
 
@@ -188,134 +235,257 @@ class Core:
         """Return who belongs to ``session``."""
         return decide.judge(session, snapshot, self.policy)
 
-    def look_at_living(self, *, note_usage: bool = False) -> dict[str, Family]:
-        """Look who belongs to the sessions whose leaders live, and keep in mind those whom only descent tells."""
-        living = [entry.session for entry in self.entries.values() if entry.died_at_s is None]
-        for session in living:
-            self._drop_reused(session.id)
-            self._read_page(session.id)
-        snapshot = self.observer.look_at_all([self.entries[session.id].session for session in living])
+    def look_at_living(
+        self, only: Iterable[SessionKey] | None = None, *, note_usage: bool = False
+    ) -> dict[SessionKey, Family]:
+        """Look who belongs to the sessions whose leaders live (``only`` some), and keep in mind whom only descent tells.
+
+        Raises Interrupted where another leader dies meanwhile.
+        """
+        keys = [
+            key
+            for key in (self.entries if only is None else only)
+            if self.entries[key].died_at_s is None and self.aside.until_s(key) is None
+        ]
+        families = self.aside.together(keys, self._look_at, "look at the members")
         if note_usage:
-            self.observer.note_usage(snapshot)
-        families = {}
-        for session in living:
-            family = self.judge(self.entries[session.id].session, snapshot)
-            self._apply(session.id, ledger.Looked(family, time.monotonic(), 0.0))
-            self._hold_kept(session.id)
-            self._refresh_oom(session.id)
-            families[session.id] = family
+            self.observer.note_usage(
+                member.process for family in families.values() for member in family.members.values()
+            )
         return families
 
-    def _refresh_oom(self, session_id: str) -> None:
+    def _look_at(self, keys: Sequence[SessionKey]) -> dict[SessionKey, Family]:
+        dead = self._kept.dead()
+        for key in keys:
+            self._lose_dead(key, dead)
+            self._read_page(key)
+        sessions = [self.entries[key].session for key in keys]
+        members = [id_ for session in sessions for id_ in (session.leader, *session.seen, *session.kept)]
+        snapshot = self.observer.look(sessions, hold=False, members=members, again=members)
+        # Whose pidfd says that it is dead, and who is there all the same, is another process with the same pid and tick.
+        reused = frozenset(filter(self.observer.is_alive, self._kept.dead()))
+        families = {}
+        oom_kills: dict[str, int | None] = {}
+        for key in keys:
+            if self._is_dead(key):
+                continue  # its pid, too, may be another's
+            self._lose_dead(key, reused)
+            session = self.entries[key].session
+            families[key] = self.judge(session, snapshot)
+            self._apply(key, ledger.Looked(families[key], time.monotonic(), 0.0))
+            self._kept.hold(key, self.entries[key].session.kept)
+            self._refresh_oom(key, oom_kills)
+        return families
+
+    def _refresh_oom(self, key: SessionKey, read: dict[str, int | None]) -> None:
         """Take the counter as it stands while the leader lives: whoever was killed so far, it was not the leader.
 
         The kernel counts, then kills, and who is killed may take seconds to free its memory: a leader that is
-        condemned may be the one that was counted.
+        condemned may be the one that was counted. ``read`` has the counters that were read for others already.
         """
-        session = self.entries[session_id].session
-        count = self.observer.oom_kills_in(session)
+        session = self.entries[key].session
+        if session.oom_counter not in read:
+            read[session.oom_counter] = self.observer.oom_kills_in(session)
+        count = read[session.oom_counter]
         if count != session.oom_kills and not self.observer.is_condemned(session.leader.pid):
-            self._apply(session_id, ledger.OomCounted(count))
+            self._apply(key, ledger.OomCounted(count))
 
-    def _drop_reused(self, session_id: str) -> None:
+    def _lose_dead(self, key: SessionKey, dead: frozenset[ProcessId]) -> None:
         """Forget members whose pidfd says that they are dead: their pid may be somebody else's."""
-        kept = self.entries[session_id].session.kept
-        dead = frozenset(id_ for id_ in kept if id_ in self._kept and pidfd.has_exited(self._kept[id_]))
-        if dead:
-            self._apply(session_id, ledger.MembersLost(dead))
-
-    def _hold_kept(self, session_id: str) -> None:
-        for id_ in self.entries[session_id].session.kept:
-            if id_ not in self._kept:
-                with contextlib.suppress(ProcessGone):
-                    self._kept[id_] = pidfd.open_pidfd(id_, self.observer.proc)
-        if len(self._kept) > 2 * sum(len(entry.session.kept) for entry in self.entries.values()):
-            self._release_kept()
-
-    def _release_kept(self) -> None:
-        wanted = {id_ for entry in self.entries.values() for id_ in entry.session.kept}
-        for id_ in set(self._kept) - wanted:
-            os.close(self._kept.pop(id_))
+        lost = dead & self.entries[key].session.kept
+        if lost:
+            self._apply(key, ledger.MembersLost(lost))
+            self._kept.hold(key, self.entries[key].session.kept)
 
     # -- carrying out ------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Do all that is due now; what others wait for first, bookkeeping afterwards."""
-        while self._do_due() or self._reclaimer.step():
+        """Do all that is due now, up to the death of the next leader: that goes first."""
+        while (self._do_due() or self._reclaimer.step()) and not self._alarm.rings():
             pass
-        self._save()
+        idle_s = self.observer.marks.memory.idle_deadline_s
+        if idle_s is not None and idle_s <= time.monotonic():
+            self.observer.marks.memory.close()
+
+    def is_called_away(self) -> bool:
+        """Say whether a leader has died of whose end nobody has taken note: whatever else is being done can wait."""
+        return self._alarm.rings()
 
     def _do_due(self) -> bool:
         """Do what has become due since the last time; False when nothing has."""
-        self._collect_exits()
         now_s = time.monotonic()
-        due = {
-            session_id: actions
-            for session_id, entry in self.entries.items()
-            if (actions := decide.decide(entry, self.policy, now_s))
-        }
-        looks = {
-            session_id: action for session_id, (action, *_) in due.items() if isinstance(action, decide.Look)
-        }
-        if len(looks) > _MANY:
-            self._look(list(looks), quick=False)
-        for session_id, actions in due.items():
-            if session_id not in looks:
-                self._do(session_id, actions)
-            elif len(looks) <= _MANY:
-                self._look([session_id], quick=looks[session_id].quick)
+        if self._exits_due_s is not None and self._exits_due_s <= now_s:
+            self._collect_exits()
+        due = {}
+        for entry in self._roster.take_due(now_s):
+            key = entry.session.key
+            if self.aside.until_s(key) is None:
+                with self._trying(key, "decide on the members"):
+                    if actions := decide.decide(entry, self.policy, now_s):
+                        due[key] = actions
+        looks = {key: action.depth for key, (action, *_) in due.items() if isinstance(action, decide.Look)}
+        for depths in self._by_user(looks):
+            if not self._alarm.rings():
+                self._look(depths)
+        for key, actions in due.items():
+            if key not in looks:
+                with self._trying(key, "do what is due to the members"):
+                    self._do(key, actions)
         return bool(due)
+
+    @contextlib.contextmanager
+    def _trying(self, key: SessionKey, what: str, *, tell_exhaustion: bool = False) -> Iterator[None]:
+        """Set a session aside where the block raises anything, and look what is due for it later."""
+        with self.aside.trying(key, what, tell_exhaustion=tell_exhaustion):
+            yield
+        if self.aside.until_s(key) is not None and key in self.entries:
+            self._roster.put(self.entries[key])
+
+    def _deadline_of(self, entry: Entry) -> float | None:
+        aside_until_s = self.aside.until_s(entry.session.key)
+        return aside_until_s or ledger.deadline(entry, self.policy.tracker_grace_s)
 
     def next_deadline(self) -> float | None:
         """Return the monotonic second at which ``step()`` has something to do, None when nothing is due."""
-        due = ledger.next_deadline(self.entries.values(), self.policy.tracker_grace_s)
-        waiting = self._reclaimer.deadline_s
-        return waiting if due is None else due if waiting is None else min(due, waiting)
+        due = (
+            self._roster.next_deadline(),
+            self._reclaimer.deadline_s,
+            self._exits_due_s,
+            self.observer.marks.memory.idle_deadline_s,
+        )
+        return min((deadline_s for deadline_s in due if deadline_s is not None), default=None)
 
-    def _do(self, session_id: str, actions: list[decide.Action]) -> None:
+    def _do(self, key: SessionKey, actions: list[decide.Action]) -> None:
         sends = [action for action in actions if isinstance(action, decide.Send)]
         if sends:
-            self._send(session_id, sends)
+            self._send(key, sends)
         for action in actions:
             match action:
                 case decide.Reclaim():
-                    self._ask_reclaim(session_id)
+                    self._ask_reclaim(key)
                 case decide.Conclude():
-                    self._conclude(session_id)
+                    self._conclude(key)
                 case decide.Forget():
-                    self._forget(session_id)
+                    self._forget(key)
 
-    def _look(self, session_ids: list[str], *, quick: bool) -> None:
+    def _by_user(self, looks: dict[SessionKey, decide.Depth]) -> list[dict[SessionKey, decide.Depth]]:
+        """Return ``looks`` by user: nobody is to wait for what another user's processes cost, if they cost more.
+
+        First looks come first. Looks at everybody come last, and by themselves: they can be interrupted.
+        """
+        groups: dict[tuple[int, float, int], dict[SessionKey, decide.Depth]] = {}
+        for key, depth in looks.items():
+            rank = 0 if not self.entries[key].looks else 2 if depth is decide.Depth.EVERYONE else 1
+            cost_s = self._look_costs_s.get(key.uid, 0.0)
+            groups.setdefault((rank, cost_s, key.uid), {})[key] = depth
+        return [groups[group] for group in sorted(groups)]
+
+    def _look(self, depths: dict[SessionKey, decide.Depth]) -> None:
         """Look who belongs to dead leaders' sessions, all in one pass, and send at once what is due on that evidence."""
-        sessions = [self.entries[session_id].session for session_id in session_ids]
         started_s = time.monotonic()
         try:
-            snapshot = self.observer.look_quick(sessions[0]) if quick else self.observer.look(*sessions)
+            if not any(self.entries[key].looks for key in depths):
+                self._look_ahead(list(depths))
+            sights = self.aside.together(
+                list(depths),
+                lambda keys: self._see({key: depths[key] for key in keys}),
+                "look at the members",
+            )
             looked_at_s = time.monotonic()
-            for session_id in session_ids:
-                self._take_in(session_id, snapshot, looked_at_s, looked_at_s - started_s)
+            self._look_costs_s[next(iter(depths)).uid] = looked_at_s - started_s
+            for key, seen in sights.items():
+                afresh = depths[key] is not decide.Depth.NEWCOMERS
+                with self._trying(key, "take in the members", tell_exhaustion=True):
+                    self._take_in(key, seen, looked_at_s, looked_at_s - started_s, afresh=afresh)
+        except Interrupted:
+            pass  # it is due still, after what has interrupted it
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            log.warning("cannot look for %d sessions: %s, trying again", len(session_ids), error.strerror)
-            for session_id in session_ids:
-                self._apply(session_id, ledger.LookFailed(time.monotonic()))
+            log.warning("cannot look for %d sessions: %s, trying again", len(depths), error.strerror)
+            for key in depths:
+                self._apply(key, ledger.LookFailed(time.monotonic()))
         finally:
             self.observer.release()
 
-    def _take_in(self, session_id: str, snapshot: Snapshot, looked_at_s: float, took_s: float) -> None:
-        entry = self.entries[session_id]
-        family = self.judge(entry.session, snapshot)
-        held = self._hold_new(entry, family)
-        complete = len(held.members) == len(family.members)
-        self._apply(session_id, ledger.Looked(held, looked_at_s, took_s, complete=complete))
+    def _see(self, depths: dict[SessionKey, decide.Depth]) -> dict[SessionKey, Sight]:
+        """Look, until nobody new is a member on the word of what was read for an earlier look."""
+        entries = [self.entries[key] for key in depths]
+        sessions = [entry.session for entry in entries]
+        members: set[ProcessId] = set()
+        again: set[ProcessId] = set()
+        for entry in entries:
+            known = entry.living_targets()
+            members |= known
+            if not entry.looks:  # some may have been found ahead
+                known = (entry.session.kept | entry.session.seen) - known
+                members |= known
+            if depths[entry.session.key] is not decide.Depth.NEWCOMERS:
+                again |= known
+        everyone = decide.Depth.EVERYONE in depths.values()
+        hurried = not any(entry.looks for entry in entries)
+        sights: dict[SessionKey, Sight] = {}
+        for _ in range(_MOST_ROUNDS):
+            snapshot = self.observer.look(
+                sessions, hold=True, members=members, again=again, everyone=everyone, hurried=hurried
+            )
+            sights = {entry.session.key: self._judge_dead(entry, snapshot) for entry in entries}
+            stale = {
+                id_
+                for entry in entries
+                for id_ in sights[entry.session.key].family.members
+                if id_.pid in snapshot.stale and id_ not in entry.targets
+            }
+            if not stale:
+                break
+            again |= stale
+        return sights
+
+    def _look_ahead(self, keys: list[SessionKey]) -> None:
+        """Signal whom pages alone tell, some at a time: they end while the others are read."""
+        for snapshot in self.observer.look_ahead([self.entries[key].session for key in keys]):
+            for key in keys:
+                with self._trying(key, "look ahead", tell_exhaustion=True):
+                    family = self.judge(self.entries[key].session, snapshot)
+                    if family.members:
+                        sight = Sight(family, whole=True)
+                        self._take_in(key, sight, time.monotonic(), 0.0, afresh=False, ahead=True)
+
+    def _judge_dead(self, entry: Entry, snapshot: Snapshot) -> Sight:
+        """Judge a dead leader's session; whoever got a dead member's pid in the tick in which that one started is no member."""
+        reused = {
+            id_.pid
+            for id_ in entry.targets
+            if id_.pid in snapshot.children and self._reaper.has_ended(id_) and self.observer.is_alive(id_)
+        }
+        family = self.judge(entry.session, snapshot.without(reused) if reused else snapshot)
+        return Sight(family, whole=entry.session.uid not in snapshot.unread)
+
+    def _take_in(
+        self,
+        key: SessionKey,
+        seen: Sight,
+        looked_at_s: float,
+        took_s: float,
+        *,
+        afresh: bool,
+        ahead: bool = False,
+    ) -> None:
+        entry = self.entries[key]
+        held = self._hold_new(entry, seen.family)
+        # Who lets nobody read him may be a member, but one cannot wait for him for ever.
+        patient = entry.died_at_s is not None and looked_at_s - entry.died_at_s < _PATIENCE_S
+        complete = len(held.members) == len(seen.family.members) and (seen.whole or not patient)
+        looked = ledger.Looked(held, looked_at_s, took_s, complete=complete, afresh=afresh, ahead=ahead)
+        self._apply(key, looked)
         new = [id_ for id_ in held.members if id_ not in entry.targets]
+        self._targeted.update(new)
         if new and not self.policy.dry_run and self.observer.shares_our_namespaces(entry.session):
-            self._apply(session_id, ledger.ShmMeasured(self._reclaimer.measure(entry.session, new)))
-        due = decide.decide(self.entries[session_id], self.policy, time.monotonic())
+            self._apply(key, ledger.ShmMeasured(self._reclaimer.measure(entry.session, new)))
+        due = decide.decide(self.entries[key], self.policy, time.monotonic())
         sends = [action for action in due if isinstance(action, decide.Send)]
         if sends:
-            self._send(session_id, sends)
+            self._send(key, sends)
 
     def _hold_new(self, entry: Entry, family: Family) -> Family:
         """Hold a pidfd of each new member; return the family without those for whom none is left."""
@@ -331,24 +501,24 @@ class Core:
 
     def _hold(self, id_: ProcessId) -> None:
         handle = self.observer.claim(id_)
-        if handle is None and id_ in self._kept:
-            handle = os.dup(self._kept[id_])
+        if handle is None:
+            handle = self._kept.copy_handle(id_)
         handle = self._reaper.take(id_, handle)
         if handle is not None:
             self._poller.watch(handle, functools.partial(self._note_exit, id_))
 
-    def _send(self, session_id: str, sends: list[decide.Send]) -> None:
+    def _send(self, key: SessionKey, sends: list[decide.Send]) -> None:
         """Send every signal first; what is noted and logged about them costs as much again."""
-        outcomes = [self._signal(session_id, send) for send in sends]
+        outcomes = [self._signal(key, send) for send in sends]
         signalled = []
         for send, outcome in zip(sends, outcomes, strict=True):
             id_ = send.member.process.id
             if outcome is Outcome.GONE:
-                self._exited.add(id_)
+                self._note_exit(id_)
             denied = outcome is Outcome.DENIED
             signalled.append(ledger.Signalled(id_, send.event, send.signal, send.due_s, denied=denied))
-        self._apply(session_id, ledger.SignalsSent(tuple(signalled)))
-        entry = self.entries[session_id]
+        self._apply(key, ledger.SignalsSent(tuple(signalled)))
+        entry = self.entries[key]
         for send, outcome in zip(sends, outcomes, strict=True):
             self._log_sent(entry, send, outcome)
             target = entry.targets.get(send.member.process.id)
@@ -360,8 +530,8 @@ class Core:
             ):
                 self._tell_stuck(entry, target)
 
-    def _signal(self, session_id: str, send: decide.Send) -> Outcome:
-        entry, id_ = self.entries[session_id], send.member.process.id
+    def _signal(self, key: SessionKey, send: decide.Send) -> Outcome:
+        entry, id_ = self.entries[key], send.member.process.id
         # A leader is in no family that is looked at again: it may have become another user's since.
         if id_ == entry.session.leader and self.observer.leader(entry.session) is None:
             return Outcome.DENIED
@@ -384,30 +554,36 @@ class Core:
         self.record(report.session_event("stuck", entry.session, processes=[report.process_record(target)]))
 
     def _note_exit(self, id_: ProcessId) -> None:
-        self._exited.add(id_)
+        now_s = time.monotonic()
+        self._exited.setdefault(id_, now_s)
+        if self._reaper.holds(id_):
+            self._poller.unwatch(self._reaper.handle(id_))
+        if self._exits_due_s is None:
+            self._exits_due_s = now_s + self._gather_s
 
     def _collect_exits(self) -> None:
-        """Note whose pidfds became readable, all in one go: a session's workers end together."""
-        while self._exited:
-            gone, self._exited = frozenset(self._exited), set()
-            now_s = time.monotonic()
-            for id_ in gone:
-                if self._reaper.holds(id_):
-                    self._poller.unwatch(self._reaper.handle(id_))
-                    self._reaper.drop(id_)
-            for session_id, entry in list(self.entries.items()):
-                if not gone.isdisjoint(entry.targets):
-                    self._apply(session_id, ledger.Exited(gone, now_s))
+        """Take in who has ended, all in one go."""
+        began_s = time.monotonic()
+        gone, self._exited, self._exits_due_s = self._exited, {}, None
+        for id_ in gone:
+            if self._reaper.holds(id_):
+                self._reaper.drop(id_)
+        for key, entry in list(self.entries.items()):
+            if entry.targets and not gone.keys().isdisjoint(entry.targets):
+                with self._trying(key, "note the end of members"):
+                    self._apply(key, ledger.Exited(gone))
+        # Of many thousands some end all the time: working it out must not become all that we do.
+        self._gather_s = max(_GATHER_S, 2 * (time.monotonic() - began_s))
 
-    def _conclude(self, session_id: str) -> None:
-        entry = self.entries[session_id]
+    def _conclude(self, key: SessionKey) -> None:
+        entry = self.entries[key]
         self._amend_cause(entry)
-        entry = self.entries[session_id]
+        entry = self.entries[key]
         event, freed = report.end_event(entry, dry_run=self.policy.dry_run), report.freed_by(entry)
         ended = sum(1 for target in entry.targets.values() if target.stage is Stage.GONE and target.signals)
         log.info(
             "%s session=%s name=%r uid=%d cause=%s processes=%d ended=%d left_alone=%d latency_s=%s freed_bytes=%d%s",
-            event["kind"], session_id, entry.session.name, entry.session.uid, report.cause_words(entry.session.cause),
+            event["kind"], key.id, entry.session.name, entry.session.uid, report.cause_words(entry.session.cause),
             len(entry.targets), ended, len(entry.left_alone), event["latency_s"], freed.rss_bytes + freed.shm_bytes,
             " dry_run" if self.policy.dry_run else "",
         )  # fmt: skip
@@ -415,70 +591,82 @@ class Core:
         self.store.add_total("reaped", ended)
         self.store.add_total("freed_bytes", freed.rss_bytes + freed.shm_bytes)
         if self.policy.dry_run:
-            self._told.add(session_id)
+            self._told.add(key)
         else:
-            self.store.settle(session_id)
-        self._apply(session_id, ledger.Concluded())
+            self.store.settle(key)
+        self._apply(key, ledger.Concluded())
 
-    def _forget(self, session_id: str) -> None:
-        entry = self.entries.pop(session_id)
-        handle = self._leaders.pop(session_id, None)
+    def _forget(self, key: SessionKey) -> None:
+        entry = self._roster.remove(key)
+        handle = self._leaders.pop(key, None)
         if handle is not None:
             self._poller.unwatch(handle)
+            if entry.died_at_s is None:
+                self._alarm.silence(handle)
             os.close(handle)
-        descriptor = self._pages.pop(session_id, None)
-        if descriptor is not None:
-            os.close(descriptor)
-        self._unsaved.discard(session_id)
-        self.store.forget(session_id)
-        wanted = {id_ for other in self.entries.values() for id_ in other.targets}
+        opened = self._pages.pop(key, None)
+        if opened is not None:
+            opened.close()
+        self.observer.uncover(key)
+        self._kept.hold(key, frozenset())
+        self._unsaved.pop(key, None)
+        self.aside.forget(key)
+        self.store.forget(key)
+        self._targeted.subtract(entry.targets.keys())
         for id_ in entry.targets:
-            if id_ not in wanted and self._reaper.holds(id_):
-                self._poller.unwatch(self._reaper.handle(id_))
-                self._reaper.drop(id_)
-        self._release_kept()
+            if not self._targeted[id_]:
+                del self._targeted[id_]
+                if self._reaper.holds(id_):
+                    self._poller.unwatch(self._reaper.handle(id_))
+                    self._reaper.drop(id_)
 
     # -- reclaiming --------------------------------------------------------------------------
 
-    def _ask_reclaim(self, session_id: str) -> None:
-        entry = self.entries[session_id]
-        self._apply(session_id, ledger.ReclaimStarted())
+    def _ask_reclaim(self, key: SessionKey) -> None:
+        entry = self.entries[key]
+        self._apply(key, ledger.ReclaimStarted())
         if self.policy.reclaim_shm and entry.targets and self.observer.shares_our_namespaces(entry.session):
             dead_s = time.monotonic() - (entry.died_at_s or 0.0)
             self._reclaimer.ask(entry.session, time.time() - dead_s)
         else:
-            self._apply(session_id, ledger.Reclaimed(Freed()))
+            self._apply(key, ledger.Reclaimed(Freed()))
 
-    def _reclaimed(self, session_id: str, held_bytes: int) -> None:
-        entry = self.entries.get(session_id)
+    def _reclaimed(self, key: SessionKey, held_bytes: int) -> None:
+        entry = self.entries.get(key)
         if entry is not None:
             freed = Freed(shm_bytes=max(0, entry.shm_held_bytes - held_bytes))
-            self._apply(session_id, ledger.Reclaimed(freed))
+            self._apply(key, ledger.Reclaimed(freed))
 
     # -- the record --------------------------------------------------------------------------
 
     def record(self, event: dict[str, Any]) -> None:
-        """Put an event into the history and tell who waits for one."""
-        self.store.add_event({"at": now_utc(), **event}, time.time())
-        self.on_event()
+        """Put an event into the history and tell of it."""
+        event, at_epoch_s = {"at": now_utc(), **event}, time.time()
+        seq = self.store.add_event(event, at_epoch_s)
+        if seq:
+            self.on_event(News(seq, at_epoch_s, event))
 
-    def _apply(self, session_id: str, happening: Happening) -> None:
-        before = self.entries[session_id]
+    def _apply(self, key: SessionKey, happening: Happening) -> None:
+        before = self.entries[key]
         after = ledger.apply(before, happening)
-        self.entries[session_id] = after
+        self._roster.put(after)
         if after.session != before.session:
-            self._unsaved.add(session_id)
+            self._unsaved[key] = None
 
-    def _save(self) -> None:
-        for session_id in self._unsaved:
-            if session_id in self.entries:
-                self.store.save(self.entries[session_id].session)
+    def save(self) -> None:
+        """Put on record what has changed: before we wait, and after all that others wait for."""
+        for key in self._unsaved:
+            if key in self.entries:
+                with self._trying(key, "keep the record"):
+                    self.store.save(self.entries[key].session)
         self._unsaved.clear()
+        self.store.commit()
 
     def close(self) -> None:
         """Put everything on record and let go; what is being ended goes on being ended by the next daemon."""
-        self._save()
+        self.save()
         self._reclaimer.close()
+        self.observer.marks.memory.close()
         self.store.close()
 
 

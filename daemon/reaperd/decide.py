@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from reaperd import lineage
@@ -17,11 +18,19 @@ KILL_WAIT_S = 1.0  # how long SIGKILL may take to show before a process counts a
 MAX_RETRY_S = 32.0
 
 
+class Depth(enum.Enum):
+    """Whom a look reads, beside those that leaders can just have left."""
+
+    NEWCOMERS = "newcomers"  # nobody else: it is to find those that were forked meanwhile
+    MEMBERS = "members"  # who was found to belong to the session: they are to be signalled
+    EVERYONE = "everyone"  # and whoever was nobody's: it may be another program by now
+
+
 @dataclass(frozen=True, slots=True)
 class Look:
-    """See again who belongs to the session; ``quick`` where only those can matter whom the leader just left."""
+    """See again who belongs to the session."""
 
-    quick: bool
+    depth: Depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +73,15 @@ def decide(entry: Entry, policy: Policy, now_s: float) -> list[Action]:
         return _while_the_leader_lives(entry, policy, now_s)
     if now_s < entry.blind_until_s:
         return []
-    sends = [] if policy.dry_run else _signals(entry, policy, now_s)
+    targets = [] if policy.dry_run else _to_signal(entry, policy, now_s)
     # Signals first, while the evidence is fresh: where many sessions end at once, a look is due again before long.
-    if sends and now_s - entry.looked_at_s <= FRESH_S:
-        return list(sends)
-    if sends or (entry.look_due_s is not None and entry.look_due_s <= now_s):
-        return [Look(quick=entry.looks == 0)]
+    fresh = [t for t in targets if now_s - max(entry.judged_at_s, t.found_at_s) <= FRESH_S]
+    if fresh:
+        return _sends(entry, fresh, policy, now_s)
+    if targets:
+        return [Look(Depth.MEMBERS)]
+    if entry.look_due_s is not None and entry.look_due_s <= now_s:
+        return [Look(_depth(entry, now_s))]
     if policy.dry_run:
         return _tell(entry, now_s)
     actions: list[Action] = []
@@ -101,24 +113,47 @@ def _while_the_leader_lives(entry: Entry, policy: Policy, now_s: float) -> list[
     return [_send(target, Event.DUE, now_s, now_s + policy.grace_s)]
 
 
-def _signals(entry: Entry, policy: Policy, now_s: float) -> list[Send]:
-    """Return the signals that are due; what multiplies is frozen before it is killed: frozen, it forks no more."""
+def _depth(entry: Entry, now_s: float) -> Depth:
+    if not entry.looks:
+        return Depth.MEMBERS
+    return Depth.EVERYONE if entry.is_quiet(entry.quiet_looks + 1, now_s) else Depth.NEWCOMERS
+
+
+def _to_signal(entry: Entry, policy: Policy, now_s: float) -> list[Target]:
+    """Return those for whom a signal is due."""
     if now_s < entry.signal_from_s:
         return []
-    kill_at_s = max(entry.signal_from_s + policy.grace_s, now_s + LATE_GRACE_S)
     multiplying = entry.growth >= GROWTH_LIMIT
-    sends = []
+    trackers_too = entry.phase is Phase.TRACKERS and tracker_due_s(entry, policy.tracker_grace_s) <= now_s
+    due = []
     for target in entry.targets.values():
         if target.stage is Stage.GONE or target.excused:
             continue
         if target.stage is Stage.TRUSTED:
-            if entry.phase is Phase.TRACKERS and tracker_due_s(entry, policy.tracker_grace_s) <= now_s:
-                sends.append(_send(target, Event.DUE, now_s, kill_at_s))
-        elif multiplying and target.late and target.stage in (Stage.FOUND, Stage.ASKED):
-            sends.append(_send(target, Event.MULTIPLIED, now_s, kill_at_s))
-        elif target.due_s <= now_s:
-            sends.append(_send(target, Event.DUE, now_s, kill_at_s))
-    return sends
+            if trackers_too:
+                due.append(target)
+        elif target.due_s <= now_s or (multiplying and _grows(target)):
+            due.append(target)
+    return due
+
+
+def _grows(target: Target) -> bool:
+    return target.late and target.stage in (Stage.FOUND, Stage.ASKED)
+
+
+def _sends(entry: Entry, targets: list[Target], policy: Policy, now_s: float) -> list[Action]:
+    """Return the signals for ``targets``; what multiplies is frozen before it is killed: frozen, it forks no more."""
+    kill_at_s = max(entry.signal_from_s + policy.grace_s, now_s + LATE_GRACE_S)
+    multiplying = entry.growth >= GROWTH_LIMIT
+    return [
+        _send(
+            target,
+            Event.MULTIPLIED if multiplying and _grows(target) else Event.DUE,
+            now_s,
+            kill_at_s,
+        )
+        for target in targets
+    ]
 
 
 def _send(target: Target, event: Event, now_s: float, kill_at_s: float) -> Send:

@@ -7,6 +7,7 @@ happens here: a local user can make it abort or bloat it, so this process has no
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import re
 import resource
@@ -60,6 +61,15 @@ def parse_peer_address(text: str, overflow_uid: int) -> tuple[int, int, int]:
     return uid, gid, pid
 
 
+def _metadata(request: zmq.Frame) -> tuple[str, int]:
+    """Return the address of who sent ``request`` and the descriptor of the connection; WireError where libzmq has none."""
+    try:
+        address, descriptor = request.get("Peer-Address"), int(request.get(zmq.SRCFD))
+    except zmq.ZMQError:  # ZMTP 1 and 2 have no metadata
+        raise wire.WireError("not-allowed", "speak ZMTP 3: before that nobody tells who you are") from None
+    return (address if isinstance(address, str) else ""), descriptor
+
+
 class Gate:
     """The ROUTER on one side, the core on the other."""
 
@@ -89,14 +99,15 @@ class Gate:
         try:
             self._check_and_pass(routing_id, frames[1:])
         except wire.WireError as error:
-            self._router.send_multipart([routing_id, wire.encode(wire.refusal(error))])
+            with contextlib.suppress(zmq.ZMQError):  # it has hung up
+                self._router.send_multipart([routing_id, wire.encode(wire.refusal(error))])
 
     def _check_and_pass(self, routing_id: bytes, frames: list[zmq.Frame]) -> None:
         if len(frames) != 1:
             raise wire.WireError("bad-request", f"a request is one frame, got {len(frames)}")
         request = frames[0]
-        address = request.get("Peer-Address")
-        uid, gid, pid = parse_peer_address(address if isinstance(address, str) else "", self._overflow_uid)
+        address, descriptor = _metadata(request)
+        uid, gid, pid = parse_peer_address(address, self._overflow_uid)
         if not self._quota.allows(uid, time.monotonic()):
             raise wire.WireError("busy", "too many requests: try again in a second")
         body = request.bytes
@@ -105,7 +116,7 @@ class Gate:
         wire.decode(body)
         message = gate_frames.pack_request(gate_frames.Request(uid, gid, pid, routing_id, body))
         # The connection itself goes along: the core asks the kernel once more who is at its other end.
-        connection = array.array("i", [int(request.get(zmq.SRCFD))])
+        connection = array.array("i", [descriptor])
         try:
             self._core.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, connection)])
         except (BrokenPipeError, ConnectionResetError):
@@ -115,7 +126,10 @@ class Gate:
 
     def _pass_reply(self) -> bool:
         """Pass one part of a reply on; False when the core is gone."""
-        data = self._core.recv(gate_frames.MAX_REPLY_BYTES)
+        try:
+            data = self._core.recv(gate_frames.MAX_REPLY_BYTES)
+        except ConnectionResetError:  # it was killed before it had read all that we passed on
+            data = b""
         if not data:
             return False
         routing_id, part, last = gate_frames.parse_reply(data)

@@ -6,6 +6,7 @@ What comes from the gate is checked like anything else: who a request is from, t
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import os
 import socket
@@ -26,13 +27,14 @@ log = logging.getLogger(__name__)
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _LAST_WORDS_S = 1.0
-_MAX_WAITING = 2000  # parts of replies that the gate has not taken
-_MESSAGES_A_TURN = 64  # then whoever died meanwhile is looked at
+# Replies that the gate has not taken; whoever has more waiting gets nothing more. One reply may be larger.
+_MOST_WAITING_BYTES, _MOST_WAITING_BYTES_OF_ONE_UID = 32 * 1024 * 1024, 4 * 1024 * 1024
+_TURN_S = 0.002  # for taking messages: then whoever died meanwhile is looked at
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _GOOD_LIFE_S = 0.05, 5.0, 60.0
 
 
 class Peer(NamedTuple):
-    """Who sent a request, as the kernel says; ``connection`` is closed when the request is answered."""
+    """Who sent a request, as the kernel says; whoever is given it closes ``connection`` when the request is answered."""
 
     uid: int
     gid: int
@@ -50,6 +52,7 @@ class Return(NamedTuple):
 
     life: int
     routing_id: bytes
+    uid: int
 
 
 class GateLink:
@@ -69,7 +72,10 @@ class GateLink:
         self._life = 0
         self._channel: socket.socket | None = None
         self._child: subprocess.Popen[bytes] | None = None
-        self._waiting: collections.deque[bytes] = collections.deque()
+        self._waiting: collections.deque[tuple[int, bytes]] = collections.deque()  # uid and part of a reply
+        self._waiting_bytes: collections.Counter[int] = collections.Counter()  # by uid
+        self._drops = False
+        self._is_ready = False
         self._started_at_s = 0.0
         self._pause_s = _FIRST_PAUSE_S
         self.restart_at_s: float | None = None
@@ -101,7 +107,7 @@ class GateLink:
         theirs.close()
         self._channel, self._life, self._started_at_s = ours, self._life + 1, now_s
         self.restart_at_s = None
-        self._poller.watch(ours.fileno(), self._exchange)
+        self._poller.watch(ours.fileno(), self._note_ready)
 
     def stop(self) -> None:
         """Hang up; the gate passes the last replies on and ends by itself, or is ended."""
@@ -117,6 +123,7 @@ class GateLink:
                 self._child.wait()
             self._child = None
         self._waiting.clear()
+        self._waiting_bytes.clear()
 
     def lost(self, now_s: float) -> None:
         """Note that the gate is gone; the next one is started after a pause that grows while they die young."""
@@ -133,22 +140,40 @@ class GateLink:
 
     # -- messages ----------------------------------------------------------------------------
 
-    def reply(self, to: Return, message: dict[str, Any]) -> None:
+    def reply(self, to: Return, reply: bytes) -> None:
         """Send a reply; it is lost with the gate whose peer it is for, or when the gate does not keep up."""
         if self._channel is None or to.life != self._life:
             return
-        parts = list(gate_frames.pack_reply(to.routing_id, wire.encode(message)))
-        if len(self._waiting) + len(parts) > _MAX_WAITING:
-            log.warning("the gate does not take replies: dropped one of %d parts", len(parts))
+        if (
+            self._waiting_bytes[to.uid] > _MOST_WAITING_BYTES_OF_ONE_UID
+            or self._waiting_bytes.total() > _MOST_WAITING_BYTES
+        ):
+            if not self._drops:
+                log.warning(
+                    "the gate does not take replies: dropped one for uid=%d, and all that follow", to.uid
+                )
+            self._drops = True
             return
-        self._waiting.extend(parts)
+        for part in gate_frames.pack_reply(to.routing_id, reply):
+            self._waiting.append((to.uid, part))
+            self._waiting_bytes[to.uid] += len(part)
         self._flush()
 
-    def _exchange(self) -> None:
+    def _note_ready(self) -> None:
+        self._is_ready = True
+
+    def exchange(self) -> None:
+        """Take the requests that are there, and send the replies that wait; for a few milliseconds.
+
+        Called by the loop after all that is due: what strangers send never goes before it.
+        """
+        if not self._is_ready:
+            return
+        self._is_ready = False  # the poller says so again where something is left
         self._flush()
-        for _ in range(_MESSAGES_A_TURN):
-            if self._channel is None or not self._receive():
-                return
+        until_s = time.monotonic() + _TURN_S
+        while self._channel is not None and self._receive() and time.monotonic() < until_s:
+            pass
 
     def _flush(self) -> None:
         channel = self._channel
@@ -156,12 +181,17 @@ class GateLink:
             return
         try:
             while self._waiting:
-                channel.send(self._waiting[0])
+                uid, part = self._waiting[0]
+                channel.send(part)
                 self._waiting.popleft()
+                self._waiting_bytes[uid] -= len(part)
         except BlockingIOError:
             pass
         except OSError:  # the gate died; reading notices
             self._waiting.clear()
+        if not self._waiting:
+            self._waiting_bytes.clear()
+            self._drops = False
         self._poller.also_writable(channel.fileno(), wanted=bool(self._waiting))
 
     def _receive(self) -> bool:
@@ -176,31 +206,48 @@ class GateLink:
         connections = [
             socket.socket(fileno=descriptor) for descriptor in descriptors if _is_socket(descriptor)
         ]
-        try:
-            if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                self.lost(time.monotonic())
-                return False
-            if len(connections) == 1:
-                self._take(data, connections[0])
-            elif data == gate_frames.GATE_IS_UP:
-                self.on_up()
-        finally:
-            for connection in connections:
-                connection.close()
-        return True
+        if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            self.lost(time.monotonic())
+        elif len(connections) == 1:
+            self._take(data, connections.pop())
+        elif data == gate_frames.GATE_IS_UP:
+            self.on_up()
+        for connection in connections:
+            connection.close()
+        return self._channel is not None
 
     def _take(self, data: bytes, connection: socket.socket) -> None:
-        try:
-            request = gate_frames.parse_request(data)
-            message = wire.decode(request.body)
-            pid, uid, gid = _CREDENTIALS.unpack(
-                connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            )
-        except (wire.WireError, ValueError, OSError):
-            return  # no gate of ours sends that
-        # Another pid or uid than the gate saw: the descriptor was given to another connection meanwhile.
-        if (uid, gid, pid) == (request.uid, request.gid, request.pid) and pid > 0:
-            self._on_request(Peer(uid, gid, pid, connection), Return(self._life, request.routing_id), message)
+        with contextlib.ExitStack() as ours:
+            ours.callback(connection.close)
+            try:
+                request = gate_frames.parse_request(data)
+                message = wire.decode(request.body)
+                credentials = read_credentials(connection, self._path)
+            except (wire.WireError, ValueError, OSError):
+                return  # no gate of ours sends that
+            # Others than the gate saw: the descriptor was given to another connection meanwhile.
+            if credentials != (request.uid, request.gid, request.pid):
+                return
+            ours.pop_all()
+        peer = Peer(*credentials, connection)
+        self._on_request(peer, Return(self._life, request.routing_id, peer.uid), message)
+
+
+def read_credentials(connection: socket.socket, path: str) -> tuple[int, int, int] | None:
+    """Return uid, gid and pid of who connected to our socket at ``path``; None where ``connection`` is no such connection.
+
+    The kernel keeps with a connection who made it, but with the caller's end of it who *listens* (unix(7), SO_PEERCRED): a
+    captured gate that calls root, here or elsewhere, and passes its own end would be taken for root. So the end must be one
+    that was accepted on our socket, and has its name. That name alone can be forged, by bind(2) in a root directory
+    of one's own; but the other end of a forger's connection has a listener's name, while those who call us have none.
+    """
+    if connection.getpeername() or connection.getsockname() != path:
+        return None
+    pid, uid, gid = _CREDENTIALS.unpack(
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    # Nor is anybody's request ours: the gate's channel is a pair that we made.
+    return None if pid in (0, os.getpid()) else (uid, gid, pid)
 
 
 def _is_socket(descriptor: int) -> bool:

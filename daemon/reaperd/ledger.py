@@ -8,6 +8,7 @@ watched (the leader lives) -> reaping (workers are being ended) -> trackers (the
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -16,10 +17,16 @@ from reaperd.escalation import NEXT, Event, Stage
 from reaperd.model import Cause, Family, Freed, Member, ProcessId, Role, Session
 
 # Seconds until the next look, by the number of looks in a row that changed nothing.
-SPACING_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.5)
+# Not at once: while many processes end, looking at them would take the time that the kernel needs for it.
+SPACING_S = (0.02, 0.02, 0.02, 0.02, 0.04, 0.5)
+CLOSE_S = 0.002  # where somebody re-forks
+# Looks are due at multiples of this, so that one pass serves all sessions that end within it.
+GRID_S = 0.02
 QUIET_LOOKS = 5
 # So many where somebody re-forked before: it can slip through many a look at /proc.
 QUIET_LOOKS_AFTER_GROWTH = 40
+# On a crowded machine so many take long: after that time it is enough, too.
+QUIET_AFTER_GROWTH_S = 1.0
 # Looks that find members without a living parent among those that were asked to end, before such are frozen.
 GROWTH_LIMIT = 2
 # A worker that was asked to end may start a few commands to end well; so many at once are a fork bomb.
@@ -45,6 +52,7 @@ class Target:
     member: Member
     stage: Stage
     due_s: float  # when its stage is over; meaningless for GONE
+    found_at_s: float = 0.0
     retries: int = 0
     signals: tuple[int, ...] = ()
     gone_at_s: float | None = None
@@ -72,6 +80,7 @@ class Entry:
     signal_from_s: float = 0.0  # no signal earlier: a clean exit leaves its workers some time
     look_due_s: float | None = None
     looked_at_s: float = 0.0
+    judged_at_s: float = 0.0  # when all that were found were last looked at, not only those who are new
     blind_until_s: float = 0.0  # nobody could look, and nobody is signalled unseen
     looks: int = 0
     quiet_looks: int = 0
@@ -92,10 +101,16 @@ class Entry:
         """How many looks in a row must find nobody new."""
         return QUIET_LOOKS_AFTER_GROWTH if self.growth else QUIET_LOOKS
 
+    def is_quiet(self, looks: int, at_s: float) -> bool:
+        """Say whether it is enough that ``looks`` in a row, up to ``at_s``, have found nobody new."""
+        if looks >= self.quiet_looks_wanted:
+            return True
+        return looks >= QUIET_LOOKS and at_s - self.changed_at_s >= QUIET_AFTER_GROWTH_S
+
     @property
     def workers_done(self) -> bool:
         """Whether every worker found is gone or stuck, and looking again found no other."""
-        return self.quiet_looks >= self.quiet_looks_wanted and all(
+        return self.is_quiet(self.quiet_looks, self.looked_at_s) and all(
             t.tracker or t.done for t in self.targets.values()
         )
 
@@ -109,6 +124,10 @@ class Entry:
         if not all(target.done for target in self.targets.values()):
             return Phase.TRACKERS
         return Phase.FINISHED if self.reclaimed is not None else Phase.RECLAIMING
+
+    def living_targets(self) -> frozenset[ProcessId]:
+        """Return who has not ended, as far as is known."""
+        return frozenset(id_ for id_, target in self.targets.items() if target.stage is not Stage.GONE)
 
     def stuck(self) -> list[Target]:
         """Return the targets that outlived SIGKILL."""
@@ -135,14 +154,15 @@ class Looked:
     at_s: float
     took_s: float
     complete: bool = True  # False: descriptors ran out, so there may be more members than these
+    afresh: bool = True  # False: who was found before was not looked at again
+    ahead: bool = False  # True: only some were looked at, before the look that counts
 
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """Members' pidfds became readable."""
+    """Members' pidfds became readable; when each was seen to be."""
 
-    processes: frozenset[ProcessId]
-    at_s: float
+    processes: Mapping[ProcessId, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,27 +336,45 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
         return replace(entry, session=session, left_alone=looked.family.left_alone, workers=workers)
     new = [member for id_, member in members.items() if id_ not in entry.targets]
     new_workers = [member for member in new if member.role is Role.WORKER]
-    targets = {id_: _judged_again(target, looked) for id_, target in entry.targets.items()}
+    targets = dict(entry.targets)
+    if looked.afresh:
+        targets = {id_: _judged_again(target, looked) for id_, target in targets.items()}
     found = _new_targets(entry, new, looked.at_s, crowded=len(new_workers) >= MOST_NEWCOMERS)
     targets.update((target.member.process.id, target) for target in found)
-    quiet = 0 if new_workers or not looked.complete else entry.quiet_looks + 1
+    quiet = 0 if new_workers or not looked.complete or looked.ahead else entry.quiet_looks + 1
     changed = replace(
         entry,
-        session=entry.session.keeping(entry.session.kept | frozenset(members)),
+        session=entry.session.keeping(entry.session.kept | _living(members, targets)),
         targets=targets,
         left_alone={**entry.left_alone, **_excused(entry, looked), **looked.family.left_alone},
-        looks=entry.looks + 1,
+        looks=entry.looks + (not looked.ahead),
         looked_at_s=looked.at_s,
+        judged_at_s=looked.at_s if looked.afresh else entry.judged_at_s,
         quiet_looks=quiet,
         growth=entry.growth + any(target.late for target in found),
         changed_at_s=looked.at_s if new_workers else entry.changed_at_s,
     )
+    if looked.ahead:
+        return changed
     if changed.workers_done:
         return replace(changed, look_due_s=None)
-    # After growth the first looks follow each other closely, the last are spaced as ever.
-    spacing = SPACING_S[min(max(0, quiet - changed.quiet_looks_wanted + QUIET_LOOKS), len(SPACING_S) - 1)]
-    # A look that takes long on a crowded machine must not become all that we do.
-    return replace(changed, look_due_s=looked.at_s + max(spacing, 2 * looked.took_s))
+    distant = (
+        quiet - changed.quiet_looks_wanted + QUIET_LOOKS
+    )  # below 0: after growth the first looks are close
+    spacing = CLOSE_S if distant < 0 else SPACING_S[min(distant, len(SPACING_S) - 1)]
+    # A look that takes long on a crowded machine must not become all that we do, unless somebody forks all the time.
+    share = 2 if changed.growth else 5
+    due_s = looked.at_s + max(spacing, share * looked.took_s)
+    return replace(changed, look_due_s=due_s if spacing == CLOSE_S else _on_grid(due_s))
+
+
+def _on_grid(at_s: float) -> float:
+    return math.ceil(round(at_s / GRID_S, 6)) * GRID_S
+
+
+def _living(members: Iterable[ProcessId], targets: Mapping[ProcessId, Target]) -> frozenset[ProcessId]:
+    """Return ``members`` without those who have ended: whoever is there with such an id got it in the same tick."""
+    return frozenset(id_ for id_ in members if targets[id_].stage is not Stage.GONE)
 
 
 def _judged_again(target: Target, looked: Looked) -> Target:
@@ -351,7 +389,10 @@ def _excused(entry: Entry, looked: Looked) -> Mapping[ProcessId, str]:
     return {
         id_: "does not belong to the session any more"
         for id_, target in entry.targets.items()
-        if looked.complete and target.stage is not Stage.GONE and id_ not in looked.family.members
+        if looked.afresh
+        and looked.complete
+        and target.stage is not Stage.GONE
+        and id_ not in looked.family.members
     }
 
 
@@ -366,38 +407,39 @@ def _new_targets(entry: Entry, members: list[Member], at_s: float, *, crowded: b
     for member in sorted(members, key=lambda member: (member.process.id.start_ticks, member.process.id.pid)):
         parent = None if crowded else asked.get(member.process.ppid)
         if member.role is Role.TRACKER:
-            target = Target(member, Stage.TRUSTED, max(at_s, entry.signal_from_s))
+            target = Target(member, Stage.TRUSTED, max(at_s, entry.signal_from_s), at_s)
         elif parent is not None:
             # Part of how its parent ends well: it has as long as its parent, and is not asked itself.
-            target = asked[member.process.id.pid] = Target(member, Stage.ASKED, parent.due_s)
+            target = asked[member.process.id.pid] = Target(member, Stage.ASKED, parent.due_s, at_s)
         else:
             late = bool(entry.looks) and at_s > entry.signal_from_s
-            target = Target(member, Stage.FOUND, max(at_s, entry.signal_from_s), late=late)
+            target = Target(member, Stage.FOUND, max(at_s, entry.signal_from_s), at_s, late=late)
         found.append(target)
     return found
 
 
 def _exited(entry: Entry, exited: Exited) -> Entry:
-    gone = {
-        id_: replace(
-            target, stage=NEXT[target.stage, Event.EXITED], gone_at_s=target.gone_at_s or exited.at_s
-        )
-        for id_, target in entry.targets.items()
-        if id_ in exited.processes
-    }
+    gone = {}
+    for id_, at_s in exited.processes.items():
+        target = entry.targets.get(id_)
+        if target is not None:
+            stage = NEXT[target.stage, Event.EXITED]
+            gone[id_] = replace(target, stage=stage, gone_at_s=target.gone_at_s or at_s)
     if not gone:
         return entry
     # A look that came between its end and the news of it took it for one that was to be left alone.
     left_alone = {id_: reason for id_, reason in entry.left_alone.items() if id_ not in gone}
-    changed = replace(entry, targets={**entry.targets, **gone}, left_alone=left_alone)
+    session = entry.session.keeping(entry.session.kept - gone.keys())
+    changed = replace(entry, session=session, targets={**entry.targets, **gone}, left_alone=left_alone)
     if all(target.tracker for target in gone.values()):
         return changed
     # A worker may have forked in its last moment: begin to look again.
-    due = exited.at_s + SPACING_S[0]
+    last_s = max(exited.processes[id_] for id_ in gone)
+    due = last_s + CLOSE_S if entry.growth else _on_grid(last_s + SPACING_S[0])
     return replace(
         changed,
         quiet_looks=0,
-        changed_at_s=exited.at_s,
+        changed_at_s=last_s,
         look_due_s=due if entry.look_due_s is None else min(due, entry.look_due_s),
     )
 
@@ -425,18 +467,13 @@ def _advance(target: Target, signalled: Signalled) -> Target:
     )
 
 
-def next_deadline(entries: Iterable[Entry], tracker_grace_s: float) -> float | None:
-    """Return the earliest monotonic second at which something is due, None when nothing is."""
-    due = [deadline for entry in entries if (deadline := _deadline(entry, tracker_grace_s)) is not None]
-    return min(due, default=None)
-
-
 def tracker_due_s(entry: Entry, tracker_grace_s: float) -> float:
     """Return when trackers that have not ended by themselves are killed."""
     return max(entry.changed_at_s, entry.signal_from_s) + tracker_grace_s
 
 
-def _deadline(entry: Entry, tracker_grace_s: float) -> float | None:
+def deadline(entry: Entry, tracker_grace_s: float) -> float | None:
+    """Return the earliest monotonic second at which something is due for a session, None when nothing is."""
     if entry.died_at_s is None:
         return entry.leader_target.due_s if entry.leader_target is not None else None
     due = [

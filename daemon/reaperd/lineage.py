@@ -45,7 +45,10 @@ class _Search:
         self._spare()
         for process in self._conspicuous():
             self._judge_alone(process)
-        self._descend(self.session.leader.pid, self.session.leader)
+        if (
+            self.session.cause is None
+        ):  # else its children have been given to others, and its pid may have been, too
+            self._descend(self.session.leader.pid, self.session.leader)
         for member in list(self.members.values()):
             self._descend(member.process.id.pid, member.process.id)
         self._accept_stamped()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -21,9 +22,10 @@ from reaperd.adoption import Adoption
 from reaperd.config import Config, ConfigError, render_config, without_effect
 from reaperd.core import Core
 from reaperd.gate_link import GateLink, Peer, Return
+from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcFS
 from reaperd.linux.systemd import Notifier
-from reaperd.observer import Observer
+from reaperd.observer import Interrupted, Observer
 from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.reaper import Reaper
@@ -83,7 +85,9 @@ class Daemon:
         _make_directory(self._state_dir)
         _raise_descriptor_limit()
         proc = ProcFS()
-        observer = Observer(proc)
+        alarm = Alarm()
+        observer = Observer(proc, alarm)
+        observer.marks.memory.keeps_helper = True
         self._untouchable = frozenset((proc.stat(os.getpid()).id, *observer.ancestors(os.getpid())))
         self._reaper = Reaper(proc, self._untouchable)
         self._store = Store(self._state_dir, observer.boot_id)
@@ -93,6 +97,7 @@ class Daemon:
             self._store,
             self._poller,
             policy=self._policy(),
+            alarm=alarm,
         )
         self._adoption = Adoption(self._core, self._socket_path)
         self._link = GateLink(listener, self._socket_path, self._poller, self._on_request)
@@ -120,21 +125,30 @@ class Daemon:
     def _end(self) -> None:
         self._notifier.send("STOPPING=1")
         self._core.record(report.event("stopped"))
+        self._server.take_turns()
         self._link.stop()
+        self._server.close()
         self._core.close()
         log.info("stopped sessions=%d", len(self._core.entries))
 
     def _serve(self) -> None:
         while not self._signals & {signal.SIGTERM, signal.SIGINT}:
+            self._core.save()
             self._poller.wait(self._timeout_s())
             if signal.SIGHUP in self._signals:
                 self._signals.discard(signal.SIGHUP)
                 self._reload()
             self._core.step()
             self._do_due(time.monotonic())
+            # What strangers ask goes last, and never for long.
+            self._link.exchange()
+            self._server.take_turns()
+        # A leader may have died in the middle of all that: there may be no next daemon to see it.
+        self._poller.wait(0)
+        self._core.step()
 
     def _on_request(self, peer: Peer, to: Return, message: dict[str, Any]) -> None:
-        self._server.answer(peer, to, message)
+        self._server.admit(peer, to, message)
 
     # -- time --------------------------------------------------------------------------------
 
@@ -160,12 +174,16 @@ class Daemon:
             self._core.step()
         if self._scan_due_s <= now_s:
             self._scan_due_s = now_s + self._config.scan.interval_s
-            self._adoption.sweep(all_of_them=False)
-            self._core.look_at_living(note_usage=True)
+            try:
+                self._adoption.sweep(all_of_them=False)
+                self._core.look_at_living(note_usage=True)
+            except Interrupted:
+                self._scan_due_s = now_s
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                    raise
+                log.warning("cannot look at the sessions: %s, trying again at the next scan", error.strerror)
             self._core.step()
-        deadline = self._server.next_deadline()
-        if deadline is not None and deadline <= now_s:
-            self._server.answer_waiters()
         if self._prune_due_s <= now_s:
             self._prune_due_s = now_s + _PRUNE_EVERY_S
             self._store.prune(self._config.history.keep_s)
@@ -232,6 +250,7 @@ class Daemon:
             dry_run=kill.dry_run,
             max_per_uid=self._config.sessions.max_per_uid,
             untouchable=self._untouchable,
+            daemon_pid=os.getpid(),
             protected_uids=_uids(protect.users, "[protect] users"),
             protected_names=frozenset(protect.names),
             # "nginx" is nginx.service, as for systemctl.

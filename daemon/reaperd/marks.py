@@ -1,141 +1,114 @@
-"""The marks that a process carries, and what else lies in its memory: environment, command line, mappings.
-
-Reading the memory of a process in state D can block for as long as it does, so a helper reads it, and is left behind if
-it does not come back.
-"""
+"""The marks that a process carries: the session page of a forked one, the environment stamp of one that exec'ed."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import TypedDict
+from typing import NamedTuple
 
 from agent import wire
-from reaperd.linux import helper
-from reaperd.linux.procfs import ProcessGone, ProcFS, Stat, environment_value, parse_memfd_link
-from reaperd.model import Process, Session
+from reaperd.linux.procfs import ProcFS, Stat, parse_memfd_link
+from reaperd.memory import MEMFD_PREFIX, OUR_MEMFDS, Memory, MemoryReader, Wish
+from reaperd.model import SessionKey
 
-MOST_DESCRIPTORS = 4096  # of one process; what is mapped tells as well
-_BLOCKED_READ_S = 0.05
-
-# Names of session pages, by the descriptor number at which their leaders have them.
-PagesAt = dict[int, set[str]]
+MOST_DESCRIPTORS = 64  # of one process: its owner may open a million, and what is mapped tells as well
+_MOST_PAGE_FDS = 8  # at which a page is looked for first; leaders have it at one of a few low numbers
 
 
-class _Marks(TypedDict):
-    argv: list[str]
-    lineage: list[str]
-    pages: list[str]
-    spared: list[str]
+class Marks(NamedTuple):
+    """What tells whose a process is."""
+
+    argv: tuple[str, ...] = ()
+    lineage: tuple[str, ...] = ()
+    pages: frozenset[str] = frozenset()
+    spared: frozenset[str] = frozenset()
+
+
+class Pages:
+    """The session pages that are known by their inode: to find one takes a single read, and nobody can forge it."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[int, SessionKey] = {}
+        self._fds: dict[int, int] = {}  # descriptor number: how many pages are there
+
+    def add(self, inode: int, page_fd: int, session: SessionKey) -> None:
+        """Look for the page of ``session`` at ``page_fd``, where its leader has it and forks inherit it."""
+        if inode not in self._sessions:
+            self._sessions[inode] = session
+            self._fds[page_fd] = self._fds.get(page_fd, 0) + 1
+
+    def remove(self, inode: int, page_fd: int) -> None:
+        """Forget a page."""
+        if self._sessions.pop(inode, None) is not None:
+            self._fds[page_fd] -= 1
+            if not self._fds[page_fd]:
+                del self._fds[page_fd]
+
+    def session_of(self, inode: int | None, uid: int | None) -> str | None:
+        """Return the session of ``uid`` whose page the memfd ``inode`` is; None: of nobody's, or of another user's."""
+        session = self._sessions.get(inode) if inode is not None else None
+        return session.id if session is not None and session.uid == uid else None
+
+    def likely_fds(self) -> list[int]:
+        """Return the descriptor numbers to look at first."""
+        return list(self._fds)[:_MOST_PAGE_FDS]
 
 
 class MarkReader:
-    """Reads one /proc."""
+    """Reads one /proc: descriptors at once, what lies in memory for many processes together."""
 
     def __init__(self, proc: ProcFS) -> None:
         self._proc = proc
-        self._blocked: list[Stat] = []
-        self._bounded = helper.BoundedReader(_BLOCKED_READ_S)
+        self.memory = MemoryReader(proc)
+        self.pages = Pages()
 
-    def put_on(self, process: Process, stat: Stat, pages_at: PagesAt) -> Process:
-        """Return ``process`` with its marks; one in state D gets them from ``read_blocked()``, at the end of the look."""
-        if stat.state == "D":
-            self._blocked.append(stat)
-            return process
-        return _with_marks(
-            process, self._read_memory(stat, self._proc.living_task(stat), pages_at, process.uid)
-        )
+    def read_descriptors(self, stat: Stat, uid: int | None, *, hurried: bool) -> tuple[Marks, Wish | None]:
+        """Return what descriptors tell, and what else is to be read, None where that is enough.
 
-    def is_blocked(self, process: Process) -> bool:
-        """Say whether the marks of ``process`` are still to be read."""
-        return any(stat.id == process.id for stat in self._blocked)
+        ``hurried``: a known page is; who carries one may carry the stamp of an outer session, too.
+        """
+        pid, task = stat.id.pid, self._proc.living_task(stat)
+        if not stat.forked:
+            return Marks(), Wish(stat, task, environ=True, argv=True)
+        if hurried and (pages := self._pages_in_place(pid, task, uid)):
+            return Marks(pages=pages), None
+        marks = self._search_descriptors(pid, task, uid)
+        unmarked = not marks.pages and not marks.spared
+        return marks, Wish(stat, task, environ=True, maps=OUR_MEMFDS if unmarked else ())
 
-    def read_blocked(self, processes: dict[int, Process], pages_at: PagesAt) -> None:
-        """Have a helper read the marks of those in state D, all in one go; it is left behind if it does not come back."""
-        blocked, self._blocked = [stat for stat in self._blocked if stat.id.pid in processes], []
-        if not blocked:
-            return
+    def _pages_in_place(self, pid: int, task: int, uid: int | None) -> frozenset[str]:
+        inodes = (self._proc.memfd_inode(pid, task, number) for number in self.pages.likely_fds())
+        sessions = (self.pages.session_of(inode, uid) for inode in inodes)
+        return frozenset(session for session in sessions if session is not None)
 
-        def read_all() -> dict[str, _Marks]:
-            found = {}
-            for stat in blocked:
-                with contextlib.suppress(ProcessGone, PermissionError):
-                    task, uid = self._proc.living_task(stat), processes[stat.id.pid].uid
-                    found[str(stat.id.pid)] = self._read_memory(stat, task, pages_at, uid)
-            return found
+    def _search_descriptors(self, pid: int, task: int, uid: int | None) -> Marks:
+        """Look for our marks under any number."""
+        pages, spared = set(), set()
+        for number, link in self._proc.descriptors(pid, task, most=MOST_DESCRIPTORS).items():
+            name = parse_memfd_link(link)
+            if name.startswith((wire.PAGE_PREFIX, wire.SPARED_PREFIX)):
+                inode = self._proc.memfd_inode(pid, task, number)
+                session = self.pages.session_of(inode, uid)
+                if session is not None:
+                    pages.add(session)
+                elif (
+                    inode is not None  # a memfd, so asking for its owner asks no file system of a user's
+                    and name.startswith(wire.SPARED_PREFIX)
+                    and self._proc.owner_of(self._proc.descriptor_path(pid, task, number)) == uid
+                ):
+                    spared.add(name[len(wire.SPARED_PREFIX) :])
+        return Marks(pages=frozenset(pages), spared=frozenset(spared))
 
-        for pid, marks in (self._bounded.run(read_all) or {}).items():
-            processes[int(pid)] = _with_marks(processes[int(pid)], marks)
-
-    def _read_memory(self, stat: Stat, task: int, pages_at: PagesAt, uid: int | None) -> _Marks:
-        pid, forked = stat.id.pid, stat.forked
-        names = self._memfd_names(pid, task, pages_at, uid) if forked else set()
-        environ = self._proc.environ(pid, task) or b""
-        spared = {name[len(wire.SPARED_PREFIX) :] for name in names if name.startswith(wire.SPARED_PREFIX)}
-        spared.update(wire.parse_lineage(environment_value(environ, wire.SPARED_VARIABLE)))
-        return _Marks(
-            argv=[] if forked else list(self._proc.argv(pid, task)),
-            lineage=list(wire.parse_lineage(environment_value(environ, wire.LINEAGE_VARIABLE))),
-            pages=[name[len(wire.PAGE_PREFIX) :] for name in names if name.startswith(wire.PAGE_PREFIX)],
-            spared=list(spared),
-        )
-
-    def _memfd_names(self, pid: int, task: int, pages_at: PagesAt, uid: int | None) -> set[str]:
-        """Return the names of our marks in a forked process: at the leader's descriptor, among all, else mapped."""
-        for number, names in pages_at.items():
-            name = parse_memfd_link(self._proc.descriptor(pid, task, number)) if number >= 0 else ""
-            # A spared process has no page of the session that spares it; a page handed over by another user is no mark.
-            if name in names and self._proc.descriptor_owner(pid, task, number) == uid:
-                return {name}
-        links = self._proc.descriptors(pid, task, most=MOST_DESCRIPTORS)
-        marks = {
-            name
-            for number, name in ((number, parse_memfd_link(link)) for number, link in links.items())
-            if _is_mark(name) and self._proc.descriptor_owner(pid, task, number) == uid
-        }
-        return marks or {
-            name for name in map(parse_memfd_link, self._proc.mapped_paths(pid, task)) if _is_mark(name)
-        }
-
-    def mapped_paths(self, pid: int) -> list[str]:
-        """Return the paths that ``pid`` has mapped; empty when it is gone, or blocked in the kernel."""
-        with contextlib.suppress(ProcessGone, PermissionError):
-            stat = self._proc.stat(pid)
-            task = self._proc.living_task(stat)
-            if stat.state != "D":
-                return self._proc.mapped_paths(pid, task)
-            return self._bounded.run(lambda: self._proc.mapped_paths(pid, task)) or []
-        return []
-
-    def argv(self, process: Process) -> list[str]:
-        """Return the command line, a forked process's too; empty when it is gone, or blocked in the kernel."""
-        if process.argv:
-            return list(process.argv)
-        with contextlib.suppress(ProcessGone, PermissionError):
-            stat = self._proc.stat(process.id.pid)
-            if stat.id == process.id and stat.state != "D":
-                return list(self._proc.argv(process.id.pid, self._proc.living_task(stat)))
-        return []
-
-
-def pages_at_of(sessions: Iterable[Session]) -> PagesAt:
-    """Return where the pages of ``sessions`` are to be looked for first."""
-    found: PagesAt = {}
-    for session in sessions:
-        found.setdefault(session.page_fd, set()).add(wire.PAGE_PREFIX + session.id)
-    return found
-
-
-def _with_marks(process: Process, marks: _Marks) -> Process:
-    return replace(
-        process,
-        argv=tuple(marks["argv"]),
-        lineage=tuple(marks["lineage"]),
-        pages=frozenset(marks["pages"]),
-        spared=frozenset(marks["spared"]),
-    )
-
-
-def _is_mark(name: str) -> bool:
-    return name.startswith((wire.PAGE_PREFIX, wire.SPARED_PREFIX))
+    def with_memory(self, marks: Marks, memory: Memory, pid: int, uid: int | None) -> Marks:
+        """Return ``marks`` of ``pid`` with those that lie in its memory."""
+        pages, spared = set(marks.pages), set(marks.spared)
+        spared.update(wire.parse_lineage(memory.variables.get(wire.SPARED_VARIABLE, "")))
+        for one in memory.mapped:
+            session, name = self.pages.session_of(one.inode, uid), parse_memfd_link(one.path)
+            if session is not None and one.path.startswith(MEMFD_PREFIX):
+                pages.add(session)
+            # Where we may not ask whose it is, it counts: better to leave one alone than to end one.
+            elif name.startswith(wire.SPARED_PREFIX) and self._proc.owner_of(
+                self._proc.mapping_path(pid, one.addresses)
+            ) in (uid, None):
+                spared.add(name[len(wire.SPARED_PREFIX) :])
+        lineage = wire.parse_lineage(memory.variables.get(wire.LINEAGE_VARIABLE, ""))
+        return Marks(memory.argv, lineage, frozenset(pages), frozenset(spared))

@@ -22,6 +22,13 @@ class ProcessId(NamedTuple):
     start_ticks: int  # field 22 of /proc/PID/stat, clock ticks (10 ms) since boot
 
 
+class SessionKey(NamedTuple):
+    """A session for the daemon: its id is its owner's word, and another user can say the same one."""
+
+    uid: int
+    id: str
+
+
 class Role(enum.Enum):
     """What a member does for its session: a tracker guards shared memory and goes last."""
 
@@ -54,6 +61,13 @@ class Snapshot:
 
     processes: Mapping[int, Process] = field(default_factory=dict)
     adopters: frozenset[ProcessId] = frozenset()  # those of the sessions' adopters that still live
+    stale: frozenset[int] = frozenset()  # pids of those who were read earlier than for this look
+    unread: frozenset[int] = frozenset()  # uids of those who let nobody read their marks
+
+    def without(self, pids: set[int]) -> Snapshot:
+        """Return the snapshot as if ``pids`` were not there."""
+        processes = {pid: process for pid, process in self.processes.items() if pid not in pids}
+        return replace(self, processes=processes)
 
     @functools.cached_property
     def children(self) -> Mapping[int, Sequence[Process]]:
@@ -117,6 +131,8 @@ class Cause:
         return cls(CauseKind.EXIT, status >> 8 & 0xFF)
 
 
+TEMP_DIRS = ("/tmp",)  # noqa: S108 - where temporary files go where nobody says otherwise
+
 UNKNOWN_CAUSE = Cause(CauseKind.UNKNOWN)
 
 
@@ -132,6 +148,9 @@ class Session:
     started_at_utc: str
     # The page's descriptor number in the leader; -1: it has none.
     page_fd: int = -1
+    page_inode: int | None = (
+        None  # of the page, on the kernel's own mount for shared memory; None: we hold none
+    )
     # None: never learned, so no environment stamp counts.
     cgroup: str | None = "/"
     # The leader's ancestors: one that is a subreaper inherits what it leaves.
@@ -145,13 +164,18 @@ class Session:
     # All members when last looked at while the leader lived. Whoever adopts one of them is a subreaper.
     seen: frozenset[ProcessId] = frozenset()
     # Where joblib may have put memmapped arrays, /dev/shm apart.
-    temp_dirs: tuple[str, ...] = ()
+    temp_dirs: tuple[str, ...] = TEMP_DIRS
     # The leader has unregistered: what it starts from now on is not the session's.
     ending: bool = False
     # Started under spared(), as the page says: their environment may not say so.
     spared: frozenset[ProcessId] = frozenset()
     # Set once the leader is dead.
     cause: Cause | None = None
+
+    @property
+    def key(self) -> SessionKey:
+        """What the daemon knows it by."""
+        return SessionKey(self.uid, self.id)
 
     def keeping(self, members: frozenset[ProcessId]) -> Session:
         """Return the session with ``members`` as those that only descent tells."""

@@ -1,5 +1,8 @@
 """What is there: reads /proc into snapshots and takes down who a leader is. Decides nothing, signals nobody.
 
+A look lists all processes and reads those that are new. Of those who were read before, it reads anew whom its depth names
+and whoever was young then: a process that has just been forked may still become another user's, or another program.
+
 While a snapshot of a dead leader's survivors is taken, a pidfd is opened for each process before anything of it is
 read: whatever the evidence says then holds for exactly the process that a signal would reach.
 """
@@ -10,164 +13,525 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from agent import wire
 from reaperd.linux import cgroup, page, pidfd
+from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import (
     TICKS_PER_S,
     ProcessGone,
     ProcFS,
     Stat,
-    environment_value,
     has_pending_sigkill,
     parse_gid,
     parse_innermost_pid,
     parse_uid,
 )
-from reaperd.marks import MarkReader, PagesAt, pages_at_of
-from reaperd.model import Process, ProcessId, Session, Snapshot, Usage
+from reaperd.linux.shm import SHM
+from reaperd.marks import MarkReader, Marks
+from reaperd.memory import Wish
+from reaperd.model import Process, ProcessId, Session, SessionKey, Snapshot, Usage
 
 _MAX_ANCESTORS = 200
 _USAGE_S = 1.0  # CPU shares are told over no less than that, where there is a choice
+_YOUNG_TICKS = 2 * TICKS_PER_S  # old enough then to have become what it will be
+# A scan reads some of those again who seemed to be nobody's, for so long: they may have become other programs.
+_TURN_S = 0.002
+_AHEAD = 32  # processes that are read before the first of them are signalled
+_RELIST_S, _MOST_RELISTS = (
+    0.001,
+    3,
+)  # a look that took longer lists once more: a worker may have forked meanwhile
+
+_BETWEEN_ALARMS = 16  # processes
+
+
+class Interrupted(Exception):
+    """A leader has died while we looked at something else: that goes first."""
+
+
+class _Known(NamedTuple):
+    """What was read of one process."""
+
+    id: ProcessId | None = None  # None: it could not be read, or is a zombie
+    uid: int | None = None
+    process: Process | None = None  # where it can belong to a covered session: with its marks
+    image: int = 0  # 0: not enough was read to tell that the same program runs, or the kernel does not tell
+    settled: bool = True  # it was no longer young
+    inode: int = 0  # of /proc/PID
+
+
+class _Unread(NamedTuple):
+    """A process whose memory is to be read yet."""
+
+    known: _Known  # once that is done
+    marks: Marks
+    wish: Wish
+    before: _Known | None = None  # what was known of it
 
 
 class Observer:
     """Reads one /proc."""
 
-    def __init__(self, proc: ProcFS) -> None:
+    def __init__(self, proc: ProcFS, alarm: Alarm | None = None) -> None:
+        """``alarm`` interrupts what nobody waits for: looks at the living, and at everybody."""
         self.proc = proc
+        self._alarm = alarm
         self.boot_id = proc.boot_id()
+        self.marks = MarkReader(proc)
+        self.reads_cgroups = False  # also of those whose page tells whose they are
+        self._namespaces = proc.namespaces(os.getpid())
+        self._known: dict[int, _Known] = {}  # by pid, as all that follows
+        self._listing: dict[
+            int, int
+        ] = {}  # the inodes of /proc/PID: a pid with another one is another process
+        self._unsettled: set[int] = set()
+        self._processes: dict[int, Process] = {}  # of those known
+        self._unread: dict[int, _Unread] = {}
+        self._turn: list[int] = []
+        self._covered: dict[SessionKey, Session] = {}
+        self._oldest: dict[int, int] = {}  # the start ticks of each uid's first leader
+        self._uncovered = False  # some session is over, which may have been the first
+        self._lowered = False  # that has become lower: some were passed over who matter now
         self._held: dict[ProcessId, int] = {}
         self._cpu: dict[ProcessId, tuple[float, int]] = {}  # monotonic seconds and CPU ticks at the last scan
         # The reaper opens what is beyond this, and then compares start times.
         self._most_held = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
-        self.marks = MarkReader(proc)
+
+    def is_interrupted(self) -> bool:
+        """Say whether a leader has died, which goes before whatever nobody waits for."""
+        return self._alarm is not None and self._alarm.rings()
+
+    # -- whom to look for --------------------------------------------------------------------
+
+    def cover(self, session: Session) -> None:
+        """From now on, read the marks of whoever can belong to ``session``."""
+        if session.key in self._covered:
+            return
+        self._covered[session.key] = session
+        ticks = session.leader.start_ticks
+        if ticks < self._oldest.get(session.uid, ticks + 1):
+            self._oldest[session.uid] = ticks
+            self._lowered = True
+        if session.page_inode is not None:
+            self.marks.pages.add(session.page_inode, session.page_fd, session.key)
+
+    def uncover(self, key: SessionKey) -> None:
+        """Read marks no longer on account of this session."""
+        session = self._covered.pop(key, None)
+        self._uncovered = True
+        if session is not None and session.page_inode is not None:
+            self.marks.pages.remove(session.page_inode, session.page_fd)
+
+    def _uncover_users(self) -> None:
+        """Forget what was read on account of sessions that are over."""
+        self._uncovered = False
+        oldest: dict[int, int] = {}
+        for session in self._covered.values():
+            ticks = session.leader.start_ticks
+            oldest[session.uid] = min(ticks, oldest.get(session.uid, ticks))
+        if oldest != self._oldest:
+            self._oldest = oldest
+            for pid, process in list(self._processes.items()):
+                if not self._can_belong(process.uid, process.id):
+                    del self._processes[pid]
+                    self._known[pid] = self._known[pid]._replace(process=None)
+
+    def _can_belong(self, uid: int | None, id_: ProcessId) -> bool:
+        """Say whether a process of ``uid`` can belong to some session: by uid and age."""
+        oldest = self._oldest.get(uid) if uid is not None else None
+        return oldest is not None and oldest <= id_.start_ticks
 
     # -- snapshots ---------------------------------------------------------------------------
 
-    def look_quick(self, session: Session) -> Snapshot:
-        """Return the processes that can be what a leader just left, found through those who adopted them.
+    def look(
+        self,
+        sessions: Sequence[Session],
+        *,
+        hold: bool,
+        members: Iterable[ProcessId] = (),
+        again: Iterable[ProcessId] = (),
+        everyone: bool = False,
+        hurried: bool = False,
+    ) -> Snapshot:
+        """Return who can belong to one of ``sessions``, whose ``members`` so far are given; ``again`` are read again.
 
-        That is a fraction of the work of reading everything, and complete for all that has a parent among them.
+        With ``hold`` a pidfd is held of each that is read. Then, of those that are new, only those are read that can have
+        been left by a leader or are a member's: any number of others may be new, and nobody is to wait for them.
+        ``hurried`` leaves those to the next look whose pages do not tell, where others' do.
+        ``everyone`` reads those as well, and all who seemed to be nobody's. That, and a look without ``hold``, raises
+        Interrupted where the alarm rings; what was read until then need not be read by the next one.
         """
-        processes: dict[int, Process] = {}
-        living = self._living(session.adopters)
-        adopters = {1, *(id_.pid for id_ in living)}
-        pending = [id_.pid for id_ in session.kept]
-        for adopter in adopters:
-            pending += self._children(adopter)
-        while pending:
-            pid = pending.pop()
-            if pid in processes:
-                continue
-            process = self._read(pid, session, hold=True)
-            if process is None:
-                continue
-            processes[pid] = process
-            # Whoever carries no mark is followed too: its children may be a worker's that lost its environment.
-            if process.ppid not in adopters or _marked(process, session) or self.marks.is_blocked(process):
-                pending += self._children(pid)
-        return self._whole(processes, pages_at_of([session]), living)
-
-    def look(self, *sessions: Session) -> Snapshot:
-        """Return every process that can belong to one of ``sessions``, each held by a pidfd."""
-        return self._look_at(sessions, hold=True)
-
-    def _living(self, adopters: frozenset[ProcessId]) -> frozenset[ProcessId]:
-        """Return those of ``adopters`` that are still who they were."""
-        living = set()
-        for id_ in adopters:
-            with contextlib.suppress(ProcessGone, PermissionError):
-                if self.proc.stat(id_.pid).id == id_:
-                    living.add(id_)
-        return frozenset(living)
-
-    def look_at_all(self, sessions: list[Session]) -> Snapshot:
-        """Return every process that can belong to one of ``sessions``, whose leaders live."""
-        return self._look_at(sessions, hold=False)
-
-    def _look_at(self, sessions: Sequence[Session], *, hold: bool) -> Snapshot:
-        oldest: dict[int, int] = {}
         for session in sessions:
-            ticks = session.leader.start_ticks
-            oldest[session.uid] = min(ticks, oldest.get(session.uid, ticks))
-        pages_at = pages_at_of(sessions)
-        processes: dict[int, Process] = {}
-        for pid, _ in (
-            reversed(self.proc.listing()) if oldest else ()
-        ):  # the newest first: some do not live long
-            process = self._read_candidate(pid, oldest, pages_at, hold=hold)
-            if process is not None:
-                processes[pid] = process
-        adopters = frozenset(id_ for session in sessions for id_ in session.adopters)
-        return self._whole(processes, pages_at, self._living(adopters))
+            self.cover(session)
+        adopters = {id_ for session in sessions for id_ in session.adopters}
+        self._unread = {}
+        new = self._list()
+        named = self._pids_of(again, new)
+        if hold and not everyone:
+            parents = {1, *self._pids_of({*adopters, *members}, new)}
+            read, unread = self._look_at_the_left(sessions, new, named, parents, hurried=hurried)
+        else:
+            read, unread = self._look_at_all(new, named, hold=hold, everyone=everyone)
+        self._cut_false_links(read)
+        return Snapshot(
+            dict(self._processes),
+            frozenset(id_ for id_ in adopters if self._is_known(id_) or self.is_alive(id_)),
+            frozenset(self._processes.keys() - read),
+            frozenset(unread),
+        )
 
-    def _read(self, pid: int, session: Session, *, hold: bool = False) -> Process | None:
-        oldest = {session.uid: session.leader.start_ticks}
-        return self._read_candidate(pid, oldest, pages_at_of([session]), hold=hold)
+    def _look_at_the_left(
+        self,
+        sessions: Sequence[Session],
+        new: list[int],
+        named: set[int],
+        parents: set[int],
+        *,
+        hurried: bool,
+    ) -> tuple[set[int], set[int]]:
+        """Read ``named``, and those of ``new`` that are below ``parents``; return who was read, and uids as in Snapshot."""
+        uids = {session.uid for session in sessions}
+        began_s = time.monotonic()
+        left = named.union(self._left_to(parents, uids, new))
+        read = self._read_each(sorted(left, reverse=True), hold=True, afresh=named)
+        for _ in range(_MOST_RELISTS):
+            if time.monotonic() - began_s <= _RELIST_S:
+                break
+            # A worker may have forked meanwhile: nobody is to be signalled before its children are known, too.
+            began_s = time.monotonic()
+            if not (more := self._left_to(parents | read, uids, self._list())):
+                break
+            read |= self._read_each(more, hold=True)
+        off: set[int] = set()
+        if hurried:
+            off = self._put_off({session.id for session in sessions}, named)
+        return read - off, self._read_memory(None) | (uids if off else set())
 
-    def _read_candidate(
-        self, pid: int, oldest: dict[int, int], pages_at: PagesAt, *, hold: bool
-    ) -> Process | None:
-        """Return what ``pid`` is, None when it is gone, dead, or of no uid in ``oldest``, or started earlier than that."""
-        handle = self._open_handle(pid) if hold and len(self._held) < self._most_held else -1
+    def _look_at_all(
+        self, new: list[int], named: set[int], *, hold: bool, everyone: bool
+    ) -> tuple[set[int], set[int]]:
+        """Read all of ``new``, and whoever is due again; return who was read, and uids as in Snapshot; Interrupted."""
+        if self._uncovered:
+            self._uncover_users()
+        due = named.union(new, self._unsettled, self._passed_over(everyone=everyone))
+        # Of the living, only what another program can change is taken as read.
+        afresh = named if hold else frozenset[int]()
+        read = self._read_each(sorted(due, reverse=True), hold=hold, afresh=afresh, alarm=self._alarm)
+        if not hold:
+            self._read_in_turn()
+        unread = self._read_memory(self._alarm)
+        if self.is_interrupted():
+            self._lowered = True
+            raise Interrupted
+        return read, unread
+
+    def _put_off(self, sessions: set[str], named: set[int]) -> set[int]:
+        """Leave to the next look whose memory is unread, where pages have told of others; return who that is.
+
+        Whoever stands below a member is read now: nobody is to be signalled before it is known that they are not spared.
+        """
+        processes = self._processes
+        parents = named | {pid for pid, one in processes.items() if not sessions.isdisjoint(one.pages)}
+        if not parents:
+            return set()
+        off = set()
+        for pid in list(self._unread):
+            above, seen = pid, set()
+            while above in processes and above not in parents and above not in seen:
+                seen.add(above)
+                above = processes[above].ppid
+            if above not in parents:
+                off.add(pid)
+                self._leave(pid)
+        return off
+
+    def _leave(self, pid: int) -> None:
+        """Be as if ``pid`` had not been read: the next look does that."""
+        self._unread.pop(pid, None)
+        known = self._known.get(pid)
+        if known is not None:
+            self._forget(pid)
+            if known.id is not None and (handle := self.claim(known.id)) is not None:
+                os.close(handle)
+
+    def look_ahead(self, sessions: Sequence[Session]) -> Iterator[Snapshot]:
+        """Yield, some at a time, who can belong to ``sessions`` as known pages alone tell, each held by a pidfd.
+
+        Of each one all is there that stands below it, so who is in one snapshot can be signalled before the next is
+        taken: a pool ends while the rest of it is read. Whom nothing tells so quickly is left to ``look()``.
+        """
+        uids = {session.uid for session in sessions}
+        new = self._list()
+        adopters = {id_ for session in sessions for id_ in session.adopters}
+        trees: dict[int, list[int]] = {}
+        for pid, top in self._left_to({1, *self._pids_of(adopters, new)}, uids, new).items():
+            trees.setdefault(top, []).append(pid)
+        batch: list[list[int]] = []
+        for tree in trees.values():
+            batch.append(tree)
+            if sum(map(len, batch)) >= _AHEAD:
+                yield self._read_ahead(batch)
+                batch = []
+        if batch:
+            yield self._read_ahead(batch)
+
+    def _read_ahead(self, trees: list[list[int]]) -> Snapshot:
+        self._unread = {}
+        read = self._read_each((pid for tree in trees for pid in tree), hold=True)
+        for tree in trees:
+            # Nobody is to be signalled before the children that it has by now are known, too.
+            known = set(tree)
+            grown = any(not known.issuperset(self._children(pid)) for pid in tree)
+            if grown or not self._unread.keys().isdisjoint(tree):
+                for pid in tree:
+                    self._leave(pid)
+                read.difference_update(tree)
+        self._unread = {}
+        self._cut_false_links(read)
+        return Snapshot({pid: self._processes[pid] for pid in read if pid in self._processes})
+
+    def _left_to(self, parents: set[int], uids: set[int], new: list[int]) -> dict[int, int]:
+        """Return those of ``new`` that are of ``uids`` and stand below ``parents``, as quickly as that can be told.
+
+        The values tell who of them is the topmost above each.
+        """
+        above: dict[int, tuple[int, int | None]] = {}
+        for pid in new:
+            with contextlib.suppress(ProcessGone, PermissionError, ValueError):
+                above[pid] = self._parent(pid)
+        tops: dict[int, int] = {}
+        for pid in above:
+            chain, at = [], pid
+            while at in above and at not in tops and at not in parents and at not in chain:
+                chain.append(at)
+                at = above[at][0]
+            top = tops.get(at) if at not in parents else (chain[-1] if chain else pid)
+            if top is not None:
+                tops.update(dict.fromkeys(chain or [pid], top))
+        return {pid: top for pid, top in tops.items() if above[pid][1] is None or above[pid][1] in uids}
+
+    def _parent(self, pid: int) -> tuple[int, int | None]:
+        """Return the parent of ``pid`` and its uid, None for one that is not told as quickly."""
+        handle = pidfd.open_pid(pid)
+        try:
+            told = pidfd.info(handle)
+        finally:
+            os.close(handle)
+        return (self.proc.stat(pid).ppid, None) if told is None else (told.ppid, told.uid)
+
+    def _pids_of(self, ids: Iterable[ProcessId], new: list[int]) -> set[int]:
+        """Return the pids of those of ``ids`` that live, whether they were read before or are among the ``new``."""
+        unread = set(new)
+        return {id_.pid for id_ in ids if self._is_known(id_) or (id_.pid in unread and self.is_alive(id_))}
+
+    def _passed_over(self, *, everyone: bool) -> set[int]:
+        """Return who was read and may be somebody's by now; the age of a process never changes."""
+        if not everyone and not self._lowered:
+            return set()
+        self._lowered = False
+        first = min(self._oldest.values(), default=0)
+        return {
+            pid
+            for pid, one in self._known.items()
+            if one.id is not None and one.id.start_ticks >= first and (everyone or one.process is None)
+        }
+
+    def _list(self) -> list[int]:
+        """List all processes, forget who is gone, and return who is new, the newest first: some do not live long."""
+        self._listing = listing = self.proc.listing()
+        for pid in [pid for pid, one in self._known.items() if listing.get(pid) != one.inode]:
+            self._forget(pid)
+        return sorted((pid for pid in listing if pid not in self._known), reverse=True)
+
+    def _forget(self, pid: int) -> None:
+        del self._known[pid]
+        self._unsettled.discard(pid)
+        self._processes.pop(pid, None)
+
+    def _is_known(self, id_: ProcessId) -> bool:
+        known = self._known.get(id_.pid)
+        return known is not None and known.id == id_
+
+    def _read_in_turn(self) -> None:
+        """Read some of those again who seemed to be nobody's: they may have become other programs."""
+        until_s = time.monotonic() + _TURN_S
+        if not self._turn:
+            self._turn = list(self._known)
+        while self._turn and time.monotonic() < until_s:
+            pid = self._turn.pop()
+            if pid in self._known and pid not in self._unread:
+                self._read_each([pid], hold=False)
+
+    # -- one process -------------------------------------------------------------------------
+
+    def _read_each(
+        self,
+        pids: Iterable[int],
+        *,
+        hold: bool,
+        afresh: Container[int] = frozenset(),
+        alarm: Alarm | None = None,
+    ) -> set[int]:
+        """Read ``pids`` and return the pids of those who can belong to a session; ``afresh`` what the image tells as well."""
+        read = set()
+        for count, pid in enumerate(pids):
+            if alarm is not None and count % _BETWEEN_ALARMS == 0 and alarm.rings():
+                break
+            try:
+                known = self._read_again(pid) if pid not in afresh else None
+                # Whom the image alone tells is judged by what it was before: good enough for nobody's signal.
+                again = known is not None and hold
+                if known is None:
+                    known = self._read(pid, hold=hold)
+            except ProcessGone:
+                continue  # the next listing lacks it
+            except (PermissionError, ValueError):
+                known, again = _Known(), False
+            if pid in self._unread:
+                self._unread[pid] = self._unread[pid]._replace(before=self._known.get(pid))
+            self._known[pid] = known._replace(inode=self._listing.get(pid, 0))
+            if known.settled:
+                self._unsettled.discard(pid)
+            else:
+                self._unsettled.add(pid)
+            if known.process is None:
+                self._processes.pop(pid, None)
+            else:
+                self._processes[pid] = known.process
+                if not again:
+                    read.add(pid)
+        return read
+
+    def _read_again(self, pid: int) -> _Known | None:
+        """Return what is known, brought up to date, where the process still runs the program that it ran then."""
+        known = self._known.get(pid)
+        if known is None or known.id is None or not known.image:
+            return None
+        process = known.process
+        if process is None and self._can_belong(known.uid, known.id):
+            return None
+        stat = self.proc.stat(pid)
+        if stat.dead or (stat.id, stat.image) != (known.id, known.image) or stat.state == "D":
+            return None
+        if not known.settled:
+            handle = pidfd.open_pid(pid)
+            try:
+                if self._uid(pid, handle) != known.uid:
+                    return None
+            finally:
+                os.close(handle)
+        if process is not None:
+            process = replace(
+                process, ppid=stat.ppid, comm=stat.comm, rss_bytes=stat.rss_bytes, cpu_ticks=stat.cpu_ticks
+            )
+        return known._replace(process=process, settled=_is_settled(stat))
+
+    def _read(self, pid: int, *, hold: bool) -> _Known:
+        """Return what ``pid`` is now; ProcessGone, or what reading it raises."""
+        handle = pidfd.open_pid(pid) if len(self._held) < self._most_held else -1
         try:
             stat = self.proc.stat(pid)
-            if stat.dead or stat.id.start_ticks < min(oldest.values()):
-                return None
-            uid = parse_uid(self.proc.status(pid))
-            if uid is None or stat.id.start_ticks < oldest.get(uid, stat.id.start_ticks + 1):
-                return None
-            process = self._describe(stat, uid, pages_at)
-        except (ProcessGone, PermissionError, ValueError):
-            return None
-        else:
-            if handle >= 0:
-                if process.id in self._held:
-                    os.close(handle)
-                else:
-                    self._held[process.id] = handle
+            if stat.dead:
+                return _Known()
+            known = self._describe(stat, handle, hurried=hold)
+            if hold and handle >= 0 and known.process is not None and stat.id not in self._held:
+                self._held[stat.id] = handle
                 handle = -1
-            return process
+            return known
         finally:
             if handle >= 0:
                 os.close(handle)
 
-    def _describe(self, stat: Stat, uid: int, pages_at: PagesAt) -> Process:
+    def _describe(self, stat: Stat, handle: int, *, hurried: bool) -> _Known:
+        id_, pid = stat.id, stat.id.pid
+        if id_.start_ticks < min(self._oldest.values(), default=id_.start_ticks + 1):
+            return _Known(id_)  # that never changes
+        uid = self._uid(pid, handle)
+        if not self._can_belong(uid, id_):
+            return _Known(id_, uid, None, stat.image, _is_settled(stat))
+        marks, wish = self.marks.read_descriptors(stat, uid, hurried=hurried)
         process = Process(
-            id=stat.id,
+            id=id_,
             ppid=stat.ppid,
             uid=uid,
             comm=stat.comm,
             forked=stat.forked,
-            cgroup=wire.parse_cgroup(self.proc.cgroup(stat.id.pid)),
+            pages=marks.pages,
+            spared=marks.spared,
+            # A session page tells enough.
+            cgroup=wire.parse_cgroup(self.proc.cgroup(pid)) if wish or self.reads_cgroups else None,
             rss_bytes=stat.rss_bytes,
             cpu_ticks=stat.cpu_ticks,
         )
-        return self.marks.put_on(process, stat, pages_at)
+        known = _Known(id_, uid, process, 0, settled=False)
+        if wish is not None:
+            whole = known._replace(image=stat.image, settled=_is_settled(stat))
+            self._unread[pid] = _Unread(whole, marks, wish)
+        return known
 
-    def _whole(
-        self, processes: dict[int, Process], pages_at: PagesAt, adopters: frozenset[ProcessId]
-    ) -> Snapshot:
-        """Return the snapshot, with a parent link only where the parent is still who it was when it was read.
+    def _uid(self, pid: int, handle: int) -> int | None:
+        told = pidfd.info(handle) if handle >= 0 else None
+        return told.uid if told is not None else parse_uid(self.proc.status(pid))
+
+    def _read_memory(self, alarm: Alarm | None) -> set[int]:
+        """Put the marks that lie in memory on those who were read, and return the uids of those that let nobody read it.
+
+        Who runs the program that it ran before has the marks that it had; without any, nobody is taken for settled.
+        """
+        unread, self._unread = self._unread, {}
+        memories = self.marks.memory.read([one.wish for one in unread.values()], alarm) if unread else {}
+        uids: set[int] = set()
+        for pid, one in unread.items():
+            known, process, now = one.known, one.known.process, self._known.get(pid)
+            if now is None or process is None or now.id != known.id:
+                continue  # gone meanwhile
+            if pid in memories:
+                marks = self.marks.with_memory(one.marks, memories[pid], pid, known.uid)
+                process = _marked(process, marks)
+            elif (before := _same_program(one)) is not None:
+                pages, spared = one.marks.pages | before.pages, one.marks.spared | before.spared
+                marks = Marks(before.argv, before.lineage, pages, spared)
+                process = _marked(process, marks)
+            else:
+                if known.uid is not None and not process.pages and self.is_alive(process.id):
+                    uids.add(known.uid)
+                continue
+            self._known[pid] = known._replace(process=process, inode=now.inode)
+            self._processes[pid] = process
+            if known.settled:
+                self._unsettled.discard(pid)
+        return uids
+
+    def _cut_false_links(self, read: set[int]) -> None:
+        """Keep a parent link only where the parent is still who it was when it was read.
 
         A pid that was given to another process in the middle of the pass would else pass its children off as a
         member's. Only the young can be such children.
         """
-        self.marks.read_blocked(processes, pages_at)
-        young = time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_PER_S - 10 * TICKS_PER_S
-        for pid, process in processes.items():
-            if process.id.start_ticks < young or process.ppid not in processes:
+        young = _ticks_now() - 10 * TICKS_PER_S
+        same: dict[int, bool] = {}
+        for pid in read & self._processes.keys():  # some ended before the second listing
+            process = self._processes[pid]
+            if process.id.start_ticks < young or process.ppid not in self._processes:
                 continue
-            try:
-                same = self.proc.stat(process.ppid).id == processes[process.ppid].id
-            except ProcessGone:
-                same = True  # it ended after the pass had seen it; nobody has its pid
-            if not same:
-                processes[pid] = replace(process, ppid=0)
-        return Snapshot(processes, adopters)
+            if process.ppid not in same:
+                same[process.ppid] = self._is_unchanged(process.ppid)
+            if not same[process.ppid]:
+                self._processes[pid] = replace(process, ppid=0)
+
+    def _is_unchanged(self, pid: int) -> bool:
+        id_ = self._processes[pid].id
+        try:
+            stat = self.proc.stat(pid)
+        except ProcessGone:
+            return True  # it ended after the pass had seen it; nobody has its pid
+        # In the same tick somebody else can have got its pid: what a pidfd says goes before what ids say.
+        held = self._held.get(id_)
+        return stat.id == id_ and (held is None or stat.dead or not pidfd.has_exited(held))
 
     def _children(self, pid: int) -> list[int]:
         try:
@@ -176,12 +540,6 @@ class Observer:
             return []
 
     # -- handles -----------------------------------------------------------------------------
-
-    def _open_handle(self, pid: int) -> int:
-        try:
-            return pidfd.open_pid(pid)
-        except ProcessGone:
-            return -1
 
     def claim(self, process_id: ProcessId) -> int | None:
         """Return the pidfd that was opened before ``process_id`` was read; it is the caller's to close from now on."""
@@ -217,16 +575,28 @@ class Observer:
 
     def look_below(self, session: Session) -> Snapshot:
         """Return the leader and all that stands below it now: what was started before it registered, too."""
-        processes: dict[int, Process] = {}
-        for pid in (
-            session.leader.pid,
-            *self.descendants(session.leader),
-            *(id_.pid for id_ in session.kept),
-        ):
-            process = self._read(pid, session)
-            if process is not None:
-                processes[pid] = process
-        return self._whole(processes, pages_at_of([session]), self._living(session.adopters))
+        self.cover(session)
+        below = {*self.descendants(session.leader), *(id_.pid for id_ in session.kept)}
+        processes = self._read_alone(below) if below else {}
+        processes.update(self._read_alone([session.leader.pid], memory=False))
+        adopters = frozenset(id_ for id_ in session.adopters if self.is_alive(id_))
+        return Snapshot(processes, adopters)
+
+    def _read_alone(self, pids: Iterable[int], *, memory: bool = True) -> dict[int, Process]:
+        """Return what ``pids`` are, of those that can belong to a session; nothing of it is kept."""
+        found: dict[int, Process] = {}
+        self._unread = {}
+        for pid in pids:
+            with contextlib.suppress(ProcessGone, PermissionError, ValueError):
+                process = self._read(pid, hold=False).process
+                if process is not None:
+                    found[pid] = process
+        unread, self._unread = self._unread, {}
+        if memory and unread:
+            for pid, told in self.marks.memory.read([one.wish for one in unread.values()]).items():
+                one = unread[pid]
+                found[pid] = _marked(found[pid], self.marks.with_memory(one.marks, told, pid, one.known.uid))
+        return found
 
     def owner(self, pid: int) -> tuple[int | None, int | None]:
         """Return uid and gid of ``pid``, None where its ids are mixed."""
@@ -263,9 +633,6 @@ class Observer:
     def describe_leader(self, session: Session) -> Session:
         """Return ``session`` with what only its living leader tells; ProcessGone."""
         pid = session.leader.pid
-        stat = self.proc.stat(pid)
-        task = self.proc.living_task(stat)
-        folders: list[str] = self._read_folders(pid, task) if stat.state != "D" else []
         session = replace(session, oom_counter=self.oom_counter(pid))
         return replace(
             session,
@@ -273,21 +640,48 @@ class Observer:
             adopters=self.ancestors(pid),
             namespaces=self.proc.namespaces(pid),
             oom_kills=self.oom_kills_in(session),
-            temp_dirs=tuple(folder for folder in (*folders, "/tmp") if os.path.isabs(folder)),  # noqa: S108
         )
 
-    def _read_folders(self, pid: int, task: int) -> list[str]:
-        environ = self.proc.environ(pid, task) or b""
-        return [environment_value(environ, name) for name in ("JOBLIB_TEMP_FOLDER", "TMPDIR")]
-
     def open_page(self, leader: int, page_fd: int, uid: int) -> int:
-        """Return a descriptor of ours for the page that ``leader`` has at ``page_fd``; OSError, or WireError."""
-        return page.open_page(self.proc.descriptor_path(leader, page_fd), uid=uid)
+        """Return a descriptor of ours for the page that ``leader`` has at ``page_fd``.
+
+        ProcessGone; FileNotFoundError: it has no such descriptor; OSError; WireError: that is no page.
+        """
+        task = self.proc.living_task(self.proc.stat(leader))
+        if self.proc.memfd_inode(leader, task, page_fd) is None:
+            raise wire.WireError("bad-page", "the session page is no memfd")
+        return page.open_page(self.proc.descriptor_path(leader, task, page_fd), uid=uid)
+
+    def open_mapped_page(self, pid: int, addresses: str, uid: int) -> int:
+        """Return a descriptor of ours for the page that ``pid`` has mapped; as ``open_page()``."""
+        return page.open_page(self.proc.mapping_path(pid, addresses), uid=uid)
 
     def leader(self, session: Session) -> Process | None:
-        """Return the leader as it is now, None when it is dead."""
-        process = self._read(session.leader.pid, session)
-        return process if process is not None and process.id == session.leader else None
+        """Return the leader as it is now, None when it is dead, or another user's."""
+        self.cover(session)
+        process = self._read_alone([session.leader.pid], memory=False).get(session.leader.pid)
+        if process is None or (process.id, process.uid) != (session.leader, session.uid):
+            return None
+        return process
+
+    def cmdlines(self, ids: Iterable[ProcessId]) -> dict[int, list[str]]:
+        """Return the command lines of ``ids``, by pid; whoever is gone, or cannot be read in time, has none."""
+        memories = self.marks.memory.read(self._wishes(ids, argv=True))
+        return {pid: list(memory.argv) for pid, memory in memories.items()}
+
+    def shm_mapped(self, ids: Iterable[ProcessId]) -> list[str]:
+        """Return the paths in /dev/shm that ``ids`` have mapped."""
+        memories = self.marks.memory.read(self._wishes(ids, maps=(f"{SHM}/",)))
+        return [one.path for memory in memories.values() for one in memory.mapped]
+
+    def _wishes(
+        self, ids: Iterable[ProcessId], *, argv: bool = False, maps: tuple[str, ...] = ()
+    ) -> Iterator[Wish]:
+        for id_ in ids:
+            with contextlib.suppress(ProcessGone, ValueError):
+                stat = self.proc.stat(id_.pid)
+                if stat.id == id_:
+                    yield Wish(stat, self.proc.living_task(stat), argv=argv, maps=maps)
 
     def namespaced_pid(self, pid: int) -> int | None:
         """Return the pid that ``pid`` has in its own, innermost pid namespace (the last field of NSpid)."""
@@ -295,7 +689,7 @@ class Observer:
 
     def same_ticks(self, process_id: ProcessId, told_ticks: int) -> bool:
         """Say whether a start time that ``process_id`` told of itself is right; not comparable across time namespaces."""
-        if self.proc.namespaces(process_id.pid).time != self.proc.namespaces(os.getpid()).time:
+        if self.proc.namespaces(process_id.pid).time != self._namespaces.time:
             return True
         return process_id.start_ticks == told_ticks
 
@@ -304,7 +698,7 @@ class Observer:
 
         Only where pids and times mean here what they mean to ``holder``, and where that leader is really dead.
         """
-        theirs, ours = self.proc.namespaces(holder.pid), self.proc.namespaces(os.getpid())
+        theirs, ours = self.proc.namespaces(holder.pid), self._namespaces
         if (theirs.pid, theirs.time) != (ours.pid, ours.time) or holder.start_ticks < leader.start_ticks:
             return False
         try:
@@ -315,7 +709,7 @@ class Observer:
 
     def shares_our_namespaces(self, session: Session) -> bool:
         """Say whether the pids and paths of ``session`` mean here what they mean there."""
-        ours = self.proc.namespaces(os.getpid())
+        ours = self._namespaces
         return session.namespaces.pid == ours.pid and session.namespaces.mnt == ours.mnt
 
     # -- figures for people ------------------------------------------------------------------
@@ -330,16 +724,31 @@ class Observer:
         busy_s = (process.cpu_ticks - seen_ticks) / TICKS_PER_S
         return Usage(100 * max(busy_s, 0.0) / (now_s - seen_s), process.rss_bytes)
 
-    def note_usage(self, snapshot: Snapshot) -> None:
+    def note_usage(self, processes: Iterable[Process]) -> None:
         """Remember CPU times for the next ``usage()``; the one before last is kept while the last is too young."""
         now_s = time.monotonic()
         self._cpu = {
             process.id: self._cpu[process.id]
             if process.id in self._cpu and now_s - self._cpu[process.id][0] < _USAGE_S
             else (now_s, process.cpu_ticks)
-            for process in snapshot.processes.values()
+            for process in processes
         }
 
 
-def _marked(process: Process, session: Session) -> bool:
-    return session.id in process.lineage or session.id in process.pages or process.id in session.kept
+def _same_program(one: _Unread) -> Process | None:
+    """Return what was read of a process before, where it runs the same program still."""
+    before = one.before
+    return before.process if before is not None and one.known.image == before.image != 0 else None
+
+
+def _marked(process: Process, marks: Marks) -> Process:
+    argv, lineage, pages, spared = marks
+    return replace(process, argv=argv, lineage=lineage, pages=pages, spared=spared)
+
+
+def _is_settled(stat: Stat) -> bool:
+    return _ticks_now() - stat.id.start_ticks > _YOUNG_TICKS
+
+
+def _ticks_now() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_PER_S

@@ -18,6 +18,7 @@ class Policy:
     dry_run: bool = False
     max_per_uid: int = 1000  # sessions
     untouchable: frozenset[ProcessId] = frozenset()  # the daemon and its ancestors
+    daemon_pid: int = 0  # whose children are helpers: forked, they hold every session page for a moment
     protected_uids: frozenset[int] = frozenset()
     protected_names: frozenset[str] = frozenset()
     protected_units: frozenset[str] = frozenset()
@@ -26,6 +27,8 @@ class Policy:
         """Return why ``process`` must never be signalled, in words; None when nothing protects it."""
         if process.id.pid <= 1 or process.id in self.untouchable:
             return "is init, the daemon itself or one of the daemon's ancestors"
+        if self.daemon_pid and process.ppid == self.daemon_pid:
+            return "is a helper of the daemon"
         if process.uid in self.protected_uids:
             return f"belongs to uid {process.uid}, which [protect] users names"
         for name in (process.comm, process.argv[0].rpartition("/")[2] if process.argv else ""):

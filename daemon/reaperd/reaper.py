@@ -53,6 +53,11 @@ class Reaper:
         """Say whether ``target`` is held."""
         return target in self._pidfds
 
+    def has_ended(self, target: ProcessId) -> bool:
+        """Say whether ``target``, which was taken once, is dead."""
+        handle = self._pidfds.get(target)
+        return handle is None or pidfd.has_exited(handle)
+
     def handle(self, target: ProcessId) -> int:
         """Return the pidfd of ``target``, which must be held."""
         return self._pidfds[target]

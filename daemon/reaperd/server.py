@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from agent import wire
 from reaperd import __version__, report
@@ -17,15 +19,21 @@ from reaperd.gate_link import GateLink, Peer, Return
 from reaperd.ledger import Entry
 from reaperd.linux import page, pidfd
 from reaperd.linux.procfs import ProcessGone
-from reaperd.model import Family, ProcessId, Role, Session
+from reaperd.listing import Listing
+from reaperd.model import TEMP_DIRS, ProcessId, Role, Session, SessionKey
 from reaperd.times import moment, now_utc
+from reaperd.turns import Turns
+from reaperd.waiters import Question, Waiter, Waiters
 
 log = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 25
-_WAITERS_PER_UID = 64
-_FRESH_S = 0.1  # a look that is younger answers the next question, too
+_MOST_REQUESTS = 2048  # that wait
+_TURN_S = 0.002  # for answering: then whoever died meanwhile is looked at
+# What it costs a user to register anew what was registered: the history of both is longer than the time that it took us.
+_SUPERSEDING_S = 0.02
 _MOST_EVENTS = 500
+_MOST_FOLDERS = 4
 _NOBODY = ProcessId(0, 0)
 
 
@@ -41,14 +49,12 @@ class Facts:
     dry_run: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiter:
-    """A peer that waits for the next event."""
+class _Request(NamedTuple):
+    """A request that waits for its turn."""
 
+    peer: Peer
     to: Return
-    uid: int
-    question: dict[str, Any]
-    until_s: float
+    message: dict[str, Any]
 
 
 class Server:
@@ -58,43 +64,86 @@ class Server:
         self.facts = facts
         self._core = core
         self._link = link
-        self._waiters: list[_Waiter] = []
-        self._families: dict[str, Family] = {}
-        self._looked_at_s = 0.0
+        # Our own user has no one else to spare where we are not root.
+        most = min(_MOST_REQUESTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 16)
+        self._turns: Turns[_Request] = Turns(frozenset((0, os.geteuid())), most)
+        self._waiters: Waiters[Return] = Waiters()
+        self._listing = Listing(core)
         self._started_at_s = time.monotonic()
         self._operations: dict[str, Callable[[Peer, dict[str, Any]], dict[str, Any]]] = {
             "register": self._register,
             "unregister": self._unregister,
             "ping": self._ping,
             "status": self._status,
-            "ps": self._ps,
             "stop": self._stop,
             "config": self._config,
         }
-        core.on_event = self.answer_waiters
+        core.on_event = self._waiters.note
 
-    def answer(self, peer: Peer, to: Return, message: dict[str, Any]) -> None:
+    # -- whose turn it is --------------------------------------------------------------------
+
+    def admit(self, peer: Peer, to: Return, message: dict[str, Any]) -> None:
+        """Let a request wait for its turn."""
+        if not self._turns.add(peer.uid, _Request(peer, to, message)):
+            peer.connection.close()
+            busy = wire.WireError("busy", "too many of your requests wait already: try again in a second")
+            self._link.reply(to, wire.encode(wire.refusal(busy)))
+
+    def take_turns(self) -> None:
+        """Answer requests for a few milliseconds, and no more where a leader has died meanwhile; then tell of new events."""
+        now_s = time.monotonic()
+        until_s = now_s + _TURN_S
+        while now_s < until_s and not self._core.is_called_away():
+            request = self._turns.take(now_s)
+            if request is None:
+                break
+            began_s = _spent_s()
+            self._answer(request)
+            now_s = time.monotonic()
+            self._turns.charge(request.peer.uid, _spent_s() - began_s, now_s)
+        self._answer_waiters(now_s)
+
+    def next_deadline(self) -> float | None:
+        """Return when there is something to do: a request has its turn, or somebody has waited long enough for an event."""
+        due = (
+            self._turns.next_at_s(time.monotonic()),
+            self._waiters.next_deadline(),
+            0.0 if self._waiters.has_news() else None,
+        )
+        return min((at_s for at_s in due if at_s is not None), default=None)
+
+    def close(self) -> None:
+        """Let go of those who wait."""
+        for request in self._turns.drain():
+            request.peer.connection.close()
+
+    def _answer(self, request: _Request) -> None:
         """Answer one request, or let its peer wait for an event."""
+        peer, to, message = request
         try:
             reply = self._perform(peer, to, message)
-            if reply is not None:
-                self._link.reply(to, wire.ok(**reply))
         except wire.WireError as error:
-            self._link.reply(to, wire.refusal(error))
+            reply = wire.encode(wire.refusal(error))
         except Exception:  # one request must never end the daemon
             log.exception("cannot answer a request of uid=%d pid=%d", peer.uid, peer.pid)
             mistake = wire.WireError("internal", "the daemon made a mistake; its log has the details")
-            self._link.reply(to, wire.refusal(mistake))
+            reply = wire.encode(wire.refusal(mistake))
+        finally:
+            peer.connection.close()
+        if reply is not None:
+            self._link.reply(to, reply)
 
-    def _perform(self, peer: Peer, to: Return, message: dict[str, Any]) -> dict[str, Any] | None:
+    def _perform(self, peer: Peer, to: Return, message: dict[str, Any]) -> bytes | None:
         operation = wire.text_field(message, "op", limit=64)
         if operation == "events":
             return self._events_or_wait(peer, to, message)
+        if operation == "ps":
+            return self._ps(peer)
         perform = self._operations.get(operation)
         if perform is None:
-            known = ", ".join(sorted((*self._operations, "events")))
+            known = ", ".join(sorted((*self._operations, "events", "ps")))
             raise wire.WireError("unknown-op", f"op: there is no {operation!r:.80}, there are {known}")
-        return perform(peer, message)
+        return wire.encode(wire.ok(**perform(peer, message)))
 
     # -- sessions ----------------------------------------------------------------------------
 
@@ -103,6 +152,7 @@ class Server:
         told = wire.SessionId.parse(session_id)
         name = _name(message.get("name"))
         page_fd = wire.integer_field(message, "page_fd", default=-1, least=-1)
+        folders = _folders(message.get("temp_dirs"))
         if wire.integer_field(message, "start_ticks") != told.start_ticks:
             raise wire.WireError("bad-session", "start_ticks: does not match the session id")
         try:
@@ -110,8 +160,12 @@ class Server:
                 handle = peer.open_pidfd()
                 ours.callback(os.close, handle)
                 session = self._describe(
-                    peer, Session(session_id, name, peer.uid, peer.gid, _NOBODY, now_utc(), page_fd)
-                )
+                    peer,
+                    Session(
+                        session_id, name, peer.uid, peer.gid, _NOBODY, now_utc(), page_fd,
+                        temp_dirs=(*folders, *TEMP_DIRS),
+                    ),
+                )  # fmt: skip
                 if not self._is_new(session):
                     return self._registered(session_id)
                 descriptor = self._open_page(session)
@@ -146,9 +200,9 @@ class Server:
 
     def _is_new(self, session: Session) -> bool:
         """Say whether the session is to be taken on; registering twice is granted, another's session is refused."""
-        entry = self._core.entries.get(session.id)
+        entry = self._core.entries.get(session.key)
         if entry is not None:
-            if entry.session.leader == session.leader and entry.session.uid == session.uid:
+            if entry.session.leader == session.leader:
                 return False
             raise wire.WireError("session-exists", "another process leads that session")
         if self._core.has_no_room_for(session.uid):
@@ -176,20 +230,21 @@ class Server:
 
     def _supersede(self, session: Session) -> None:
         """End an older session of the same leader, whose end it could not tell us."""
-        for other_id, entry in list(self._core.entries.items()):
-            other = entry.session
-            if other.leader == session.leader and not other.ending and entry.died_at_s is None:
-                self._core.unregister(other_id)
+        for entry in self._core.led_by(session.leader):
+            if entry.died_at_s is None:
+                self._turns.charge(session.uid, _SUPERSEDING_S, time.monotonic())
+                self._core.unregister(entry.session.key)
 
     def _unregister(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
-        entry = self._core.entries.get(wire.text_field(message, "session", limit=64))
-        if entry is None:
+        session_id = wire.text_field(message, "session", limit=64)
+        entry = self._core.entries.get(SessionKey(peer.uid, session_id))
+        if entry is None and not any(key.id == session_id for key in self._core.entries):
             raise wire.WireError("unknown-session", "there is no such session")
-        if entry.session.leader.pid != peer.pid or entry.session.uid != peer.uid:
+        if entry is None or entry.session.leader.pid != peer.pid:
             raise wire.WireError("not-allowed", "only its leader can end a session so")
         if not entry.session.ending:
             log.info("unregistered session=%s name=%r pid=%d", entry.session.id, entry.session.name, peer.pid)
-            self._core.unregister(entry.session.id)
+            self._core.unregister(entry.session.key)
         return {}
 
     def _stop(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +259,7 @@ class Server:
         last = self._core.store.last_event()
         if entry.died_at_s is None and entry.leader_target is None:
             log.info("asked to stop session=%s name=%r asked_by_uid=%d", session.id, session.name, peer.uid)
-            self._core.stop_leader(session.id, peer.uid)
+            self._core.stop_leader(session.key, peer.uid)
         return {"session": session.id, "after": last}
 
     def _find(self, peer: Peer, wanted: str) -> Entry:
@@ -235,7 +290,7 @@ class Server:
     def _status(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
         ping = self._ping(peer, message)
         entries = self._core.entries
-        families = self._look()
+        families = self._listing.families()
         workers = sum(
             1
             for family in families.values()
@@ -264,45 +319,29 @@ class Server:
             }
         }
 
-    def _look(self) -> dict[str, Family]:
-        now_s = time.monotonic()
-        if now_s - self._looked_at_s > _FRESH_S:
-            self._families = self._core.look_at_living()
-            self._looked_at_s = now_s
-        return {id_: family for id_, family in self._families.items() if id_ in self._core.entries}
-
-    def _ps(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
-        del message
-        families = self._look()
-        return {"sessions": [self._record(peer, entry, families) for entry in self._core.entries.values()]}
-
-    def _record(self, peer: Peer, entry: Entry, families: dict[str, Family]) -> dict[str, Any]:
-        session = entry.session
-        if entry.died_at_s is None:
-            family = families.get(session.id)
-            members = family.members if family is not None else {}
-        else:
-            members = {id_: t.member for id_, t in entry.targets.items() if t.gone_at_s is None}
-        usage = {id_: self._core.observer.usage(member.process) for id_, member in members.items()}
-        leader = self._core.observer.leader(session) if self._may_act(peer, session) else None
-        cmdline = None if leader is None else self._core.observer.marks.argv(leader)
-        told = self._core.page_of(session.id)
-        return report.session_record(
-            entry, members, usage, leader_cmdline=cmdline, progress=told.progress if told else None
-        )
+    def _ps(self, peer: Peer) -> bytes:
+        whole = wire.encode(wire.ok(sessions=[]))
+        sessions = self._listing.sessions(functools.partial(self._may_act, peer))
+        return whole.removesuffix(b"[]}") + sessions + b"}"
 
     # -- events ------------------------------------------------------------------------------
 
-    def _events_or_wait(self, peer: Peer, to: Return, message: dict[str, Any]) -> dict[str, Any] | None:
+    def _events_or_wait(self, peer: Peer, to: Return, message: dict[str, Any]) -> bytes | None:
         wait_s = min(wire.integer_field(message, "wait_s", default=0), _LONGEST_WAIT_S)
-        reply = self._events(peer.uid, message)
-        waiting = sum(1 for waiter in self._waiters if waiter.uid == peer.uid)
-        if reply["events"] or not wait_s or waiting >= _WAITERS_PER_UID:
-            return reply
-        self._waiters.append(_Waiter(to, peer.uid, message, time.monotonic() + wait_s))
+        question = self._question(peer, message)
+        events = self._core.store.events(
+            after=question.after,
+            since_epoch_s=question.since_epoch_s,
+            session=question.session,
+            uid=question.uid,
+            limit=_MOST_EVENTS,
+        )
+        if events or not wait_s or not self._waiters.may_wait(peer.uid):
+            return self._told(events)
+        self._waiters.add(Waiter(to, peer.uid, question, time.monotonic() + wait_s))
         return None
 
-    def _events(self, uid: int, message: dict[str, Any]) -> dict[str, Any]:
+    def _question(self, peer: Peer, message: dict[str, Any]) -> Question:
         since_epoch_s = 0.0
         if message.get("since") is not None:
             text = wire.text_field(message, "since", limit=64)
@@ -313,31 +352,29 @@ class Server:
         session = (
             wire.text_field(message, "session", limit=64) if message.get("session") is not None else None
         )
-        sees_all = uid == 0 or uid in self.facts.admins
-        events = self._core.store.events(
-            after=wire.integer_field(message, "after", default=0),
-            since_epoch_s=since_epoch_s,
-            session=session,
-            uid=None if sees_all else uid,
-            limit=_MOST_EVENTS,
-        )
+        sees_all = peer.uid == 0 or peer.uid in self.facts.admins
+        after = wire.integer_field(message, "after", default=0)
+        return Question(after, since_epoch_s, session, None if sees_all else peer.uid)
+
+    def _told(self, events: list[dict[str, Any]]) -> bytes:
         last = events[-1]["seq"] if events else self._core.store.last_event()
-        return {"events": events, "last": last}
+        return wire.encode(wire.ok(events=events, last=last))
 
-    def answer_waiters(self) -> None:
-        """Answer who waits for events that are there now."""
-        waiting, self._waiters = self._waiters, []
-        now_s = time.monotonic()
-        for waiter in waiting:
-            reply = self._events(waiter.uid, waiter.question)
-            if reply["events"] or waiter.until_s <= now_s:
-                self._link.reply(waiter.to, wire.ok(**reply))
-            else:
-                self._waiters.append(waiter)
+    def _answer_waiters(self, now_s: float) -> None:
+        """Answer who waits for what has happened: each thing is written down once, whoever is told."""
+        written: dict[tuple[int, ...], bytes] = {}
+        for answer in self._waiters.take(now_s):
+            told = answer.news[:_MOST_EVENTS]
+            key = tuple(news.seq for news in told)
+            if key not in written:
+                written[key] = self._told([{"seq": news.seq, **news.event} for news in told])
+            self._link.reply(answer.to, written[key])
 
-    def next_deadline(self) -> float | None:
-        """Return when the next waiter has waited long enough."""
-        return min((waiter.until_s for waiter in self._waiters), default=None)
+
+def _spent_s() -> float:
+    """Return the seconds of CPU that we and our helpers have used: how long it took says more of the machine than of us."""
+    helpers = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.thread_time() + helpers.ru_utime + helpers.ru_stime
 
 
 def _named(sessions: list[Entry], wanted: str) -> Entry | None:
@@ -353,6 +390,20 @@ def _named(sessions: list[Entry], wanted: str) -> Entry | None:
         if matches:
             return matches[0]
     return None
+
+
+def _folders(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or len(value) > _MOST_FOLDERS or not all(map(_is_folder, value)):
+        raise wire.WireError(
+            "bad-request", f"temp_dirs: must be a list of at most {_MOST_FOLDERS} absolute paths"
+        )
+    return tuple(value)
+
+
+def _is_folder(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 4096 and os.path.isabs(value) and "\0" not in value
 
 
 def _name(value: Any) -> str:

@@ -12,32 +12,72 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from reaperd.model import Cause, CauseKind, Namespaces, ProcessId, Session
+from reaperd.model import Cause, CauseKind, Namespaces, ProcessId, Session, SessionKey
 
 log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = f"""
     PRAGMA user_version = {_SCHEMA_VERSION};
-    CREATE TABLE sessions (id TEXT PRIMARY KEY, boot_id TEXT NOT NULL, record TEXT NOT NULL);
+    CREATE TABLE sessions (
+        uid INTEGER, id TEXT, boot_id TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (uid, id));
     CREATE TABLE events (
         seq INTEGER PRIMARY KEY AUTOINCREMENT, at_epoch_s REAL NOT NULL, kind TEXT NOT NULL, session TEXT,
         uid INTEGER, record TEXT NOT NULL);
     CREATE INDEX events_at ON events (at_epoch_s);
-    CREATE TABLE settled (id TEXT PRIMARY KEY, boot_id TEXT NOT NULL);
+    CREATE TABLE settled (uid INTEGER, id TEXT, boot_id TEXT NOT NULL, PRIMARY KEY (uid, id));
     CREATE TABLE totals (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 """
+# Not of the schema: a file that was made before they were thought of gets them, too.
+_INDEXES = """
+    CREATE INDEX IF NOT EXISTS events_session ON events (session, seq);
+    CREATE INDEX IF NOT EXISTS events_uid ON events (uid, seq);
+"""
+_BATCH, _MOST_BATCHES = 200, 4  # of events dropped, each time that one is added
+_MOST_REPLY_BYTES = 4 * 1024 * 1024
+
+
+class Size(NamedTuple):
+    """How much of the history there is, or may be."""
+
+    events: int = 0
+    stored_bytes: int = 0
+
+    def exceeds(self, limit: Size) -> bool:
+        """Say whether it is more than it may be."""
+        return self.events > limit.events or self.stored_bytes > limit.stored_bytes
+
+    def plus(self, events: int, stored_bytes: int) -> Size:
+        """Return what it is with so much more."""
+        return Size(max(0, self.events + events), max(0, self.stored_bytes + stored_bytes))
+
+
+# A user makes events as fast as sessions can be registered, and large ones with many processes.
+MOST_OF_ONE_UID = Size(20_000, 32 * 1024 * 1024)
+MOST_OF_ALL = Size(200_000, 256 * 1024 * 1024)
 
 
 class Store:
     """The database in the state directory; when it cannot be used, one in memory, with a warning."""
 
-    def __init__(self, directory: str, boot_id: str) -> None:
+    def __init__(
+        self,
+        directory: str,
+        boot_id: str,
+        *,
+        most_of_one_uid: Size = MOST_OF_ONE_UID,
+        most_of_all: Size = MOST_OF_ALL,
+    ) -> None:
         self._boot_id = boot_id
         self._ailing = False
         self._database = self._open(os.path.join(directory, "reaper.db"))
+        self._most_of_one_uid, self._most_of_all = most_of_one_uid, most_of_all
+        self._sizes: dict[int | None, Size] = {}  # of the history, by uid
+        self._total = Size()
+        self._measure()
+        self._cut_to_size()
 
     def _open(self, path: str) -> sqlite3.Connection:
         for attempt in ("first", "again"):
@@ -65,13 +105,21 @@ class Store:
                 raise sqlite3.DatabaseError(f"its version is {version}, this daemon knows {_SCHEMA_VERSION}")
             if database.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("it is corrupt")
+            database.executescript(f"BEGIN; {_INDEXES} COMMIT;")
         except BaseException:
             database.close()
             raise
         return database
 
+    def commit(self) -> None:
+        """Make what was written last, if anything was."""
+        if self._database.in_transaction:
+            with self._fault_is_no_failure():
+                self._database.execute("COMMIT")
+
     def close(self) -> None:
         """Close the file."""
+        self.commit()
         self._database.close()
 
     # -- sessions ----------------------------------------------------------------------------
@@ -91,32 +139,60 @@ class Store:
 
     def save(self, session: Session) -> None:
         """Put ``session`` on record as it is now."""
-        self._write(
-            "REPLACE INTO sessions VALUES (?, ?, ?)", session.id, self._boot_id, json.dumps(_record(session))
-        )
+        record = json.dumps(_record(session))
+        self._write("REPLACE INTO sessions VALUES (?, ?, ?, ?)", *session.key, self._boot_id, record)
 
-    def forget(self, session_id: str) -> None:
+    def forget(self, key: SessionKey) -> None:
         """Take a session off the record."""
-        self._write("DELETE FROM sessions WHERE id = ?", session_id)
+        self._write("DELETE FROM sessions WHERE uid = ? AND id = ?", *key)
 
-    def is_settled(self, session_id: str) -> bool:
+    def is_settled(self, key: SessionKey) -> bool:
         """Say whether a session of this boot is over, though processes with its marks may live on."""
-        return bool(
-            self._read("SELECT 1 FROM settled WHERE id = ? AND boot_id = ?", session_id, self._boot_id)
-        )
+        where = "WHERE uid = ? AND id = ? AND boot_id = ?"
+        return bool(self._read(f"SELECT 1 FROM settled {where}", *key, self._boot_id))  # noqa: S608 - a literal
 
-    def settle(self, session_id: str) -> None:
+    def settle(self, key: SessionKey) -> None:
         """Put on record that a session is over for good."""
-        self._write("REPLACE INTO settled VALUES (?, ?)", session_id, self._boot_id)
+        self._write("REPLACE INTO settled VALUES (?, ?, ?)", *key, self._boot_id)
 
     # -- events ------------------------------------------------------------------------------
 
     def add_event(self, event: dict[str, Any], at_epoch_s: float) -> int:
-        """Append an event and return its number; ``at_epoch_s`` is in seconds since 1970."""
-        return self._write(
+        """Append an event and return its number, 0 where that fails; ``at_epoch_s`` is in seconds since 1970.
+
+        The oldest go where there are too many of its uid, or in all.
+        """
+        uid, record = event.get("uid"), json.dumps(event)
+        seq = self._write(
             "INSERT INTO events (at_epoch_s, kind, session, uid, record) VALUES (?, ?, ?, ?, ?)",
-            at_epoch_s, event["kind"], event.get("session"), event.get("uid"), json.dumps(event),
+            at_epoch_s, event["kind"], event.get("session"), uid, record,
         )  # fmt: skip
+        if seq:
+            self._note(uid, 1, len(record))
+            self._drop_oldest(seq, uid)
+        return seq
+
+    def _drop_oldest(self, before: int, uid: int | None) -> None:
+        """Drop some events before number ``before`` where there are too many; a file that has many more shrinks slowly."""
+        for _ in range(_MOST_BATCHES):
+            if self._sizes[uid].exceeds(self._most_of_one_uid):
+                self._drop_batch(self._most_of_one_uid, before, "AND uid IS ?", uid)
+            if self._total.exceeds(self._most_of_all):
+                self._drop_batch(self._most_of_all, before, "")
+
+    def _drop_batch(self, limit: Size, before: int, which: str, *values: Any) -> None:
+        rows = self._read(
+            f"SELECT seq, uid, length(record) FROM events WHERE seq < ? {which} ORDER BY seq LIMIT ?",  # noqa: S608
+            before, *values, min(_BATCH, max(1, limit.events // 20)),
+        )  # fmt: skip
+        if rows:
+            self._write(f"DELETE FROM events WHERE seq <= ? {which}", rows[-1][0], *values)  # noqa: S608
+        for _, uid, stored_bytes in rows:
+            self._note(uid, -1, -stored_bytes)
+
+    def _note(self, uid: int | None, events: int, stored_bytes: int) -> None:
+        self._sizes[uid] = self._sizes.get(uid, Size()).plus(events, stored_bytes)
+        self._total = self._total.plus(events, stored_bytes)
 
     def events(
         self,
@@ -127,17 +203,38 @@ class Store:
         uid: int | None = None,
         limit: int = 500,
     ) -> list[dict[str, Any]]:
-        """Return events after number ``after``, oldest first; of one session or one uid, where asked for."""
-        rows = self._read(
-            "SELECT seq, record FROM events WHERE seq > ? AND at_epoch_s >= ? AND (? IS NULL OR session = ?)"
-            " AND (? IS NULL OR uid = ? OR uid IS NULL) ORDER BY seq LIMIT ?",
-            after, since_epoch_s, session, session, uid, uid, limit,
-        )  # fmt: skip
+        """Return events after number ``after``, oldest first; of one session, or of one uid and the daemon, where asked for.
+
+        Not all of them where they are very large: who wants more asks again after the last.
+        """
+        where = "seq > ? AND at_epoch_s >= ?"
+        values: list[Any] = [after, since_epoch_s]
+        if session is not None:
+            where += " AND session = ?"
+            values.append(session)
+        select = "SELECT seq, record FROM events WHERE"
+        # Each half by its index, in order and no further than the limit: OR would read all there is of both.
+        whose = ["uid IS NULL", "uid = ?"] if uid is not None else []
+        halves = [f"SELECT * FROM ({select} {where} AND {one} ORDER BY seq LIMIT ?)" for one in whose]  # noqa: S608
+        statement = " UNION ALL ".join(halves) or f"{select} {where}"
+        if uid is not None:
+            values = [*values, limit, *values, uid, limit]
         found = []
-        for seq, record in rows:
+        for seq, record in self._read_some(f"{statement} ORDER BY seq LIMIT ?", *values, limit):
             with contextlib.suppress(ValueError, TypeError):  # a row that somebody has damaged
                 found.append({"seq": seq, **json.loads(record)})
         return found
+
+    def _read_some(self, statement: str, *values: Any) -> list[tuple[int, str]]:
+        rows: list[tuple[int, str]] = []
+        read_bytes = 0
+        with self._fault_is_no_failure():
+            for seq, record in self._database.execute(statement, values):
+                rows.append((seq, record))
+                read_bytes += len(record)
+                if read_bytes > _MOST_REPLY_BYTES:
+                    break
+        return rows
 
     def last_event(self) -> int:
         """Return the number of the newest event, 0 where there is none."""
@@ -148,6 +245,33 @@ class Store:
     def prune(self, keep_s: float) -> None:
         """Drop events older than ``keep_s``."""
         self._write("DELETE FROM events WHERE at_epoch_s < ?", time.time() - keep_s)
+        self._measure()
+
+    def _measure(self) -> None:
+        """See how much history there is."""
+        statement = "SELECT uid, count(*), sum(length(record)) FROM events GROUP BY uid"
+        self._sizes = {uid: Size(*size) for uid, *size in self._read(statement)}
+        self._total = Size()
+        for size in self._sizes.values():
+            self._total = self._total.plus(*size)
+
+    def _cut_to_size(self) -> None:
+        """Drop the oldest events of a file that was filled before there was a limit."""
+        cuts: list[tuple[int, str, tuple[int | None, ...]]] = [
+            (self._most_of_one_uid.events, "WHERE uid IS ?", (uid,))
+            for uid, size in self._sizes.items()
+            if size.events > self._most_of_one_uid.events
+        ]
+        if self._total.events > self._most_of_all.events:
+            cuts.append((self._most_of_all.events, "WHERE TRUE", ()))
+        for kept, which, values in cuts:
+            oldest = f"SELECT seq FROM events {which} ORDER BY seq DESC LIMIT 1 OFFSET ?"  # noqa: S608 - literals
+            self._write(
+                f"DELETE FROM events {which} AND seq <= ({oldest})",  # noqa: S608 - literals
+                *values, *values, kept,
+            )  # fmt: skip
+        if cuts:
+            self._measure()
 
     def add_total(self, name: str, amount: int) -> None:
         """Add to a sum that outlives the events."""
@@ -172,6 +296,8 @@ class Store:
 
     def _write(self, statement: str, *values: Any) -> int:
         with self._fault_is_no_failure():
+            if not self._database.in_transaction:
+                self._database.execute("BEGIN")
             row = self._database.execute(statement, values).lastrowid
             self._ailing = False
             return row or 0
@@ -185,6 +311,8 @@ class Store:
             if not self._ailing:
                 log.warning("cannot use the state database: %s; going on without", error)
             self._ailing = True
+            with contextlib.suppress(sqlite3.Error):
+                self._database.rollback()
 
 
 def _move_aside(path: str) -> str:
@@ -205,6 +333,7 @@ def _record(session: Session) -> dict[str, Any]:
         "leader": session.leader,
         "started_at": session.started_at_utc,
         "page_fd": session.page_fd,
+        "page_inode": session.page_inode,
         "cgroup": session.cgroup,
         "adopters": sorted(session.adopters),
         "namespaces": [session.namespaces.pid, session.namespaces.mnt, session.namespaces.time],
@@ -229,6 +358,7 @@ def _session(record: dict[str, Any]) -> Session:
         leader=ProcessId(*record["leader"]),
         started_at_utc=record["started_at"],
         page_fd=record["page_fd"],
+        page_inode=record["page_inode"],
         cgroup=record["cgroup"],
         adopters=frozenset(ProcessId(*pair) for pair in record["adopters"]),
         namespaces=Namespaces(*record["namespaces"]),

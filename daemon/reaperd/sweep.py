@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from agent import wire
+from reaperd.aside import Aside
 from reaperd.linux import page
-from reaperd.linux.procfs import ProcessGone, Stat, environment_value, parse_gid, parse_memfd_link, parse_uid
+from reaperd.linux.procfs import ProcessGone, Stat, parse_gid, parse_memfd_link, parse_uid
 from reaperd.marks import MOST_DESCRIPTORS
-from reaperd.observer import Observer
+from reaperd.memory import OUR_PAGES, Memory, Wish
+from reaperd.observer import Interrupted, Observer
 
-# Processes that are no longer new are looked at in one of so many sweeps: nearly every session registers by message.
-_TURNS = 16
+# Of the processes that are no longer new, a sweep looks at as many as fit into so long, in turn: nearly every session
+# registers by message, or was found when its leader was new.
+_TURN_S = 0.002
+_BETWEEN_ALARMS = 64  # processes
+
+
+class Holder(NamedTuple):
+    """A process that carries marks."""
+
+    stat: Stat
+    uid: int
+    gid: int
+    folders: tuple[str, ...]  # where its environment says that temporary files go
 
 
 class FoundPage(NamedTuple):
     """A session page, and a process that holds it."""
 
     page: wire.Page
-    holder: Stat
-    uid: int
-    gid: int
+    holder: Holder
     descriptor: int  # ours, to be closed by whoever takes the page on
 
 
@@ -30,9 +44,7 @@ class StampedProcess(NamedTuple):
     """A process whose environment names a session that it is not spared from."""
 
     session: str
-    holder: Stat
-    uid: int
-    gid: int
+    holder: Holder
     cgroup: str
 
 
@@ -42,49 +54,104 @@ class Sweep:
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self._proc = observer.proc
+        self._aside = Aside()
         self._known: set[tuple[int, int]] = set()
-        self._turn = 0
+        self._turn: list[tuple[int, int]] = []
 
     def run(self, *, all_of_them: bool) -> Iterator[FoundPage | StampedProcess]:
-        """Yield what marks new processes carry, and a part of the others in turn (all of them, when asked to)."""
-        listing = self._proc.listing()
-        self._turn = (self._turn + 1) % _TURNS
-        for key in listing:
-            if all_of_them or key not in self._known or key[0] % _TURNS == self._turn:
-                yield from self._marks_of(key[0])
-        self._known = set(listing)
+        """Yield what marks new processes carry, and a part of the others in turn (all of them, when asked to).
 
-    def _marks_of(self, pid: int) -> Iterator[FoundPage | StampedProcess]:
-        try:
-            stat = self._proc.stat(pid)
-            # One in state D can block whoever reads its memory: it comes to its turn again.
-            if stat.dead or stat.state == "D":
-                return
-            task = self._proc.living_task(stat)
-            status = self._proc.status(pid)
-            uid, gid = parse_uid(status), parse_gid(status)
-            if uid is None or gid is None:
-                return
-            environ = self._proc.environ(pid, task) or b""
-            spared = wire.parse_lineage(environment_value(environ, wire.SPARED_VARIABLE))
-            for session_id in wire.parse_lineage(environment_value(environ, wire.LINEAGE_VARIABLE)):
-                if session_id not in spared:
-                    yield StampedProcess(session_id, stat, uid, gid, self._observer.cgroup_path(pid))
-            for number, link in self._proc.descriptors(pid, task, most=MOST_DESCRIPTORS).items():
-                if parse_memfd_link(link).startswith(wire.PAGE_PREFIX):
-                    found = self._open_page(stat, number, uid, gid)
-                    if found is not None:
-                        yield found
-        except (ProcessGone, PermissionError, ValueError):
+        Unless all are asked for, raises Interrupted where a leader dies meanwhile; the next sweep goes on from there.
+        """
+        listing = set(self._proc.listing().items())
+        self._known &= listing
+        due = sorted(listing if all_of_them else listing - self._known)
+        # A page tells more than a stamp, and a session is taken on but once.
+        stamped: list[StampedProcess] = []
+        interrupted = False
+        for at in range(0, len(due), _BETWEEN_ALARMS):
+            interrupted = not all_of_them and self._observer.is_interrupted()
+            if interrupted:
+                break
+            some = due[at : at + _BETWEEN_ALARMS]
+            yield from self._pages_of((pid for pid, _ in some), stamped)
+            self._known.update(some)
+        if not all_of_them and not interrupted:
+            yield from self._pages_of(self._in_turn(self._known), stamped)
+        yield from stamped
+        if interrupted:
+            raise Interrupted
+
+    def _in_turn(self, known: set[tuple[int, int]]) -> Iterator[int]:
+        until_s = time.monotonic() + _TURN_S
+        if not self._turn:
+            self._turn = list(known)
+        while self._turn and time.monotonic() < until_s:
+            key = self._turn.pop()
+            if key in known:
+                yield key[0]
+
+    def _pages_of(self, pids: Iterator[int], stamped: list[StampedProcess]) -> Iterator[FoundPage]:
+        """Yield the pages that ``pids`` have, and put those with stamps aside."""
+        wishes: dict[int, Wish] = {}
+        for pid in pids:
+            try:
+                stat = self._proc.stat(pid)
+                if not stat.dead:
+                    wishes[pid] = Wish(
+                        stat,
+                        self._proc.living_task(stat),
+                        environ=True,
+                        maps=OUR_PAGES,
+                    )
+            except (ProcessGone, ValueError):
+                continue
+        memories = self._observer.marks.memory.read(wishes.values()) if wishes else {}
+        for pid, wish in wishes.items():
+            who = wish.stat.id
+            if self._aside.until_s(who) is None:
+                with (
+                    self._aside.trying(who, "read the marks", tell_exhaustion=True),
+                    contextlib.suppress(ProcessGone, PermissionError, ValueError),
+                ):
+                    for found in self._found_on(wish, memories.get(pid, Memory())):
+                        if isinstance(found, FoundPage):
+                            yield found
+                        else:
+                            stamped.append(found)
+
+    def _found_on(self, wish: Wish, memory: Memory) -> Iterator[FoundPage | StampedProcess]:
+        pid = wish.stat.id.pid
+        links = self._proc.descriptors(pid, wish.task, most=MOST_DESCRIPTORS)
+        numbers = [n for n, link in links.items() if parse_memfd_link(link).startswith(wire.PAGE_PREFIX)]
+        # Who closed all descriptors, as daemons do, has the page mapped still.
+        mapped = [one.addresses for one in memory.mapped] if not numbers else []
+        stamps = wire.parse_lineage(memory.variables.get(wire.LINEAGE_VARIABLE, ""))
+        if not numbers and not mapped and not stamps:
             return
+        status = self._proc.status(pid)
+        uid, gid = parse_uid(status), parse_gid(status)
+        if uid is None or gid is None:
+            return
+        folders = (memory.variables.get(name, "") for name in ("JOBLIB_TEMP_FOLDER", "TMPDIR"))
+        holder = Holder(wish.stat, uid, gid, tuple(filter(os.path.isabs, folders)))
+        spared = wire.parse_lineage(memory.variables.get(wire.SPARED_VARIABLE, ""))
+        for session_id in stamps:
+            if session_id not in spared:
+                yield StampedProcess(session_id, holder, self._observer.cgroup_path(pid))
+        for number in numbers:
+            yield from self._open(holder, partial(self._observer.open_page, pid, number, uid))
+        for place in mapped:
+            yield from self._open(holder, partial(self._observer.open_mapped_page, pid, place, uid))
 
-    def _open_page(self, stat: Stat, number: int, uid: int, gid: int) -> FoundPage | None:
+    def _open(self, holder: Holder, open_page: Callable[[], int]) -> Iterator[FoundPage]:
         try:
-            descriptor = self._observer.open_page(stat.id.pid, number, uid)
+            descriptor = open_page()
         except (OSError, wire.WireError):
-            return None
+            return
         try:
-            return FoundPage(page.read_page(descriptor), stat, uid, gid, descriptor)
+            found = FoundPage(page.read_page(descriptor), holder, descriptor)
         except wire.WireError:
             os.close(descriptor)
-            return None
+            return
+        yield found

@@ -493,10 +493,14 @@ def test_progress_is_shown_by_ps(daemon: Daemon, python: Run) -> None:
             ctl = subprocess.run([sys.executable, "-m", "reaperd.ctl.main", "ps", "--json"], capture_output=True, text=True)
             return json.loads(ctl.stdout)[0]["progress"]
         found = [shown()]
+        def next_one():  # what was told a moment ago may be told once more
+            while (now := shown()) == found[-1]:
+                pass
+            found.append(now)
         agent.progress(3, 64, "fold 3")
-        found.append(shown())
+        next_one()
         agent.progress(4)
-        found.append(shown())
+        next_one()
         print(json.dumps(found))
     """
     assert answer(python(script, REAPER_SOCKET=daemon.socket)) == [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable
 
@@ -140,7 +139,6 @@ def test_a_user_s_own_daemon_adopts_its_sessions_after_it_was_killed(
     daemon = start_daemon(uid=STRANGER)
     leader = start_leader("kin.py", "everything-left", socket=daemon.socket, uid=STRANGER)
     daemon.kill9()
-    shutil.rmtree(daemon.state)
     leader.kill9()
     daemon.start()
     assert broken_promise(leader) == ""

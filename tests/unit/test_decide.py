@@ -18,6 +18,7 @@ from reaperd.decide import (
     LATE_GRACE_S,
     MAX_RETRY_S,
     Conclude,
+    Depth,
     Forget,
     Look,
     Reclaim,
@@ -109,7 +110,8 @@ class Reap:
     now_s: float = 0.0
     signals: list[tuple[float, int, int]] = field(default_factory=list)  # second, signal, pid
     looks: list[float] = field(default_factory=list)
-    quick_looks: int = 0
+    depths: list[Depth] = field(default_factory=list)
+    judged_at_s: dict[ProcessId, float] = field(default_factory=dict)
     reclaimed: int = 0
     concluded_at_s: list[float] = field(default_factory=list)
     forgotten: bool = False
@@ -139,7 +141,7 @@ class Reap:
         raise AssertionError(f"no end after {MOST_TURNS} turns, at {self.now_s:g} s")
 
     def _next_s(self) -> float | None:
-        deadline_s = ledger.next_deadline([self.entry], self.policy.tracker_grace_s)
+        deadline_s = ledger.deadline(self.entry, self.policy.tracker_grace_s)
         exits = [p.ends_itself_at_s for p in self.processes if not p.dead and p.ends_itself_at_s is not None]
         return min([*exits, *([] if deadline_s is None else [deadline_s])], default=None)
 
@@ -147,18 +149,18 @@ class Reap:
         for one in self.processes:
             if one.ends_itself_at_s is not None and one.ends_itself_at_s <= self.now_s:
                 one.dead = True
-        gone = frozenset(
-            one.member.process.id
+        gone = {
+            one.member.process.id: self.now_s
             for one in self.processes
             if one.dead and self.stage(one.pid) not in (None, Stage.GONE)
-        )
+        }
         if gone:
-            self.entry = apply(self.entry, Exited(gone, self.now_s))
+            self.entry = apply(self.entry, Exited(gone))
 
     def _do(self, action: decide.Action) -> None:
         match action:
             case Look():
-                self._look(quick=action.quick)
+                self._look(action.depth)
             case Send():
                 self._send(action)
             case Reclaim():
@@ -170,18 +172,23 @@ class Reap:
             case Forget():
                 self.forgotten = True
 
-    def _look(self, *, quick: bool) -> None:
+    def _look(self, depth: Depth) -> None:
+        afresh = depth is not Depth.NEWCOMERS
         self.looks.append(self.now_s)
-        self.quick_looks += quick
+        self.depths.append(depth)
         found = {
             one.member.process.id: one.member
             for one in self.processes
             if not one.dead and one.found_from_s <= self.now_s <= one.found_to_s
         }
-        self.entry = apply(self.entry, Looked(Family(found, {}), self.now_s, 0.0))
+        new = found.keys() - self.entry.targets.keys()
+        for id_ in found if afresh else new:
+            self.judged_at_s[id_] = self.now_s
+        self.entry = apply(self.entry, Looked(Family(found, {}), self.now_s, 0.0, afresh=afresh))
 
     def _send(self, send: Send) -> None:
         (one,) = (one for one in self.processes if one.member == send.member)
+        assert self.now_s - self.judged_at_s[send.member.process.id] <= FRESH_S
         self.signals.append((round(self.now_s, 3), send.signal, one.pid))
         self.entry = apply(
             self.entry,
@@ -232,13 +239,14 @@ def test_a_session_without_any_process_is_looked_at_and_concluded_within_a_momen
     reap = Reap([]).run()
     assert reap.forgotten
     assert len(reap.looks) == QUIET_LOOKS
-    assert reap.concluded_at_s[0] < 0.1
+    assert reap.concluded_at_s[0] < 0.15
 
 
 def test_the_first_look_alone_is_quick() -> None:
     reap = Reap([worker(201)]).run()
     assert reap.looks[0] == 0.0
-    assert reap.quick_looks == 1
+    assert (reap.depths[0], reap.depths[-1]) == (Depth.MEMBERS, Depth.EVERYONE)
+    assert set(reap.depths[1:-1]) == {Depth.NEWCOMERS}
     assert len(reap.looks) > QUIET_LOOKS
 
 
@@ -280,7 +288,7 @@ def test_a_worker_found_after_the_grace_is_asked_first_too() -> None:
 
 
 def test_what_keeps_coming_after_all_were_asked_to_end_is_frozen_and_then_killed() -> None:
-    growing = [worker(200 + n, ended_by=KILL_ENDS, found_from_s=0.002 * n) for n in range(6)]
+    growing = [worker(200 + n, ended_by=KILL_ENDS, found_from_s=0.02 * n) for n in range(6)]
     reap = Reap(growing).run()
     assert reap.sent_to(200) == [(0.0, SIGTERM), (5.0, SIGKILL)], (
         "who was there from the start keeps its grace"
@@ -293,10 +301,10 @@ def test_what_keeps_coming_after_all_were_asked_to_end_is_frozen_and_then_killed
 
 
 def test_all_that_came_late_to_a_growing_session_is_frozen_in_one_go() -> None:
-    growing = [worker(200 + n, ended_by=KILL_ENDS, found_from_s=0.002 * n) for n in range(3)]
+    growing = [worker(200 + n, ended_by=KILL_ENDS, found_from_s=0.02 * n) for n in range(3)]
     reap = Reap([*growing, tracker(300, ends_itself_at_s=0.5)]).run()
     stops = [(at_s, pid) for at_s, number, pid in reap.signals if number == SIGSTOP]
-    assert stops == [(0.004, 201), (0.004, 202)]
+    assert stops == [(0.04, 201), (0.04, 202)]
     assert reap.sent_to(300) == []
 
 
@@ -324,8 +332,10 @@ def test_what_an_asked_worker_starts_to_end_well_is_not_asked_itself_and_ends_wi
 def test_nobody_is_signalled_on_evidence_that_is_not_fresh() -> None:
     reap = Reap([worker(201, ended_by=NOTHING_ENDS), tracker(202)]).run(until_s=100.0)
     assert len(reap.signals) > 5
-    for at_s, _, _ in reap.signals:
-        assert min(at_s - looked_at_s for looked_at_s in reap.looks if looked_at_s <= at_s) <= FRESH_S
+    assert {number for _, number, _ in reap.signals} == {
+        SIGTERM,
+        SIGKILL,
+    }  # the age of each is looked at when it is sent
 
 
 def test_what_is_due_on_evidence_that_is_not_fresh_is_looked_into_first_and_what_is_not_due_is_not() -> None:
@@ -335,10 +345,10 @@ def test_what_is_due_on_evidence_that_is_not_fresh_is_looked_into_first_and_what
     entry = apply(Reap([]).entry, found)
     (send,) = decide.decide(entry, POLICY, 1.0 + FRESH_S / 2)
     assert isinstance(send, Send)
-    assert decide.decide(entry, POLICY, 1.0 + FRESH_S * 1.01) == [Look(quick=False)]
+    assert decide.decide(entry, POLICY, 1.0 + FRESH_S * 1.01) == [Look(Depth.MEMBERS)]
     asked = apply(entry, signalled(ProcessId(201, 2000), Event.DUE, SIGTERM, 6.0))
     assert decide.decide(asked, POLICY, 5.0) == []
-    assert decide.decide(asked, POLICY, 6.0) == [Look(quick=False)]
+    assert decide.decide(asked, POLICY, 6.0) == [Look(Depth.MEMBERS)]
     (send,) = decide.decide(apply(asked, replace(found, at_s=6.0)), POLICY, 6.0)
     assert isinstance(send, Send)
     assert send.signal == SIGKILL
@@ -346,7 +356,7 @@ def test_what_is_due_on_evidence_that_is_not_fresh_is_looked_into_first_and_what
 
 def test_a_crowd_is_frozen_although_all_of_it_has_one_parent_that_was_asked_to_end() -> None:
     crowds = [
-        worker(1000 * n + m, ended_by=KILL_ENDS, found_from_s=0.002 * n - 0.001, ppid=201)
+        worker(1000 * n + m, ended_by=KILL_ENDS, found_from_s=0.02 * n - 0.001, ppid=201)
         for n in range(1, 4)
         for m in range(ledger.MOST_NEWCOMERS)
     ]
@@ -375,7 +385,7 @@ def test_nobody_is_signalled_and_nothing_is_tried_while_nobody_can_look() -> Non
     entry = apply(entry, Looked(Family({ProcessId(201, 2000): worker(201).member}, {}), 0.0, 0.0))
     entry = apply(entry, LookFailed(0.001))
     assert decide.decide(entry, POLICY, 0.4) == []
-    assert decide.decide(entry, POLICY, 0.6) == [Look(quick=False)]
+    assert decide.decide(entry, POLICY, 0.6) == [Look(Depth.MEMBERS)]
 
 
 # -- trackers ---------------------------------------------------------------------------------------
@@ -558,7 +568,7 @@ def test_a_living_session_is_left_alone_until_somebody_wants_it_stopped() -> Non
 def test_a_leader_that_is_to_be_stopped_is_asked_then_killed_after_the_grace() -> None:
     entry, sent = stopped(3.0), []
     for _ in range(3):
-        deadline_s = ledger.next_deadline([entry], POLICY.tracker_grace_s)
+        deadline_s = ledger.deadline(entry, POLICY.tracker_grace_s)
         assert deadline_s is not None
         assert decide.decide(entry, POLICY, deadline_s - 0.001) == []
         (action,) = decide.decide(entry, POLICY, deadline_s)
@@ -615,7 +625,7 @@ def test_in_any_order_no_tracker_is_signalled_before_the_workers_are_done_and_no
             found = {_POOL[index].process.id: _POOL[index] for index in what}
             entry = apply(entry, Looked(Family(found, {}), now_s, 0.0))
         elif kind == "exit":
-            entry = apply(entry, Exited(frozenset(_POOL[index].process.id for index in what), now_s))
+            entry = apply(entry, Exited({_POOL[index].process.id: now_s for index in what}))
         for action in decide.decide(entry, policy, now_s) if kind == "obey" else ():
             if isinstance(action, Send):
                 assert not dry_run

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
+import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.wire import WireError
 from reaperd import gate, gate_frames
-from reaperd.gate import Quota, parse_peer_address
+from reaperd.gate import Gate, Quota, parse_peer_address
 
 OVERFLOW = 65534
 BURST, PER_S = int(gate._BURST), gate._REQUESTS_PER_S
@@ -140,3 +143,16 @@ def test_any_number_of_uids_takes_a_bounded_amount_of_memory() -> None:
     for uid in range(25_000):
         assert quota.allows(uid, 0.0)
     assert len(quota._buckets) <= 10_001
+
+
+# -- the end of the core ----------------------------------------------------------------------------
+
+
+def test_a_core_that_was_killed_with_requests_unread_is_gone_like_any_other() -> None:
+    for unread in (b"", b"a request"):
+        core, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+            if unread:
+                ours.send(unread)
+            core.close()
+            assert not Gate(router, ours, OVERFLOW)._pass_reply()

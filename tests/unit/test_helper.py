@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import select
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 
 from reaperd.linux import helper
+from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcFS
 
 NOBODY = 65534
@@ -145,40 +147,202 @@ def test_a_signal_to_a_helper_does_not_wake_the_daemon() -> None:
         os.close(writer)
 
 
-# -- bounded ----------------------------------------------------------------------------------------
+# -- many things at once ----------------------------------------------------------------------------
 
 
-def test_bounded_work_returns_its_result_within_its_time() -> None:
-    assert helper.BoundedReader(SOON_S).run(lambda: [os.getppid()]) == [os.getpid()]
-    assert helper.BoundedReader(SOON_S).run(fail) is None
+def burn(seconds: float) -> None:
+    until_s = time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        pass
 
 
-def test_bounded_work_with_a_result_longer_than_a_pipe_returns_it_too() -> None:
-    assert helper.BoundedReader(0.1).run(lambda: "x" * 70_000) is not None
+def map_all(work: Callable[[Any], Any], items: Iterable[Any], **bounds: Any) -> Any:
+    """Return what a helper that is asked but once answers."""
+    with asking(work) as one:
+        return ask(one, items, **bounds)
 
 
-@pytest.mark.parametrize("work", ["babbles", "dribbles"])
-def test_bounded_work_that_never_stops_talking_has_no_result_and_takes_no_longer(work: str) -> None:
-    def babble() -> None:
-        while True:
-            os.write(3, b"x" * 65536)
+@contextlib.contextmanager
+def asking(work: Callable[[Any], Any]) -> Iterator[helper.Answerer]:
+    one = helper.Answerer(work)
+    yield one
+    one.close()
+    one.close()
 
-    def dribble() -> None:
-        for _ in range(200):
-            os.write(3, b"x")
-            select.select([], [], [], 0.005)
 
+def ask(one: helper.Answerer, items: Iterable[Any], **bounds: Any) -> Any:
+    return one.ask(list(items), **{"stall_s": 0.05, "most_s": SOON_S, **bounds})
+
+
+def test_the_results_come_back_in_order() -> None:
+    assert map_all(lambda item: [item, os.getppid()], range(500)) == [
+        [item, os.getpid()] for item in range(500)
+    ]
+    assert map_all(lambda item: None, "ab") == [None, None]
+    assert map_all(lambda item: item, ()) == []
+
+
+def test_results_longer_than_a_pipe_and_ones_with_line_breaks_come_back_whole() -> None:
+    items = ["x" * 1_000_000, "a\nb\n", "\udcff\u2603", ""]
+    assert map_all(lambda item: item, items) == items
+
+
+def test_work_that_blocks_ends_the_row_and_what_came_before_is_kept() -> None:
     begin_s = time.monotonic()
-    bound_s = 1.0 if work == "babbles" else 0.05
-    assert helper.BoundedReader(bound_s).run(babble if work == "babbles" else dribble) is None
-    assert time.monotonic() - begin_s < 0.8
+    assert map_all(lambda item: item if item < 3 else block(), range(6)) == [0, 1, 2]
+    assert time.monotonic() - begin_s < SOON_S / 2
+    assert map_all(lambda item: block(), range(6)) == []
 
 
-def test_bounded_work_that_takes_too_long_is_ended() -> None:
-    begin_s, reader = time.monotonic(), helper.BoundedReader(0.01)
-    assert reader.run(block) is None
+def test_half_a_result_before_it_blocks_is_none() -> None:
+    def say_half(item: int) -> int:
+        if item == 1:
+            os.write(3, b"[1, 2")
+            block()
+        return item
+
+    assert map_all(say_half, range(3)) == [0]
+
+
+def test_work_that_is_only_slow_is_waited_for() -> None:
+    begin_s = time.monotonic()
+    assert map_all(lambda item: burn(0.12), range(2), stall_s=0.02) == [None, None]
+    assert time.monotonic() - begin_s > 0.2
+
+
+def test_after_its_time_it_is_enough_however_busy_the_work_is() -> None:
+    begin_s = time.monotonic()
+    done = map_all(lambda item: burn(0.05), range(10_000), most_s=0.3)
+    assert 0 < len(done) < 100
     assert time.monotonic() - begin_s < SOON_S
-    assert ProcFS().children(os.getpid()) == [], "it was ended and waited for"
+    assert map_all(lambda item: item, range(9), most_s=0.0) == []
+
+
+def test_work_that_dies_ends_the_row() -> None:
+    def die_at(fatal: int) -> Callable[[int], int]:
+        return lambda item: os.kill(os.getpid(), signal.SIGKILL) or 0 if item == fatal else item
+
+    assert map_all(die_at(2), range(5)) == [0, 1]
+    assert map_all(lambda item: fail() if item == 1 else item, range(5)) == [0]
+
+
+def test_a_result_that_is_no_json_ends_the_row() -> None:
+    def one(item: int) -> object:
+        os.close(2) if item == 1 else None
+        return object() if item == 1 else item
+
+    assert map_all(one, range(5)) == [0]
+
+
+def test_the_alarm_ends_the_row_at_once() -> None:
+    alarm = Alarm()
+    reader, writer = os.pipe()
+    alarm.watch(reader)
+    try:
+        assert map_all(lambda item: item, range(3), alarm=alarm) == [0, 1, 2]
+
+        def ring_at_two(item: int) -> int:
+            return os.kill(os.getppid(), signal.SIGUSR1) or block() or 0 if item == 2 else item
+
+        before = signal.signal(signal.SIGUSR1, lambda number, frame: os.write(writer, b"x"))
+        try:
+            begin_s = time.monotonic()
+            done = map_all(ring_at_two, range(5), alarm=alarm, stall_s=SOON_S)
+            assert time.monotonic() - begin_s < SOON_S / 2
+            assert done == [0, 1][: len(done)]
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert map_all(lambda item: block(), range(5), alarm=alarm, stall_s=SOON_S) == []
+    finally:
+        os.close(reader)
+        os.close(writer)
+        alarm._epoll.close()
+
+
+def test_whoever_did_the_work_is_ended_and_waited_for() -> None:
+    for work in (lambda item: item, lambda item: block(), lambda item: os._exit(0)):
+        map_all(work, range(2), stall_s=0.01)
+        assert ProcFS().children(os.getpid()) == []
+
+
+def test_one_helper_answers_until_it_is_closed_and_then_another_does() -> None:
+    with asking(lambda item: [item, os.getpid()]) as one:
+        assert one.idle_since_s is None
+        assert ProcFS().children(os.getpid()) == []
+        ((_, first),) = ask(one, [1])
+        since_s = one.idle_since_s
+        assert since_s is not None
+        assert ProcFS().children(os.getpid()) == [first]
+        assert ask(one, [2, 3]) == [[2, first], [3, first]]
+        assert ask(one, []) == []
+        assert one.idle_since_s is not None
+        assert one.idle_since_s > since_s
+        one.close()
+        assert one.idle_since_s is None
+        assert ProcFS().children(os.getpid()) == []
+        ((_, second),) = ask(one, [4])
+        assert second != first
+
+
+def test_after_one_that_blocked_or_died_or_was_interrupted_another_answers() -> None:
+    def work(item: str) -> object:
+        if item == "block":
+            block()
+        if item == "die":
+            os._exit(0)
+        return os.getpid()
+
+    with asking(work) as one:
+        pids = []
+        for item in ("block", "die"):
+            pids += ask(one, ["x"])
+            assert ask(one, ["x", item, "x"]) == pids[-1:]
+        pids += ask(one, ["x"])
+        assert ask(one, ["x"] * 9, most_s=0.0) == []
+        pids += ask(one, ["x"])
+        assert len(set(pids)) == len(pids) == 4
+
+
+def test_what_was_not_answered_is_no_answer_to_what_is_asked_next() -> None:
+    with asking(lambda item: item) as one:
+        ask(one, range(5000), most_s=0.0)
+        assert ask(one, ["next"]) == ["next"]
+
+
+def test_one_that_died_while_nobody_asked_is_replaced_at_the_latest_when_it_has_not_answered() -> None:
+    with asking(lambda item: os.getpid()) as one:
+        (first,) = ask(one, [1])
+        os.kill(first, signal.SIGKILL)
+        os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+        assert ask(one, [1]) == []
+        (second,) = ask(one, [1])
+        assert second != first
+
+
+def test_a_helper_that_answers_keeps_no_descriptor_of_ours_either() -> None:
+    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(5)]
+    (kept,) = map_all(lambda item: sorted(int(name) for name in os.listdir("/proc/self/fd")), [1])
+    for descriptor in held:
+        os.close(descriptor)
+    assert set(kept) <= {0, 1, 2, 3, 4, 5}  # 5 lists them
+
+
+def test_a_helper_that_answers_ends_with_whoever_asks() -> None:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            one = helper.Answerer(lambda item: os.getpid())
+            os.write(writer, b"%d\n" % ask(one, [1])[0])
+            signal.pause()
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as told:
+        answering = os.pidfd_open(int(told.readline()))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    wait_for(answering)
+    os.close(answering)
 
 
 @pytest.mark.needs_root
@@ -191,8 +355,8 @@ def test_where_no_process_can_be_made_there_is_no_helper_and_nothing_stays_open(
             helper.start_helper(block)
         except BlockingIOError:  # EAGAIN, fork(2)
             refused = True
-        bounded = helper.BoundedReader(SOON_S).run(block)
-        return [refused, bounded, len(os.listdir("/proc/self/fd")) - before]
+        mapped = map_all(lambda item: item, [1])
+        return [refused, mapped, len(os.listdir("/proc/self/fd")) - before]
 
     assert result_of(try_in_vain) == [True, None, 0]
 

@@ -10,7 +10,9 @@ import pytest
 from reaperd import ledger
 from reaperd.escalation import Event, Stage
 from reaperd.ledger import (
+    CLOSE_S,
     MOST_NEWCOMERS,
+    QUIET_AFTER_GROWTH_S,
     QUIET_LOOKS,
     QUIET_LOOKS_AFTER_GROWTH,
     SPACING_S,
@@ -34,7 +36,7 @@ from reaperd.ledger import (
     Target,
     Unregistered,
     apply,
-    next_deadline,
+    deadline,
 )
 from reaperd.model import Cause, CauseKind, Family, Freed, Member, Process, ProcessId, Role, Session
 
@@ -54,7 +56,7 @@ def looked(at_s: float, *members: Member, took_s: float = 0.0, left_alone: str =
 
 
 def exited(at_s: float, *pids: int) -> Exited:
-    return Exited(frozenset(ProcessId(pid, 2000) for pid in pids), at_s)
+    return Exited({ProcessId(pid, 2000): at_s for pid in pids})
 
 
 def sent(pid: int, event: Event = Event.DUE, *, due_s: float = 99.0, **facts: Any) -> SignalsSent:
@@ -90,7 +92,7 @@ def test_a_look_at_a_living_session_makes_nobody_a_target() -> None:
     entry = after(living(), looked(1.0, member(201), member(202, tracker=True)))
     assert entry.phase is Phase.WATCHED
     assert not entry.targets
-    assert next_deadline([entry], TRACKER_GRACE_S) is None
+    assert deadline(entry, TRACKER_GRACE_S) is None
 
 
 def test_a_look_at_a_living_session_counts_its_workers_but_not_its_trackers() -> None:
@@ -146,7 +148,7 @@ def test_the_death_of_a_leader_is_looked_into_at_once() -> None:
     entry = dead(at_s=10.0)
     assert entry.phase is Phase.REAPING
     assert entry.session.cause == KILLED
-    assert next_deadline([entry], TRACKER_GRACE_S) == 10.0
+    assert deadline(entry, TRACKER_GRACE_S) == 10.0
 
 
 def test_a_leader_dies_once() -> None:
@@ -213,14 +215,27 @@ def test_where_somebody_re_forked_many_close_looks_must_find_nobody() -> None:
     for number in range(QUIET_LOOKS_AFTER_GROWTH):
         assert not entry.workers_done
         assert entry.look_due_s is not None
-        close = number <= QUIET_LOOKS_AFTER_GROWTH - QUIET_LOOKS
-        assert not close or entry.look_due_s - (entry.looked_at_s if number else 10.2) <= SPACING_S[0] + 1e-9
-        entry = after(entry, looked(11.0 + number))
+        close = number < QUIET_LOOKS_AFTER_GROWTH - QUIET_LOOKS
+        pause_s = entry.look_due_s - (entry.looked_at_s if number else 10.2)
+        assert pause_s <= CLOSE_S + 1e-9 or not close
+        entry = after(entry, looked(10.3 + number * 0.01))
     assert entry.workers_done
 
 
-def test_a_slow_look_is_followed_by_a_pause_of_twice_its_length() -> None:
-    assert dead(looked(10.0, member(201), took_s=0.3)).look_due_s == pytest.approx(10.6)
+def test_where_somebody_re_forked_long_ago_a_few_looks_are_enough() -> None:
+    entry = dead(looked(10.0), looked(10.1, member(202)), exited(10.2, 202))
+    late_s = 10.2 + QUIET_AFTER_GROWTH_S
+    for number in range(QUIET_LOOKS - 1):
+        entry = after(entry, looked(late_s - 0.001 if number == QUIET_LOOKS - 2 else 10.3))
+        assert not entry.workers_done
+    assert not after(entry, looked(late_s - 0.001)).workers_done
+    assert after(entry, looked(late_s + 0.001)).workers_done
+
+
+def test_a_slow_look_is_followed_by_a_long_pause_and_a_shorter_one_where_somebody_re_forks() -> None:
+    assert dead(looked(10.0, member(201), took_s=0.3)).look_due_s == pytest.approx(11.5)
+    growing = dead(looked(10.0), looked(10.1, member(202), took_s=0.3))
+    assert growing.look_due_s == pytest.approx(10.7)
 
 
 def test_a_new_worker_begins_the_looking_anew_and_a_new_tracker_does_not() -> None:
@@ -368,7 +383,7 @@ def test_why_an_excused_process_is_left_alone_is_told_in_the_words_of_the_look_w
 def test_nothing_is_due_of_the_excused() -> None:
     entry = dead(looked(10.0, member(201)), sent(201, due_s=10.101), looked(10.1))
     assert entry.look_due_s is not None
-    assert next_deadline([entry], TRACKER_GRACE_S) == entry.look_due_s
+    assert deadline(entry, TRACKER_GRACE_S) == entry.look_due_s
 
 
 def test_a_look_that_could_not_see_all_is_never_quiet() -> None:
@@ -386,7 +401,7 @@ def test_a_look_that_failed_is_tried_again_and_counts_for_nothing() -> None:
 
 def test_nothing_is_due_while_nobody_can_look() -> None:
     entry = dead(looked(10.0, member(201)), sent(201, due_s=10.3), LookFailed(10.2))
-    assert next_deadline([entry], TRACKER_GRACE_S) == pytest.approx(10.2 + SPACING_S[-1])
+    assert deadline(entry, TRACKER_GRACE_S) == pytest.approx(10.2 + SPACING_S[-1])
 
 
 # -- exits ------------------------------------------------------------------------------------------
@@ -401,7 +416,7 @@ def test_an_exit_is_noted_with_its_time_which_stays_the_first() -> None:
 def test_the_exit_of_somebody_elses_process_changes_nothing() -> None:
     entry = dead(looked(10.0, member(201)))
     assert apply(entry, exited(10.5, 777)) is entry
-    assert apply(entry, Exited(frozenset((ProcessId(201, 1999),)), 10.5)) is entry
+    assert apply(entry, Exited({ProcessId(201, 1999): 10.5})) is entry
 
 
 def test_after_the_exit_of_a_worker_somebody_looks_again_soon() -> None:
@@ -482,7 +497,7 @@ def test_a_signal_to_the_gone_or_the_unknown_changes_nothing() -> None:
 
 def test_a_leader_that_is_to_be_stopped_goes_through_the_same_stages() -> None:
     entry = after(living(), StopAsked(member(100), 5.0))
-    assert next_deadline([entry], TRACKER_GRACE_S) == 5.0
+    assert deadline(entry, TRACKER_GRACE_S) == 5.0
     entry = after(entry, SignalsSent((Signalled(LEADER, Event.DUE, 15, 10.0),)))
     assert entry.leader_target is not None
     assert (entry.leader_target.stage, entry.leader_target.due_s) == (Stage.ASKED, 10.0)
@@ -526,24 +541,17 @@ def test_the_phase_follows_from_what_is_known_of_the_processes() -> None:
 def test_trackers_are_due_their_grace_after_the_last_worker_or_after_signals_were_allowed() -> None:
     entry = quiet(looked(10.0, member(201), member(202, tracker=True)), exited(12.0, 201))
     assert ledger.tracker_due_s(entry, TRACKER_GRACE_S) == 22.0
-    assert next_deadline([entry], TRACKER_GRACE_S) == 22.0
+    assert deadline(entry, TRACKER_GRACE_S) == 22.0
     late = dead(looked(10.0, member(202, tracker=True)), signal_from_s=40.0)
     assert ledger.tracker_due_s(late, TRACKER_GRACE_S) == 50.0
 
 
-def test_the_next_deadline_is_the_earliest_of_all_sessions() -> None:
-    asked = dead(*(looked(10.0 + 0.1 * n, member(201)) for n in range(9)), sent(201, due_s=10.9))
-    assert next_deadline([living(), asked, dead(at_s=50.0)], TRACKER_GRACE_S) == 10.9
-    assert next_deadline([dead(at_s=50.0), dead(at_s=49.0)], TRACKER_GRACE_S) == 49.0
-    assert next_deadline([], TRACKER_GRACE_S) is None
-
-
 def test_nothing_is_due_of_a_session_whose_processes_are_all_gone() -> None:
     entry = quiet(looked(10.0, member(201), member(202, tracker=True)), exited(10.5, 201, 202))
-    assert next_deadline([entry], TRACKER_GRACE_S) is None
-    assert next_deadline([after(entry, Reclaimed(Freed()), Concluded())], TRACKER_GRACE_S) is None
+    assert deadline(entry, TRACKER_GRACE_S) is None
+    assert deadline(after(entry, Reclaimed(Freed()), Concluded()), TRACKER_GRACE_S) is None
 
 
 def test_a_stuck_process_of_a_concluded_session_is_still_due() -> None:
     entry = quiet(looked(10.0, member(201)), sent(201), sent(201), sent(201, due_s=77.0))
-    assert next_deadline([after(entry, Reclaimed(Freed()), Concluded())], TRACKER_GRACE_S) == 77.0
+    assert deadline(after(entry, Reclaimed(Freed()), Concluded()), TRACKER_GRACE_S) == 77.0

@@ -1,112 +1,58 @@
-"""Snapshots of real processes: what each carries, who stands above and below it, and which pidfds were opened."""
+"""Snapshots of real processes: who is in them, who is read again and when, and which pidfds were opened."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import resource
-import select
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from specimens import (
+    ME,
+    NOBODY,
+    OTHER_ID,
+    SOON_S,
+    UID,
+    Mine,
+    changing,
+    child,
+    child_of_child,
+    count_descriptors,
+    cued,
+    dead_session,
+    die,
+    end,
+    executed,
+    found,
+    id_of,
+    seen,
+    session,
+)
 
 from agent import wire
-from agent.page import SessionPage, SparedMark
+from agent.page import SessionPage
+from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcessGone, ProcFS, Stat
-from reaperd.model import Cause, CauseKind, Process, ProcessId, Session, Snapshot
-from reaperd.observer import Observer
-from reaperd.sweep import FoundPage, StampedProcess, Sweep
+from reaperd.model import Process, ProcessId, Session, Snapshot
+from reaperd.observer import Interrupted, Observer
 
-ME, UID = os.getpid(), os.getuid()
-NOBODY = 65534
-SOON_S = 10.0  # a deadline, not a wait
-KILLED = Cause(CauseKind.SIGNAL, 9)
-OTHER_ID = "7-7-00000007-00000007"
+STAMPED = {wire.LINEAGE_VARIABLE: OTHER_ID}
+LONG_AGO_S = 60.0  # old enough to have become what it will be
 
 
-@contextlib.contextmanager
-def child(work: Callable[[], object] = lambda: None) -> Iterator[int]:
-    """Run ``work`` in a forked child, which then waits to be killed; the block begins when the work is done."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        with contextlib.suppress(BaseException):
-            os.close(reader)
-            work()
-            os.write(writer, b"x")
-            signal.pause()
-        os._exit(1)
-    os.close(writer)
-    try:
-        assert select.select([reader], [], [], SOON_S)[0]
-        assert os.read(reader, 1) == b"x", "the child failed"
-        yield pid
-    finally:
-        os.close(reader)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
+def look(observer: Observer, one: Session, **facts: Any) -> Snapshot:
+    return observer.look([one], **{"hold": False, **facts})
 
 
-@contextlib.contextmanager
-def child_of_child() -> Iterator[tuple[int, int]]:
-    """Run a child that has a child."""
-    reader, writer = os.pipe()
-
-    def have_a_child() -> None:
-        if pid := os.fork():
-            os.write(writer, b"%d\n" % pid)
-        else:
-            os.close(writer)
-            signal.pause()
-
-    with child(have_a_child) as pid, open(reader, "rb") as file:
-        os.close(writer)
-        grandchild = int(file.readline())
-        try:
-            yield pid, grandchild
-        finally:
-            os.kill(grandchild, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def executed(**environment: str) -> Iterator[int]:
-    """Run a program with exactly this environment."""
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(b"x\n")  # what it says back, it says after execve(2) has set the environment
-        process.stdin.flush()
-        process.stdout.readline()
-        yield process.pid
-        process.stdin.close()
-
-
-@pytest.fixture
-def observer() -> Iterator[Observer]:
-    """Return an observer, and fail a test that leaves one of its descriptors open."""
-    before = len(os.listdir("/proc/self/fd"))
-    one = Observer(ProcFS())
-    yield one
-    one.release()
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.fixture
-def page() -> Iterator[SessionPage]:
-    ticks = ProcFS().stat(ME).id.start_ticks
-    one = SessionPage(wire.format_session_id(ME, ticks, 11, 12), "grid", ticks, ProcFS().boot_id())
-    one.write_record(["/run/reaper/reaper.sock"])
-    yield one
-    one.close()
+def aged(proc: Mine, **facts: Any) -> Session:
+    """Return a session of this process, as old as ``proc`` has it."""
+    return session(leader=proc.stat(ME).id, **facts)
 
 
 def pidfds_of(pid: int) -> int:
@@ -118,195 +64,29 @@ def pidfds_of(pid: int) -> int:
     return found
 
 
-def id_of(pid: int) -> ProcessId:
-    return ProcFS().stat(pid).id
-
-
-def session(page: SessionPage | None = None, **facts: Any) -> Session:
-    """Return a session that this process leads."""
-    name = page._identity[0] if page is not None else "none"
-    return replace(
-        Session(name, "", UID, os.getgid(), id_of(ME), "", page_fd=page.fd if page is not None else -1),
-        **facts,
-    )
-
-
-def dead_session(page: SessionPage | None = None, **facts: Any) -> Session:
-    return session(page, cause=KILLED, **facts)
-
-
-def seen(snapshot: Snapshot, pid: int) -> Process | None:
-    return snapshot.processes.get(pid)
-
-
-def found(snapshot: Snapshot, pid: int) -> Process:
-    return snapshot.processes[pid]
-
-
-# -- what a process carries -------------------------------------------------------------------------
-
-
-def test_a_forked_child_is_seen_with_the_page_it_holds(observer: Observer, page: SessionPage) -> None:
-    with child() as pid:
-        one = found(observer.look(session(page)), pid)
-        assert one.id == id_of(pid)
-        assert (one.ppid, one.uid, one.forked, one.dead) == (ME, UID, True, False)
-        assert one.pages == {session(page).id}
-        assert one.argv == ()
-        assert one.cgroup == wire.parse_cgroup(Path("/proc/self/cgroup").read_text())
-        assert one.rss_bytes > 0
-        assert one.comm == ProcFS().stat(ME).comm
-
-
-def test_a_child_that_closed_all_its_descriptors_still_has_the_page_mapped(
-    observer: Observer, page: SessionPage
-) -> None:
-    def close_all() -> None:
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                if wire.PAGE_PREFIX in os.readlink(f"/proc/self/fd/{name}"):
-                    os.close(int(name))  # mmap has a duplicate of its own
-
-    with child(close_all) as pid:
-        assert wire.PAGE_PREFIX not in "".join(ProcFS().descriptors(pid, pid).values())
-        assert found(observer.look(session(page)), pid).pages == {session(page).id}
-
-
-def test_a_child_that_holds_the_page_under_another_number_is_found(
-    observer: Observer, page: SessionPage
-) -> None:
-    def move() -> None:
-        os.dup(page.fd)
-        os.close(page.fd)
-
-    with child(move) as pid:
-        assert found(observer.look(session(page)), pid).pages == {session(page).id}
-        assert found(observer.look(replace(session(page), page_fd=-1)), pid).pages == {session(page).id}
-
-
-def test_another_file_under_the_number_of_the_page_hides_nothing(
-    observer: Observer, page: SessionPage
-) -> None:
-    def replace_page() -> None:
-        null = os.open("/dev/null", os.O_RDONLY)
-        os.dup2(null, page.fd)
-
-    with child(replace_page) as pid:
-        assert found(observer.look(session(page)), pid).pages == {session(page).id}
-
-
-def test_the_page_of_another_session_under_the_number_of_the_page_hides_nothing(
-    observer: Observer, page: SessionPage
-) -> None:
-    def put_another() -> None:
-        os.dup(page.fd)
-        os.dup2(os.memfd_create(wire.PAGE_PREFIX + OTHER_ID), page.fd)
-
-    with child(put_another) as pid:
-        assert found(observer.look(session(page)), pid).pages == {session(page).id, OTHER_ID}
-
-
-@pytest.mark.needs_root
-def test_a_page_that_another_user_made_is_no_mark(observer: Observer) -> None:
-    os.seteuid(NOBODY)
-    try:
-        handed_over = os.memfd_create(wire.PAGE_PREFIX + session().id)
-    finally:
-        os.seteuid(0)
-    try:
-        with child() as pid:
-            for number in (handed_over, -1):
-                assert found(observer.look(session(page_fd=number)), pid).pages == frozenset()
-    finally:
-        os.close(handed_over)
-
-
-def test_an_executed_child_is_seen_with_the_stamps_in_its_environment(observer: Observer, run: str) -> None:
-    environment = {
-        wire.LINEAGE_VARIABLE: f"{OTHER_ID}:junk:{session().id}",
-        wire.SPARED_VARIABLE: OTHER_ID,
-        "REAPER_TEST_RUN": run,
-    }
-    with executed(**environment) as pid:
-        one = found(observer.look(session()), pid)
-        assert (one.forked, one.comm, one.argv) == (False, "cat", ("cat",))
-        assert one.lineage == (OTHER_ID,)
-        assert one.spared == {OTHER_ID}
-        assert one.pages == frozenset()
-
-
-def test_a_forked_child_that_was_spared_is_seen_with_that_mark(observer: Observer, page: SessionPage) -> None:
-    def be_spared() -> None:
-        be_spared.mark = SparedMark(OTHER_ID)  # type: ignore[attr-defined]
-        page.close()
-
-    with child(be_spared) as pid:
-        one = found(observer.look(session(page)), pid)
-        assert one.spared == {OTHER_ID}
-        assert one.pages == frozenset()
-
-
-def test_a_process_in_uninterruptible_sleep_is_read_too(
-    observer: Observer, page: SessionPage, tmp_path: Path
-) -> None:
-    # vfork(2) keeps the parent in state D until its child, which waits to open a FIFO, has executed something.
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    pid = os.fork()
-    if pid == 0:
-        opening = [(os.POSIX_SPAWN_OPEN, 9, str(fifo), os.O_RDONLY, 0)]
-        with contextlib.suppress(BaseException):
-            os.waitpid(os.posix_spawn("/bin/true", ["true"], {}, file_actions=opening), 0)
-        os._exit(0)
-    try:
-        deadline_s = time.monotonic() + SOON_S
-        while ProcFS().stat(pid).state != "D":
-            assert time.monotonic() < deadline_s, "posix_spawn(3) does not use vfork(2) here"
-            os.sched_yield()
-        assert found(observer.look(session(page)), pid).pages == {session(page).id}
-    finally:
-        os.close(os.open(fifo, os.O_WRONLY))
-        os.waitpid(pid, 0)
-
-
-class Blocking(ProcFS):
-    """A /proc in which everybody is in state D and nothing that lies in memory can be read in time."""
-
-    def stat(self, pid: int) -> Stat:
-        return super().stat(pid)._replace(state="D")
-
-    def environ(self, pid: int, task: int) -> bytes | None:
-        never, _ = os.pipe()
-        assert not select.select([never], [], [], SOON_S)[0]
-        raise AssertionError("the loop itself has read what blocks")
-
-
-def test_a_process_whose_memory_cannot_be_read_holds_nobody_up(page: SessionPage) -> None:
-    observer = Observer(Blocking())
-    with child() as pid:
-        begin_s = time.monotonic()
-        one = observer.leader(replace(session(page), leader=id_of(pid)))
-        assert time.monotonic() - begin_s < SOON_S / 2
-        assert one is not None
-        assert (one.pages, one.lineage, one.spared) == (frozenset(), (), frozenset())
-    for helper_pid in ProcFS().children(ME):  # what was left behind, and is dead
-        os.waitpid(helper_pid, 0)
-
-
 # -- who is in a snapshot ---------------------------------------------------------------------------
 
 
 def test_the_living_leader_is_in_its_own_snapshot_and_a_dead_child_is_not(observer: Observer) -> None:
     with child() as pid:
-        os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        snapshot = observer.look(session())
+        die(pid)
+        snapshot = look(observer, session())
         assert found(snapshot, ME).id == id_of(ME)
         assert seen(snapshot, pid) is None
 
 
-def test_whoever_dies_while_it_is_looked_at_is_not_in_the_snapshot(page: SessionPage) -> None:
-    class Dying(ProcFS):
+def test_whoever_dies_between_two_looks_is_no_longer_in_the_snapshot(observer: Observer) -> None:
+    with child() as pid, child() as zombie:
+        assert {pid, zombie} <= look(observer, session()).processes.keys()
+        end(pid)
+        die(zombie)
+        snapshot = look(observer, session())
+        assert seen(snapshot, pid) is None
+        assert seen(snapshot, zombie) is None
+
+
+def test_whoever_dies_while_it_is_looked_at_is_not_in_the_snapshot() -> None:
+    class Dying(Mine):
         """A /proc in which everybody but this process is a zombie already, and can still be read."""
 
         def stat(self, pid: int) -> Stat:
@@ -315,16 +95,16 @@ def test_whoever_dies_while_it_is_looked_at_is_not_in_the_snapshot(page: Session
 
     observer = Observer(Dying())
     with child() as pid:
-        assert seen(observer.look(dead_session()), pid) is None
-        assert [one for one in swept(Sweep(observer), all_of_them=True) if one.holder.id.pid == pid] == []
+        for hold in (False, True):
+            assert seen(look(observer, session(), hold=hold, everyone=True), pid) is None
     observer.release()
 
 
-def test_whoever_started_before_the_leader_is_not_in_the_snapshot(observer: Observer) -> None:
+def test_whoever_started_before_the_leader_is_not_in_the_snapshot() -> None:
     with child() as pid:
         started = id_of(pid).start_ticks
-        assert seen(observer.look(session(leader=ProcessId(ME, started))), pid)
-        later = observer.look(session(leader=ProcessId(ME, started + 1)))
+        assert seen(look(Observer(Mine()), session(leader=ProcessId(ME, started))), pid)
+        later = look(Observer(Mine()), session(leader=ProcessId(ME, started + 1)))
         assert seen(later, pid) is None
         assert seen(later, ME) is None
 
@@ -333,22 +113,55 @@ def test_whoever_started_before_the_leader_is_not_in_the_snapshot(observer: Obse
 def test_whoever_is_of_another_or_of_mixed_uid_is_not_in_the_snapshot(observer: Observer) -> None:
     for ids in ((NOBODY, NOBODY, NOBODY), (NOBODY, UID, UID), (UID, NOBODY, UID), (UID, UID, NOBODY)):
         with child(lambda ids=ids: os.setresuid(*ids)) as pid:
-            assert seen(observer.look(session()), pid) is None, ids
+            assert seen(look(observer, session()), pid) is None, ids
     with child(lambda: os.setresuid(NOBODY, NOBODY, NOBODY)) as pid:
-        assert found(observer.look(session(uid=NOBODY)), pid).uid == NOBODY
+        assert found(look(observer, session(uid=NOBODY)), pid).uid == NOBODY
 
 
-def test_one_look_serves_several_sessions_and_none_costs_nothing(
-    observer: Observer, page: SessionPage
-) -> None:
+@pytest.mark.needs_root
+def test_the_sessions_of_one_user_say_nothing_of_the_age_of_another_users_processes() -> None:
+    with child(lambda: os.setresuid(NOBODY, NOBODY, NOBODY)) as pid:
+        ticks = id_of(pid).start_ticks
+        theirs = session(uid=NOBODY, leader=ProcessId(pid, ticks + 1))
+        snapshot = Observer(Mine()).look([session(), theirs], hold=False)
+        assert seen(snapshot, pid) is None
+        assert seen(snapshot, ME)
+
+
+def test_one_look_serves_several_sessions_and_none_costs_nothing(page: SessionPage) -> None:
     with child() as pid:
-        now = id_of(pid).start_ticks
-        later = session(leader=ProcessId(ME, now + 10**6))
-        both = observer.look_at_all([session(page), later])
+        later = session(leader=ProcessId(ME, id_of(pid).start_ticks + 10**6))
+        both = Observer(Mine()).look([session(page), later], hold=False)
         assert found(both, pid).pages == {session(page).id}
-        assert seen(observer.look_at_all([later]), pid) is None
-        assert not observer.look_at_all([]).processes
-        assert seen(observer.look_at_all([session(uid=UID + 1)]), pid) is None
+        for sessions in ([later], [], [session(uid=UID + 1)]):
+            proc = Mine()
+            observer = Observer(proc)
+            assert not observer.look(sessions, hold=False).processes
+            assert not proc.reads
+
+
+def test_a_session_that_is_over_has_nobody_read_on_its_account(page: SessionPage) -> None:
+    proc = Mine()
+    observer = Observer(proc)
+    with child():
+        look(observer, session(page))
+        observer.uncover(session(page).key)
+        observer.uncover(session(page).key)
+        proc.reads.clear()
+        with child() as new:
+            snapshot = observer.look([], hold=False)
+        assert new not in proc.reads
+        assert not snapshot.processes
+        assert observer.marks.pages.session_of(session(page).page_inode, UID) is None
+
+
+def test_of_two_sessions_of_a_user_the_one_that_goes_on_is_looked_for_still(page: SessionPage) -> None:
+    observer = Observer(Mine())
+    with child() as pid:
+        one, other = session(page), session()
+        observer.look([one, other], hold=False)
+        observer.uncover(other.key)
+        assert found(look(observer, one), pid).pages == {one.id}
 
 
 def test_what_stands_below_a_leader_is_found_down_to_the_last(observer: Observer) -> None:
@@ -359,52 +172,14 @@ def test_what_stands_below_a_leader_is_found_down_to_the_last(observer: Observer
         assert set(observer.descendants(id_of(pid))) == {grandchild}
         assert set(observer.look_below(session(leader=id_of(pid))).processes) == {pid, grandchild}
         other = session(leader=ProcessId(grandchild, 0), kept=frozenset((id_of(pid),)))
-        kept = observer.look_below(other)
-        assert set(kept.processes) == {pid, grandchild}
+        assert set(observer.look_below(other).processes) == {pid, grandchild}
 
 
-def test_a_quick_look_goes_through_those_who_adopt_and_those_who_are_known(
-    observer: Observer, page: SessionPage
-) -> None:
-    with child() as pid:
-        mine = frozenset((id_of(ME),))
-        snapshot = observer.look_quick(dead_session(page, adopters=mine))
+def test_what_stands_below_a_leader_is_told_with_all_its_marks(observer: Observer, page: SessionPage) -> None:
+    with child() as pid, executed(**STAMPED) as program:
+        snapshot = observer.look_below(session(page))
         assert found(snapshot, pid).pages == {session(page).id}
-        assert snapshot.adopters == mine
-        handle = observer.claim(id_of(pid))
-        assert handle is not None
-        os.close(handle)
-        known = observer.look_quick(dead_session(page, kept=frozenset((id_of(pid),))))
-        assert seen(known, pid)
-        assert seen(observer.look_quick(dead_session(page)), pid) is None
-
-
-def test_a_quick_look_follows_the_children_of_whoever_carries_a_mark(
-    observer: Observer, page: SessionPage
-) -> None:
-    with child_of_child() as (pid, grandchild):
-        snapshot = observer.look_quick(dead_session(page, adopters=frozenset((id_of(ME),))))
-        assert found(snapshot, grandchild).ppid == pid
-        kept = frozenset((id_of(pid),))
-        assert seen(
-            observer.look_quick(dead_session(kept=kept, adopters=frozenset((id_of(ME),)))), grandchild
-        )
-
-
-def test_a_quick_look_follows_the_children_of_whoever_cannot_be_read_yet() -> None:
-    class Blocked(ProcFS):
-        """A /proc in which everybody is in state D."""
-
-        def stat(self, pid: int) -> Stat:
-            return super().stat(pid)._replace(state="D")
-
-    observer = Observer(Blocked())
-    with child_of_child() as (_, grandchild):
-        snapshot = observer.look_quick(dead_session(adopters=frozenset((id_of(ME),))))
-        observer.release()
-        assert seen(snapshot, grandchild)
-    for helper_pid in ProcFS().children(ME):  # one that did not come back in time
-        os.waitpid(helper_pid, 0)
+        assert found(snapshot, program).lineage == (OTHER_ID,)
 
 
 def test_children_in_a_circle_end_the_search() -> None:
@@ -421,31 +196,802 @@ def test_children_in_a_circle_end_the_search() -> None:
     assert sorted(Observer(Circle()).descendants(ProcessId(2, 0))) == [3, 4]
 
 
+# -- who is read again ------------------------------------------------------------------------------
+
+
+def test_a_settled_process_is_not_read_again_until_another_program_runs_in_it() -> None:
+    proc = Mine(older_s=LONG_AGO_S)
+    observer, one = Observer(proc), aged(proc)
+    with changing(**STAMPED) as (pid, execute):
+        look(observer, one)
+        proc.reads.clear()
+        for facts in ({}, {"again": [proc.stat(pid).id]}, {"hold": True, "everyone": True}):
+            assert found(look(observer, one, **facts), pid).lineage == ()
+        assert proc.reads[pid] == 0
+        execute()
+        snapshot = look(observer, one, hold=True, everyone=True)
+        assert proc.reads[pid] == 1
+        assert (found(snapshot, pid).lineage, found(snapshot, pid).comm) == ((OTHER_ID,), "cat")
+        look(observer, one, hold=True, everyone=True)
+        assert proc.reads[pid] == 1
+    observer.release()
+
+
+def test_what_changes_of_a_settled_process_without_another_program_is_told_of_it() -> None:
+    proc = Mine(older_s=LONG_AGO_S)
+    observer, one = Observer(proc), aged(proc)
+    with child_of_child() as (pid, grandchild):
+        assert found(look(observer, one), grandchild).ppid == pid
+        proc.reads.clear()
+        end(pid)
+        snapshot = look(observer, one, again=[proc.stat(grandchild).id])
+        assert found(snapshot, grandchild).ppid == ProcFS().stat(grandchild).ppid != pid
+        assert proc.reads[grandchild] == 0
+
+
+def test_a_look_reads_nobody_twice() -> None:
+    proc = Mine()
+    with child() as pid:
+        look(Observer(proc), session())
+        assert proc.reads[pid] == 1
+
+
+def test_who_became_another_program_unseen_is_found_in_turn() -> None:
+    proc = Mine(older_s=LONG_AGO_S)
+    observer, one = Observer(proc), aged(proc)
+    with changing(**STAMPED) as (pid, execute):
+        look(observer, one)
+        execute()
+        deadline_s = time.monotonic() + SOON_S
+        while found(look(observer, one), pid).lineage != (OTHER_ID,):
+            assert time.monotonic() < deadline_s
+
+
+def test_a_young_process_is_read_again_at_the_next_look_for_it_may_become_another_program() -> None:
+    proc = Mine(slow_s=0.003)
+    observer, one = Observer(proc), session()
+    with changing(**STAMPED) as (pid, execute):
+        look(observer, one)
+        execute()
+        assert found(look(observer, one), pid).lineage == (OTHER_ID,)
+
+
+def test_a_young_process_that_is_still_the_same_program_is_looked_at_and_not_read_in_full() -> None:
+    proc = Mine()
+    observer = Observer(proc)
+    with child() as pid:
+        look(observer, session())
+        proc.stats.clear()
+        proc.reads.clear()
+        look(observer, session())
+        assert proc.stats[pid] > 0
+        assert proc.reads[pid] == 0
+
+
+@pytest.mark.needs_root
+def test_a_young_process_that_becomes_another_users_is_nobodys_of_ours() -> None:
+    proc = Mine(slow_s=0.003)
+    observer = Observer(proc)
+    with cued(lambda: os.setresuid(NOBODY, NOBODY, NOBODY)) as (pid, change):
+        assert found(look(observer, session()), pid).uid == UID
+        change()
+        assert seen(look(observer, session()), pid) is None
+
+
+@pytest.mark.needs_root
+def test_a_young_process_that_becomes_a_covered_users_is_found() -> None:
+    proc = Mine(slow_s=0.003)
+    observer = Observer(proc)
+    with cued(lambda: os.setresuid(NOBODY, NOBODY, NOBODY)) as (pid, change):
+        theirs = session(uid=NOBODY, leader=ProcessId(1, 0))
+        assert seen(look(observer, theirs), pid) is None
+        change()
+        assert found(look(observer, theirs), pid).uid == NOBODY
+
+
+@pytest.mark.needs_root
+def test_a_settled_member_that_became_another_users_is_no_member_where_it_is_to_be_signalled() -> None:
+    proc = Mine(older_s=LONG_AGO_S)
+    observer, one = Observer(proc), aged(proc)
+    with cued(lambda: os.setresuid(NOBODY, NOBODY, NOBODY)) as (pid, change):
+        look(observer, one)
+        change()
+        snapshot = look(observer, one, hold=True, again=[proc.stat(pid).id])
+        assert seen(snapshot, pid) is None
+        assert observer.claim(proc.stat(pid).id) is None
+    observer.release()
+
+
+def test_a_member_that_is_to_be_signalled_is_read_again_though_it_is_the_same_program(
+    page: SessionPage,
+) -> None:
+    proc = Mine(older_s=LONG_AGO_S)
+    observer, one = Observer(proc), aged(proc)
+    one = replace(session(page), leader=one.leader)
+    with cued(page.close) as (pid, close):
+        member = proc.stat(pid).id
+        assert found(look(observer, one), pid).pages == {one.id}
+        close()
+        taken_as_read = look(observer, one, hold=True)
+        assert found(taken_as_read, pid).pages == {one.id}
+        assert pid in taken_as_read.stale
+        read = look(observer, one, hold=True, again=[member])
+        assert found(read, pid).pages == frozenset()
+        assert pid not in read.stale
+        assert pidfds_of(pid) == 1
+    observer.release()
+
+
+def test_a_member_that_is_told_with_another_start_time_is_somebody_else_and_not_read() -> None:
+    proc = Mine(older_s=LONG_AGO_S)
+    observer, one = Observer(proc), aged(proc)
+    with child() as pid:
+        look(observer, one)
+        proc.reads.clear()
+        id_ = proc.stat(pid).id
+        snapshot = look(observer, one, hold=True, again=[ProcessId(pid, id_.start_ticks + 1)])
+        assert proc.reads[pid] == 0
+        assert pid in snapshot.stale
+
+
+def test_who_is_gone_is_forgotten(observer: Observer) -> None:
+    with child() as pid:
+        look(observer, session())
+        assert pid in observer._known
+    look(observer, session())
+    for remembered in (observer._known, observer._unsettled, observer._processes):
+        assert pid not in remembered
+
+
+def test_a_pid_with_another_inode_is_another_process() -> None:
+    proc = Mine(older_s=LONG_AGO_S)
+    observer, one = Observer(proc), aged(proc)
+    with child() as pid:
+        look(observer, one)
+        proc.reads.clear()
+        proc.inodes[pid] = 1
+        snapshot = look(observer, one)
+        assert proc.reads[pid] > 0
+        assert pid not in snapshot.stale
+
+
+def test_stale_are_those_who_were_not_read_for_this_look() -> None:
+    proc = Mine(older_s=LONG_AGO_S, slow_s=0.003)
+    observer, one = Observer(proc), aged(proc)
+    with child() as pid, child() as other:
+        first = look(observer, one)
+        assert first.stale == frozenset()
+        with child() as new:
+            second = look(observer, one, again=[proc.stat(other).id])
+            assert pid in second.stale
+            assert second.stale.isdisjoint((other, new))
+            assert second.stale <= second.processes.keys()
+
+
+def test_whom_the_image_alone_tells_is_stale_where_somebody_is_to_be_signalled() -> None:
+    proc = Mine()
+    observer = Observer(proc)
+    with child() as pid:
+        look(observer, session())
+        snapshot = look(observer, session(), hold=True, everyone=True)
+        assert pid in snapshot.stale
+        assert pidfds_of(pid) == 0
+        again = look(observer, session(), hold=True, everyone=True, again=[id_of(pid)])
+        assert pid not in again.stale
+        assert pidfds_of(pid) == 1
+    observer.release()
+
+
+def test_where_a_process_does_not_tell_which_program_it_runs_it_is_read_anew() -> None:
+    class Reserved(Mine):
+        """A /proc that does not say where code and stack of a process are."""
+
+        def stat(self, pid: int) -> Stat:
+            return super().stat(pid)._replace(image=0)
+
+    proc = Reserved(older_s=LONG_AGO_S)
+    observer, one = Observer(proc), aged(proc)
+    with child() as pid:
+        look(observer, one)
+        look(observer, one, hold=True, everyone=True)
+        assert proc.reads[pid] >= 2
+    observer.release()
+
+
+def test_who_was_passed_over_is_read_when_an_older_session_comes() -> None:
+    proc = Mine(older_s=LONG_AGO_S, slow_s=0.003)
+    observer = Observer(proc)
+    with executed(**STAMPED) as pid:
+        young = proc.stat(pid).id.start_ticks + 1
+        assert seen(look(observer, session(id="late", leader=ProcessId(ME, young))), pid) is None
+        assert pid not in proc.reads
+        assert found(look(observer, aged(proc)), pid).lineage == (OTHER_ID,)
+
+
+class Moody(Mine):
+    """A /proc in which some let nobody read their memory."""
+
+    def __init__(self, **facts: float) -> None:
+        super().__init__(**facts)
+        self.refusing: set[int] = set()
+
+    def environ(self, pid: int, task: int) -> bytes | None:
+        if pid in self.refusing:
+            raise ProcessGone
+        return super().environ(pid, task)
+
+
+def test_whose_memory_could_not_be_read_in_time_is_read_at_a_later_look() -> None:
+    proc = Moody(older_s=LONG_AGO_S, slow_s=0.003)
+    observer, one = Observer(proc), aged(proc)
+    with executed(**STAMPED) as pid:
+        proc.refusing = {pid}
+        first = look(observer, one)
+        assert found(first, pid).lineage == (), "it is there all the same"
+        assert first.unread == {UID}
+        proc.refusing = set()
+        second = look(observer, one)
+        assert found(second, pid).lineage == (OTHER_ID,)
+        assert second.unread == frozenset()
+
+
+def test_who_lets_nobody_read_any_more_has_the_marks_that_the_same_program_had() -> None:
+    proc = Moody(older_s=LONG_AGO_S)
+    observer, one = Observer(proc), aged(proc)
+    with executed(**STAMPED) as pid, executed(**STAMPED) as other:
+        look(observer, one)
+        proc.refusing = {pid}
+        for _ in range(2):
+            snapshot = look(observer, one, hold=True, again=[proc.stat(pid).id, proc.stat(other).id])
+            assert found(snapshot, pid).lineage == (OTHER_ID,)
+            assert found(snapshot, pid).argv == ("cat",)
+            assert snapshot.unread == frozenset()
+            assert pid not in snapshot.stale
+    observer.release()
+
+
+def test_who_lets_nobody_read_any_more_has_no_marks_of_the_program_that_it_was() -> None:
+    proc = Moody(older_s=LONG_AGO_S)
+    observer, one = Observer(proc), aged(proc)
+    with executed(**STAMPED) as stamped, changing(**STAMPED) as (pid, execute):
+        look(observer, one)
+        before = found(look(observer, one), stamped)
+        execute()
+        proc.refusing = {pid}
+        snapshot = look(observer, one, hold=True, again=[proc.stat(pid).id])
+        assert (found(snapshot, pid).lineage, found(snapshot, pid).forked) == ((), False)
+        assert snapshot.unread == {UID}
+        assert before.lineage == (OTHER_ID,)
+    observer.release()
+
+
+def test_a_spared_process_that_lets_nobody_read_any_more_is_spared_still(page: SessionPage) -> None:
+    proc = Moody(older_s=LONG_AGO_S)
+    observer, one = Observer(proc), aged(proc)
+    with executed(**{wire.SPARED_VARIABLE: OTHER_ID}) as pid:
+        look(observer, one)
+        proc.refusing = {pid}
+        snapshot = look(observer, one, hold=True, again=[proc.stat(pid).id])
+        assert found(snapshot, pid).spared == {OTHER_ID}
+    observer.release()
+
+
+def test_a_look_that_ran_out_of_descriptors_leaves_nothing_that_trips_the_next_one(page: SessionPage) -> None:
+    class Scarce(Mine):
+        """A /proc in which descriptors run out at one process."""
+
+        at = 0
+
+        def cgroup(self, pid: int) -> str:
+            if pid == self.at:
+                raise OSError(24, "Too many open files")
+            return super().cgroup(pid)
+
+    proc = Scarce()
+    observer = Observer(proc)
+    with child(), child_of_child() as (pid, grandchild), child():
+        proc.at = pid
+        with pytest.raises(OSError, match="Too many"):
+            look(observer, session(page))
+        proc.at = 0
+        assert set(observer.look_below(session(page, leader=id_of(pid))).processes) == {pid, grandchild}
+        assert found(look(observer, session(page)), pid).pages == {session(page).id}
+
+
+# -- a look that nobody is to wait for --------------------------------------------------------------
+
+
+def test_a_look_with_pidfds_reads_who_was_left_to_those_who_adopt_and_leaves_others_for_later(
+    observer: Observer, page: SessionPage
+) -> None:
+    mine = frozenset((id_of(ME),))
+    look(observer, session(page))
+    with child() as pid:
+        snapshot = look(observer, dead_session(page), hold=True)
+        assert seen(snapshot, pid) is None
+        assert pidfds_of(pid) == 0
+        snapshot = look(observer, dead_session(page, adopters=mine), hold=True)
+        assert found(snapshot, pid).pages == {session(page).id}
+        assert snapshot.adopters == mine
+        handle = observer.claim(id_of(pid))
+        assert handle is not None
+        os.close(handle)
+    with child() as pid:
+        for later in ({"hold": True, "everyone": True}, {"hold": False}):
+            assert found(look(observer, dead_session(page), **later), pid).pages == {session(page).id}
+
+
+def test_a_look_with_pidfds_reads_the_new_children_of_members(observer: Observer) -> None:
+    reader, writer = os.pipe()
+
+    def fork() -> None:
+        if pid := os.fork():
+            os.write(writer, b"%d\n" % pid)
+        else:
+            signal.pause()
+
+    with cued(fork) as (pid, give_cue), open(reader, "rb") as file:
+        look(observer, session())
+        give_cue()
+        os.close(writer)
+        grandchild = int(file.readline())
+        assert seen(look(observer, dead_session(), hold=True), grandchild) is None
+        snapshot = look(observer, dead_session(), hold=True, members=[id_of(pid)])
+        assert found(snapshot, grandchild).ppid == pid
+        assert grandchild not in snapshot.stale
+        os.kill(grandchild, signal.SIGKILL)
+
+
+def test_a_look_with_pidfds_follows_those_who_are_new_down_to_the_last(observer: Observer) -> None:
+    look(observer, session())
+    with child_of_child() as (pid, grandchild):
+        snapshot = look(observer, dead_session(adopters=frozenset((id_of(ME),))), hold=True)
+        assert {pid, grandchild} <= snapshot.processes.keys()
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"hold": True}, {"hold": True, "everyone": True}, {"hold": False}],
+    ids=["quick", "all", "living"],
+)
+def test_who_adopts_counts_though_it_was_never_looked_at_before(
+    observer: Observer, facts: dict[str, bool]
+) -> None:
+    look(observer, session())
+    with child_of_child() as (pid, grandchild):
+        adopters = frozenset((id_of(pid),))
+        snapshot = look(observer, dead_session(adopters=adopters), **facts)
+        assert snapshot.adopters == adopters
+        assert seen(snapshot, grandchild)
+
+
+def test_a_member_counts_though_it_was_never_looked_at_before(observer: Observer) -> None:
+    look(observer, session())
+    with child_of_child() as (pid, grandchild):
+        members = [id_of(pid)]
+        snapshot = look(observer, dead_session(), hold=True, members=members, again=members)
+        assert {pid, grandchild} <= snapshot.processes.keys()
+
+
+@pytest.mark.needs_root
+def test_a_look_with_pidfds_reads_nobody_of_another_user(page: SessionPage) -> None:
+    proc = Mine()
+    observer = Observer(proc)
+    look(observer, session(page))
+    observer.cover(session(uid=NOBODY, leader=ProcessId(1, 0)))
+    one = dead_session(page, adopters=frozenset((id_of(ME),)))
+    with child(lambda: os.setresuid(NOBODY, NOBODY, NOBODY)) as pid, child() as mine:
+        snapshot = look(observer, one, hold=True)
+        assert proc.reads[pid] == 0
+        assert seen(snapshot, mine)
+    observer.release()
+
+
 def test_an_adopter_whose_pid_is_another_process_now_is_none(observer: Observer, page: SessionPage) -> None:
     with child() as pid:
         other = frozenset((ProcessId(ME, id_of(ME).start_ticks + 1),))
-        for look in (observer.look, observer.look_quick):
-            assert look(dead_session(page, adopters=other)).adopters == frozenset()
-        assert observer.look_at_all([session(page, adopters=other)]).adopters == frozenset()
-        assert seen(observer.look_quick(dead_session(page, adopters=other)), pid) is None
+        look(observer, session())
+        proc = observer.proc
+        assert isinstance(proc, Mine)
+        for facts in ({"hold": True}, {"hold": True, "everyone": True}, {"hold": False}):
+            assert look(observer, dead_session(page, adopters=other), **facts).adopters == frozenset()
+    with child() as pid:
+        assert seen(look(observer, dead_session(page, adopters=other), hold=True), pid) is None
 
 
-class Changing(ProcFS):
+def test_an_adopter_that_has_died_is_none(observer: Observer) -> None:
+    with child() as pid:
+        adopters = frozenset((id_of(pid),))
+        look(observer, session())
+        assert look(observer, session(adopters=adopters)).adopters == adopters
+        end(pid)
+        assert look(observer, session(adopters=adopters)).adopters == frozenset()
+
+
+def test_who_was_forked_during_a_long_look_is_read_before_anybody_is_signalled() -> None:
+    class Forking(Mine):
+        """A /proc in which a member forks while it is read, which takes its time."""
+
+        def __init__(self) -> None:
+            super().__init__(slow_s=0.002)
+            self.at = self.grandchild = 0
+            self.fork: Callable[[], int] = lambda: 0
+
+        def cgroup(self, pid: int) -> str:
+            if pid == self.at and not self.grandchild:
+                self.grandchild = self.fork()
+            return super().cgroup(pid)
+
+    reader, writer = os.pipe()
+
+    def fork() -> None:
+        if pid := os.fork():
+            os.write(writer, b"%d\n" % pid)
+        else:
+            signal.pause()
+
+    proc = Forking()
+    observer = Observer(proc)
+    with cued(fork) as (pid, give_cue), open(reader, "rb") as file:
+        look(observer, session())
+
+        def fork_now() -> int:
+            give_cue()
+            return int(file.readline())
+
+        proc.fork, proc.at = fork_now, pid
+        members = [id_of(pid)]
+        snapshot = look(observer, dead_session(), hold=True, members=members, again=members)
+        os.close(writer)
+        assert seen(snapshot, proc.grandchild)
+        assert pidfds_of(proc.grandchild) == 1
+        observer.release()
+        os.kill(proc.grandchild, signal.SIGKILL)
+
+
+def test_a_look_ends_though_somebody_forks_without_end() -> None:
+    class Breeding(Mine):
+        """A /proc in which somebody has forked whenever it is listed, which takes its time."""
+
+        breeding = False
+        listings = 0
+
+        def listing(self) -> dict[int, int]:
+            if self.breeding:
+                self.listings += 1
+                assert self.listings < 60, "it looks for ever"
+                stack.enter_context(child())
+                select_nothing(0.0015)
+            return super().listing()
+
+    proc = Breeding()
+    observer = Observer(proc)
+    with contextlib.ExitStack() as stack:
+        look(observer, session())
+        proc.breeding = True
+        snapshot = look(observer, dead_session(adopters=frozenset((id_of(ME),))), hold=True)
+        assert len(snapshot.processes) > 1
+        observer.release()
+
+
+def select_nothing(seconds: float) -> None:
+    until_s = time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        pass
+
+
+# -- the first look at what a leader left -----------------------------------------------------------
+
+
+def test_a_hurried_look_leaves_those_to_the_next_whose_pages_do_not_tell_where_others_do(
+    observer: Observer, page: SessionPage
+) -> None:
+    one = dead_session(page, adopters=frozenset((id_of(ME),)))
+    look(observer, session(page))
+    with child() as forked, executed(**STAMPED) as program:
+        first = look(observer, one, hold=True, hurried=True)
+        assert found(first, forked).pages == {one.id}
+        assert seen(first, program) is None
+        assert pidfds_of(program) == 0
+        assert first.unread == {UID}, "they are to be looked at yet"
+        second = look(observer, one, hold=True)
+        assert found(second, program).lineage == (OTHER_ID,)
+        assert pidfds_of(program) == 1
+        assert second.unread == frozenset()
+
+
+def test_a_hurried_look_reads_whoever_stands_below_one_that_is_to_be_signalled(page: SessionPage) -> None:
+    reader, writer = os.pipe()
+
+    def start() -> None:
+        with executed(**STAMPED) as program:
+            os.write(writer, b"%d\n" % program)
+            signal.pause()
+
+    observer = Observer(Mine())
+    one = dead_session(page, adopters=frozenset((id_of(ME),)))
+    look(observer, session(page))
+    with contextlib.ExitStack() as stack:
+        pid = os.fork()
+        if pid == 0:
+            start()
+            os._exit(1)
+        stack.callback(end, pid)
+        os.close(writer)
+        with open(reader, "rb") as file:
+            program = int(file.readline())
+        stack.callback(os.kill, program, signal.SIGKILL)
+        snapshot = look(observer, one, hold=True, hurried=True)
+        assert found(snapshot, pid).pages == {one.id}
+        assert (found(snapshot, program).ppid, found(snapshot, program).lineage) == (pid, (OTHER_ID,))
+        assert snapshot.unread == frozenset()
+        observer.release()
+
+
+def test_a_hurried_look_reads_all_where_no_page_tells_of_anybody(observer: Observer) -> None:
+    look(observer, session())
+    with executed(**STAMPED) as program:
+        snapshot = look(observer, dead_session(adopters=frozenset((id_of(ME),))), hold=True, hurried=True)
+        assert found(snapshot, program).lineage == (OTHER_ID,)
+
+
+def test_a_hurried_look_reads_the_members_that_it_was_told_of(observer: Observer, page: SessionPage) -> None:
+    look(observer, session(page))
+    with child() as forked, executed(**STAMPED) as program:
+        members = [id_of(program)]
+        one = dead_session(page, adopters=frozenset((id_of(ME),)))
+        snapshot = look(observer, one, hold=True, hurried=True, members=members, again=members)
+        assert found(snapshot, forked).pages == {one.id}
+        assert found(snapshot, program).lineage == (OTHER_ID,)
+
+
+def test_whoever_dies_in_the_middle_of_a_hurried_look_is_no_trouble(page: SessionPage) -> None:
+    class Dying(Mine):
+        """A /proc in which a process ends once all have been read, before they are listed again."""
+
+        armed = 0
+
+        def listing(self) -> dict[int, int]:
+            if self.armed == 1:
+                end(self.pid)
+            self.armed -= 1
+            return super().listing()
+
+        pid = 0
+
+    proc = Dying(slow_s=0.002)
+    observer = Observer(proc)
+    one = dead_session(page, adopters=frozenset((id_of(ME),)))
+    look(observer, session(page))
+    with child() as forked, changing(**STAMPED) as (pid, execute):
+        execute()
+        proc.pid, proc.armed = pid, 2
+        snapshot = look(observer, one, hold=True, hurried=True)
+        assert proc.armed < 1
+        assert found(snapshot, forked).pages == {one.id}
+        assert seen(snapshot, pid) is None
+    observer.release()
+
+
+# -- ahead of that look -----------------------------------------------------------------------------
+
+
+def ahead(observer: Observer, one: Session) -> list[Snapshot]:
+    return list(observer.look_ahead([one]))
+
+
+def test_whom_a_page_tells_is_told_ahead_and_held_and_everybody_else_is_left_to_the_look(
+    observer: Observer, page: SessionPage
+) -> None:
+    one = dead_session(page, adopters=frozenset((id_of(ME),)))
+    look(observer, session(page))
+    with child() as forked, executed(**STAMPED) as program:
+        (snapshot,) = ahead(observer, one)
+        assert snapshot.processes.keys() == {forked}
+        assert found(snapshot, forked).pages == {one.id}
+        assert (pidfds_of(forked), pidfds_of(program)) == (1, 0)
+        handle = observer.claim(id_of(forked))
+        assert handle is not None
+        os.close(handle)
+        then = look(observer, one, hold=True, members=[id_of(forked)], again=[id_of(forked)])
+        assert found(then, program).lineage == (OTHER_ID,)
+        assert (pidfds_of(forked), pidfds_of(program)) == (1, 1)
+
+
+def test_of_many_some_are_told_at_a_time_and_each_once(observer: Observer, page: SessionPage) -> None:
+    one = dead_session(page, adopters=frozenset((id_of(ME),)))
+    look(observer, session(page))
+    with contextlib.ExitStack() as stack:
+        pids = {stack.enter_context(child()) for _ in range(80)}
+        told = [snapshot.processes.keys() for snapshot in ahead(observer, one)]
+        assert len(told) >= 2
+        assert sum(map(len, told)) == len(pids)
+        assert set().union(*told) == pids
+        observer.release()
+
+
+def test_nobody_is_told_ahead_of_whom_not_all_is_told_that_stands_below(
+    observer: Observer, page: SessionPage
+) -> None:
+    reader, writer = os.pipe()
+
+    def start() -> None:
+        with executed(**STAMPED) as program:
+            os.write(writer, b"%d\n" % program)
+            signal.pause()
+
+    one = dead_session(page, adopters=frozenset((id_of(ME),)))
+    look(observer, session(page))
+    with contextlib.ExitStack() as stack:
+        pid = os.fork()
+        if pid == 0:
+            start()
+            os._exit(1)
+        stack.callback(end, pid)
+        os.close(writer)
+        with open(reader, "rb") as file:
+            program = int(file.readline())
+        stack.callback(os.kill, program, signal.SIGKILL)
+        alone = stack.enter_context(child())
+        (snapshot,) = ahead(observer, one)
+        assert snapshot.processes.keys() == {alone}
+        assert (pidfds_of(pid), pidfds_of(program)) == (0, 0)
+        then = look(observer, one, hold=True)
+        assert {pid, program} <= then.processes.keys() - then.stale
+        observer.release()
+
+
+def test_who_has_forked_since_all_were_listed_is_not_told_without_its_child(page: SessionPage) -> None:
+    class Forking(Mine):
+        """A /proc in which a process forks right before it is read."""
+
+        at = 0
+
+        def living_task(self, stat: Stat) -> int:
+            if stat.id.pid == self.at:
+                self.at = 0
+                self.fork()
+            return super().living_task(stat)
+
+        def fork(self) -> None:
+            raise NotImplementedError
+
+    reader, writer = os.pipe()
+
+    def fork() -> None:
+        if pid := os.fork():
+            os.write(writer, b"%d\n" % pid)
+        else:
+            signal.pause()
+
+    proc = Forking()
+    observer = Observer(proc)
+    one = dead_session(page, adopters=frozenset((id_of(ME),)))
+    look(observer, session(page))
+    with cued(fork) as (pid, give_cue), open(reader, "rb") as file:
+        proc.fork, proc.at = give_cue, pid  # type: ignore[method-assign]
+        told = set().union(*(snapshot.processes.keys() for snapshot in ahead(observer, one)))
+        os.close(writer)
+        grandchild = int(file.readline())
+        try:
+            assert pid not in told or grandchild in told
+        finally:
+            observer.release()
+            os.kill(grandchild, signal.SIGKILL)
+
+
+@pytest.mark.needs_root
+def test_nobody_of_another_user_is_told_ahead(observer: Observer, page: SessionPage) -> None:
+    one = dead_session(page, adopters=frozenset((id_of(ME),)))
+    look(observer, session(page))
+    observer.cover(session(uid=NOBODY, leader=ProcessId(1, 0)))
+    with child(lambda: os.setresuid(NOBODY, NOBODY, NOBODY)) as pid, child() as mine:
+        (snapshot,) = ahead(observer, one)
+        assert snapshot.processes.keys() == {mine}
+        assert pid not in snapshot.processes
+
+
+# -- the alarm --------------------------------------------------------------------------------------
+
+
+class Alarming(Mine):
+    """A /proc in which a leader dies when so many processes have been looked at."""
+
+    def __init__(self, alarm: Alarm, after: int) -> None:
+        super().__init__()
+        self.alarm, self.after = alarm, after
+        self.reader, self.writer = os.pipe()
+        alarm.watch(self.reader)
+
+    def stat(self, pid: int) -> Stat:
+        self.after -= 1
+        if self.after == 0:
+            os.write(self.writer, b"x")
+        return super().stat(pid)
+
+    def silence(self) -> None:
+        os.read(self.reader, 1)
+
+    def close(self) -> None:
+        self.alarm.silence(self.reader)
+        os.close(self.reader)
+        os.close(self.writer)
+
+
+@pytest.mark.parametrize("facts", [{"hold": False}, {"hold": True, "everyone": True}], ids=["living", "all"])
+def test_a_leaders_death_interrupts_a_wide_look_and_what_was_read_is_not_read_again(
+    facts: dict[str, bool],
+) -> None:
+    alarm = Alarm()
+    proc = Alarming(alarm, 10)
+    observer = Observer(proc, alarm)
+    nobody = session(leader=ProcessId(ME, 10**12))
+    with contextlib.ExitStack() as stack:
+        pids = {stack.enter_context(child()) for _ in range(40)}
+        assert not observer.is_interrupted()
+        with pytest.raises(Interrupted):
+            look(observer, nobody, **facts)
+        assert observer.is_interrupted()
+        read = {pid for pid in pids if proc.stats[pid]}
+        assert 10 <= len(read) <= 20
+        proc.silence()
+        look(observer, nobody, hold=True, everyone=True)
+        assert all(proc.stats[pid] for pid in pids)
+        if facts["hold"]:  # else some are read in turn besides
+            assert {proc.stats[pid] for pid in pids} == {1}
+    proc.close()
+    alarm._epoll.close()
+
+
+def test_a_look_that_was_interrupted_has_put_no_half_read_process_on_record(page: SessionPage) -> None:
+    alarm = Alarm()
+    proc = Alarming(alarm, 3)
+    observer = Observer(proc, alarm)
+    with child() as pid, executed(**STAMPED) as program:
+        with pytest.raises(Interrupted):
+            look(observer, session(page))
+        proc.silence()
+        snapshot = look(observer, session(page))
+        assert found(snapshot, pid).pages == {session(page).id}
+        assert found(snapshot, program).lineage == (OTHER_ID,)
+    proc.close()
+    alarm._epoll.close()
+
+
+def test_nothing_interrupts_a_look_at_what_a_dead_leader_left(page: SessionPage) -> None:
+    alarm = Alarm()
+    proc = Alarming(alarm, 10**9)
+    observer = Observer(proc, alarm)
+    look_at = dead_session(page, adopters=frozenset((id_of(ME),)))
+    look(observer, session(page))
+    os.write(proc.writer, b"x")
+    with child() as pid:
+        assert observer.is_interrupted()
+        snapshot = look(observer, look_at, hold=True)
+        assert found(snapshot, pid).pages == {session(page).id}
+    observer.release()
+    proc.close()
+    alarm._epoll.close()
+
+
+def test_an_observer_without_an_alarm_is_never_interrupted(observer: Observer) -> None:
+    assert not observer.is_interrupted()
+
+
+# -- parents that are somebody else -----------------------------------------------------------------
+
+
+class Changing(Mine):
     """A /proc in which one pid is given to another process, or to none, after it was read once."""
 
     def __init__(self, pid: int, then: Callable[[Stat], Stat]) -> None:
         super().__init__()
         self.pid = pid
         self.then = then
-        self.reads = 0
 
     def stat(self, pid: int) -> Stat:
         told = super().stat(pid)
-        if pid == self.pid:
-            self.reads += 1
-            if self.reads > 1:
-                return self.then(told)
-        return told
+        return self.then(told) if pid == self.pid and self.stats[pid] > 1 else told
 
 
 def test_a_child_of_a_pid_that_was_given_away_in_the_middle_of_a_look_has_no_parent() -> None:
@@ -458,9 +1004,34 @@ def test_a_child_of_a_pid_that_was_given_away_in_the_middle_of_a_look_has_no_par
     with child() as pid:
         for then, ppid in ((given_away, 0), (gone, ME), (lambda told: told, ME)):
             observer = Observer(Changing(ME, then))
-            leader = session()
-            observer.proc.reads = 0  # type: ignore[attr-defined]
-            assert found(observer.look(leader), pid).ppid == ppid
+            snapshot = look(observer, dead_session(), hold=True, everyone=True)
+            assert found(snapshot, pid).ppid == ppid
+            observer.release()
+
+
+def test_a_child_of_a_pid_that_was_given_away_within_a_tick_has_no_parent() -> None:
+    class Reused(Mine):
+        """A /proc in which one process ends after it was read once, and another gets its pid in the same tick."""
+
+        told: Stat | None = None
+        pid = 0
+
+        def stat(self, pid: int) -> Stat:
+            if pid != self.pid:
+                return super().stat(pid)
+            if self.told is None:
+                self.told = super().stat(pid)
+            else:
+                end(pid)
+            return self.told
+
+    proc = Reused()
+    observer = Observer(proc)
+    with child_of_child() as (pid, grandchild):
+        proc.pid = pid
+        snapshot = look(observer, dead_session(), hold=True, everyone=True)
+        assert found(snapshot, grandchild).ppid == 0
+    observer.release()
 
 
 # -- pidfds -----------------------------------------------------------------------------------------
@@ -470,14 +1041,14 @@ def test_a_look_at_a_dead_leaders_survivors_holds_a_pidfd_of_each_until_it_is_cl
     observer: Observer,
 ) -> None:
     with child() as pid:
-        before = len(os.listdir("/proc/self/fd"))
-        snapshot = observer.look(dead_session())
-        assert len(os.listdir("/proc/self/fd")) == before + len(snapshot.processes)
+        before = count_descriptors()
+        snapshot = look(observer, dead_session(), hold=True, everyone=True)
+        assert count_descriptors() == before + len(snapshot.processes)
         handle = observer.claim(id_of(pid))
         assert handle is not None
         assert observer.claim(id_of(pid)) is None
         observer.release()
-        assert len(os.listdir("/proc/self/fd")) == before + 1
+        assert count_descriptors() == before + 1
         assert observer.claim(id_of(ME)) is None
         signal.pidfd_send_signal(handle, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
@@ -486,11 +1057,11 @@ def test_a_look_at_a_dead_leaders_survivors_holds_a_pidfd_of_each_until_it_is_cl
 
 def test_looking_twice_holds_no_more_pidfds_than_looking_once(observer: Observer) -> None:
     with child() as pid:
-        kept = frozenset((id_of(pid),))
-        observer.look(dead_session(kept=kept))
+        member = [id_of(pid)]
+        look(observer, dead_session(), hold=True, members=member, again=member, everyone=True)
         assert pidfds_of(pid) == 1
-        observer.look(dead_session())
-        observer.look_quick(dead_session(kept=kept))
+        look(observer, dead_session(), hold=True, members=member, again=member)
+        look(observer, dead_session(), hold=True, members=member, again=member, everyone=True)
         assert pidfds_of(pid) == 1
 
 
@@ -501,30 +1072,30 @@ def test_no_more_pidfds_are_held_than_a_quarter_of_what_is_allowed() -> None:
     allowed = lowest_free + 4
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
     try:
-        observer = Observer(ProcFS())
+        observer = Observer(Mine())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     with contextlib.ExitStack() as stack:
         children = {stack.enter_context(child()) for _ in range(allowed // 4 + 2)}
-        before = len(os.listdir("/proc/self/fd"))
-        assert children <= observer.look(dead_session()).processes.keys()
-        assert len(os.listdir("/proc/self/fd")) == before + allowed // 4
+        before = count_descriptors()
+        assert children <= look(observer, dead_session(), hold=True, everyone=True).processes.keys()
+        assert count_descriptors() == before + allowed // 4
         observer.release()
 
 
 def test_a_look_at_the_living_holds_no_pidfd(observer: Observer) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    observer.look_at_all([session()])
+    before = count_descriptors()
+    observer.look([session()], hold=False, again=[id_of(ME)])
     observer.look_below(session())
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert count_descriptors() == before
     assert observer.claim(id_of(ME)) is None
 
 
-def test_whoever_is_passed_over_leaves_no_pidfd(observer: Observer) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    assert not observer.look(dead_session(leader=ProcessId(ME, 10**12))).processes
-    assert not observer.look(dead_session(uid=2**32 - 5)).processes
-    assert len(os.listdir("/proc/self/fd")) == before
+def test_whoever_is_passed_over_leaves_no_pidfd() -> None:
+    before = count_descriptors()
+    for nobody in (dead_session(leader=ProcessId(ME, 10**12)), dead_session(uid=2**32 - 5)):
+        assert not look(Observer(Mine()), nobody, hold=True, everyone=True).processes
+    assert count_descriptors() == before
 
 
 # -- who a leader is --------------------------------------------------------------------------------
@@ -542,11 +1113,26 @@ def test_ancestors_are_all_who_stand_above_but_init(observer: Observer) -> None:
 
 def test_a_leader_is_told_only_while_it_is_who_it_was(observer: Observer) -> None:
     with child() as pid:
-        leader = observer.leader(session(leader=id_of(pid)))
+        one = session(leader=id_of(pid))
+        leader = observer.leader(one)
         assert leader is not None
         assert leader.id == id_of(pid)
-        assert observer.leader(session(leader=ProcessId(pid, id_of(pid).start_ticks - 1))) is None
-    assert observer.leader(session(leader=ProcessId(pid, 1))) is None
+        assert observer.leader(session(id="other", leader=ProcessId(pid, id_of(pid).start_ticks - 1))) is None
+        die(pid)
+        assert observer.leader(one) is None
+    assert observer.leader(one) is None
+
+
+@pytest.mark.needs_root
+def test_a_leader_that_became_another_user_is_none_though_that_user_has_sessions_too(
+    observer: Observer,
+) -> None:
+    observer.cover(session(uid=NOBODY, leader=ProcessId(1, 0)))
+    with cued(lambda: os.setresuid(NOBODY, NOBODY, NOBODY)) as (pid, change):
+        one = session(leader=id_of(pid))
+        assert observer.leader(one)
+        change()
+        assert observer.leader(one) is None
 
 
 def test_what_is_asked_of_a_leader_is_true_of_this_process(observer: Observer) -> None:
@@ -558,11 +1144,9 @@ def test_what_is_asked_of_a_leader_is_true_of_this_process(observer: Observer) -
     assert observer.oom_kills_in(session()) is None
 
 
-def test_a_leader_is_taken_down_with_all_that_only_a_living_one_tells(observer: Observer, run: str) -> None:
-    folders = {"TMPDIR": "relative/tmp", "JOBLIB_TEMP_FOLDER": "/scratch/joblib", "REAPER_TEST_RUN": run}
-    with executed(**folders) as pid:
+def test_a_leader_is_taken_down_with_all_that_only_a_living_one_tells(observer: Observer) -> None:
+    with child() as pid:
         told = observer.describe_leader(session(leader=id_of(pid)))
-        assert told.temp_dirs == ("/scratch/joblib", "/tmp")
         assert told.cgroup == observer.cgroup_path(pid)
         assert told.adopters == observer.ancestors(pid)
         assert told.namespaces == ProcFS().namespaces(pid)
@@ -571,36 +1155,35 @@ def test_a_leader_is_taken_down_with_all_that_only_a_living_one_tells(observer: 
         observer.describe_leader(session(leader=ProcessId(pid, 1)))
 
 
-def test_the_command_line_of_a_forked_process_is_told_while_it_is_who_it_was(observer: Observer) -> None:
-    with child() as pid:
-        one = found(observer.look(session()), pid)
-        assert observer.marks.argv(one) == list(ProcFS().argv(ME, ME))
-        assert observer.marks.argv(replace(one, argv=("known",))) == ["known"]
-        assert observer.marks.argv(replace(one, id=ProcessId(pid, one.id.start_ticks + 1))) == []
-    assert observer.marks.argv(one) == []
+def test_the_command_line_of_a_process_is_told_while_it_is_who_it_was(observer: Observer) -> None:
+    with child() as pid, executed() as program:
+        ids = [id_of(pid), id_of(program), ProcessId(ME, 1)]
+        assert observer.cmdlines(ids) == {pid: list(ProcFS().argv(ME, ME)), program: ["cat"]}
+    assert observer.cmdlines(ids) == {}
 
 
-def test_mappings_are_told_of_the_living_and_read_by_a_helper_where_that_may_block(
-    observer: Observer, page: SessionPage, run: str
-) -> None:
-    class Slow(ProcFS):
-        """A /proc in which everybody is in state D and says who reads its mappings."""
+def test_what_processes_have_mapped_of_shared_memory_is_told_of_the_living(observer: Observer) -> None:
+    path = Path(f"/dev/shm/reaper-test-{ME}")
 
-        def stat(self, pid: int) -> Stat:
-            return super().stat(pid)._replace(state="D")
+    def map_it() -> None:
+        with open(path, "r+b") as file:
+            map_it.held = mmap_of(file.fileno())  # type: ignore[attr-defined]
 
-        def mapped_paths(self, pid: int, task: int) -> list[str]:
-            return [str(os.getpid())]
+    path.write_bytes(b"x" * 4096)
+    try:
+        with child(map_it) as pid, child() as other:
+            ids = [id_of(pid), id_of(other)]
+            assert observer.shm_mapped(ids) == [str(path)]
+            assert observer.shm_mapped([ProcessId(pid, 1)]) == []
+        assert observer.shm_mapped(ids) == []
+    finally:
+        path.unlink()
 
-    with child() as pid:
-        assert [path for path in observer.marks.mapped_paths(pid) if wire.PAGE_PREFIX in path]
-        (reader,) = Observer(Slow()).marks.mapped_paths(pid)
-        assert int(reader) != ME
-        assert Observer(Slow()).marks.argv(Process(id_of(pid), 1, UID)) == []
-    with executed(TMPDIR="/scratch", REAPER_TEST_RUN=run) as pid:
-        assert observer.describe_leader(session(leader=id_of(pid))).temp_dirs == ("/scratch", "/tmp")
-        assert Observer(Slow()).describe_leader(session(leader=id_of(pid))).temp_dirs == ("/tmp",)
-    assert observer.marks.mapped_paths(pid) == []
+
+def mmap_of(descriptor: int) -> object:
+    import mmap
+
+    return mmap.mmap(descriptor, 4096)
 
 
 def test_a_process_is_alive_while_it_is_who_it_was_and_condemned_once_it_is_on_its_way_out(
@@ -611,8 +1194,7 @@ def test_a_process_is_alive_while_it_is_who_it_was_and_condemned_once_it_is_on_i
         assert observer.is_alive(one)
         assert not observer.is_alive(ProcessId(pid, one.start_ticks + 1))
         assert not observer.is_condemned(pid)
-        os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        die(pid)
         assert not observer.is_alive(one)
         assert observer.is_condemned(pid)
     assert not observer.is_alive(one)
@@ -641,121 +1223,10 @@ def test_a_holder_is_an_orphan_only_of_a_leader_that_is_dead_and_was_there_befor
         assert not observer.could_be_orphan(holder, leader)
         assert observer.could_be_orphan(holder, ProcessId(pid, leader.start_ticks - 1))
         assert not observer.could_be_orphan(holder, ProcessId(pid, holder.start_ticks + 1))
-        os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        die(pid)
         assert observer.could_be_orphan(holder, leader)
         os.waitpid(pid, 0)
         assert observer.could_be_orphan(holder, leader)
-
-
-# -- sweeping ---------------------------------------------------------------------------------------
-
-
-def swept(sweep: Sweep, *, all_of_them: bool) -> list[FoundPage | StampedProcess]:
-    """Return what a sweep finds at this process and its children, with every descriptor closed."""
-    mine = {ME, *ProcFS().children(ME)}
-    found = []
-    for one in sweep.run(all_of_them=all_of_them):
-        if isinstance(one, FoundPage):
-            os.close(one.descriptor)
-        if one.holder.id.pid in mine:
-            found.append(one)
-    return found
-
-
-def test_a_sweep_finds_the_page_of_a_leader_and_of_its_worker(observer: Observer, page: SessionPage) -> None:
-    with child() as pid:
-        found = [one for one in swept(Sweep(observer), all_of_them=True) if isinstance(one, FoundPage)]
-        assert {one.holder.id.pid for one in found} == {ME, pid}
-        assert {(one.page.id, one.uid, one.gid) for one in found} == {(session(page).id, UID, os.getgid())}
-
-
-def test_a_sweep_looks_at_new_processes_and_at_a_part_of_the_others_in_turn(
-    observer: Observer, page: SessionPage
-) -> None:
-    sweep = Sweep(observer)
-    with child() as one, child() as two, child() as three:
-        seen_at_once = {found.holder.id.pid for found in swept(sweep, all_of_them=False)}
-        assert seen_at_once == {ME, one, two, three}
-    turns = [bool(swept(sweep, all_of_them=False)) for _ in range(16)]
-    assert turns.count(True) == 1
-    assert swept(sweep, all_of_them=True)
-
-
-def test_a_sweep_names_who_carries_a_session_in_its_environment(observer: Observer, run: str) -> None:
-    stamps = {wire.LINEAGE_VARIABLE: f"{OTHER_ID}:{OTHER_ID}:x", "REAPER_TEST_RUN": run}
-    with executed(**stamps) as pid:
-        found = [one for one in swept(Sweep(observer), all_of_them=True) if isinstance(one, StampedProcess)]
-        assert {(one.session, one.holder.id, one.uid) for one in found} == {(OTHER_ID, id_of(pid), UID)}
-        assert {one.cgroup for one in found} == {observer.cgroup_path(pid)}
-
-
-def test_a_sweep_passes_over_a_page_under_another_name(observer: Observer, page: SessionPage) -> None:
-    other = os.memfd_create("other", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.write(other, page._memory[:])
-        fcntl.fcntl(other, 1033, 0x1 | 0x2 | 0x4 | 0x10)
-        page.close()
-        assert swept(Sweep(observer), all_of_them=True) == []
-    finally:
-        os.close(other)
-
-
-def test_a_sweep_passes_over_what_only_looks_like_a_page(observer: Observer) -> None:
-    broken = os.memfd_create(wire.PAGE_PREFIX + OTHER_ID, os.MFD_CLOEXEC)
-    try:
-        assert swept(Sweep(observer), all_of_them=True) == []
-    finally:
-        os.close(broken)
-
-
-def test_a_sweep_keeps_nothing_open_of_a_page_that_is_broken(observer: Observer, page: SessionPage) -> None:
-    page._memory[wire.RECORD_AT : wire.RECORD_AT + 4] = b"junk"
-    assert swept(Sweep(observer), all_of_them=True) == []
-
-
-def test_a_sweep_passes_over_the_sessions_that_a_process_is_spared_from(observer: Observer, run: str) -> None:
-    other = "8-8-00000008-00000008"
-    stamps = {wire.LINEAGE_VARIABLE: f"{OTHER_ID}:{other}", wire.SPARED_VARIABLE: OTHER_ID}
-    with executed(REAPER_TEST_RUN=run, **stamps):
-        found = swept(Sweep(observer), all_of_them=True)
-        assert [one.session for one in found if isinstance(one, StampedProcess)] == [other]
-
-
-def test_a_sweep_never_reads_the_memory_of_who_may_block_it(page: SessionPage) -> None:
-    observer = Observer(Blocking())
-    assert swept(Sweep(observer), all_of_them=True) == []
-
-
-def test_a_sweep_goes_on_where_somebody_vanishes_or_may_not_be_read(page: SessionPage) -> None:
-    class Shy(ProcFS):
-        """A /proc in which one process is gone by now, one may not be read and one says nonsense."""
-
-        faults = {1: ProcessGone, 2: PermissionError, 3: ValueError}
-
-        def listing(self) -> list[tuple[int, int]]:
-            return [(1, 1), (2, 2), (3, 3), (ME, 4)]
-
-        def environ(self, pid: int, task: int) -> bytes | None:
-            if pid in self.faults:
-                raise self.faults[pid]
-            return super().environ(pid, task)
-
-        def stat(self, pid: int) -> Stat:
-            return super().stat(ME)._replace(id=ProcessId(pid, 1))
-
-        def status(self, pid: int) -> bytes:
-            return super().status(ME)
-
-    found = swept(Sweep(Observer(Shy())), all_of_them=True)
-    assert {one.holder.id.pid for one in found} == {ME}
-
-
-def test_a_sweep_passes_over_the_dead(observer: Observer, page: SessionPage) -> None:
-    with child() as pid:
-        os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        assert {one.holder.id.pid for one in swept(Sweep(observer), all_of_them=True)} == {ME}
 
 
 # -- figures ----------------------------------------------------------------------------------------
@@ -771,9 +1242,9 @@ def test_the_usage_of_a_busy_process_is_told_in_percent_of_a_core(observer: Obse
 
 def test_the_usage_since_the_last_scan_counts_no_earlier_work(observer: Observer) -> None:
     one = Process(ProcessId(ME, 1), 1, UID, cpu_ticks=100)  # started with the machine
-    observer.note_usage(Snapshot({ME: one}))
+    observer.note_usage([one])
     assert observer._cpu[one.id][1] == 100
-    observer.note_usage(Snapshot({ME: replace(one, cpu_ticks=900)}))
+    observer.note_usage([replace(one, cpu_ticks=900)])
     assert observer._cpu[one.id][1] == 100, "the last scan is too young to measure by"
-    observer.note_usage(Snapshot({}))
+    observer.note_usage([])
     assert observer._cpu == {}

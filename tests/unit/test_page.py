@@ -382,3 +382,115 @@ def test_what_is_read_while_the_leader_writes_is_whole(leader: SessionPage) -> N
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     assert whole > 30
+
+
+# -- a page that stays open -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(descriptor: int) -> Iterator[page.OpenPage]:
+    before = len(os.listdir("/proc/self/fd"))
+    one = page.OpenPage(page.open_page(path_of(descriptor), uid=UID))
+    yield one
+    one.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_page_that_stays_open_is_read_again_only_when_it_was_written(leader: SessionPage) -> None:
+    with opened(leader.fd) as one:
+        first = one.read()
+        assert first.id == ID
+        assert one.read() is first
+        assert one.read(writer_is_dead=True) is first
+        leader.write_progress(1, 2, "x")
+        second = one.read()
+        assert second is not first
+        assert second.progress == (1.0, 2.0, "x")
+        assert one.read() is second
+
+
+def test_every_kind_of_write_is_noticed(leader: SessionPage) -> None:
+    with opened(leader.fd) as one:
+        one.read()
+        leader.raise_flag(wire.CLOSING)
+        assert one.read().flags == wire.CLOSING
+        leader.write_spared([(7, 70)])
+        assert one.read().spared == ((7, 70),)
+        leader.write_record(["/other"])
+        assert one.read().sockets == ("/other",)
+        leader.write_record(["/third"])  # of the same length
+        assert one.read().sockets == ("/third",)
+
+
+def test_what_was_written_last_is_read_however_fast_it_was_written(leader: SessionPage) -> None:
+    with opened(leader.fd) as one:
+        pid = os.fork()
+        if pid == 0:
+            leader.after_fork()
+            for number in range(20_000):
+                leader.write_progress(number, number, str(number % 10) * 900)
+            os._exit(0)
+        while not os.waitpid(pid, os.WNOHANG)[0]:
+            with contextlib.suppress(wire.TornPage):
+                progress = one.read().progress
+                assert progress is None or progress.message == str(int(progress.done) % 10) * 900
+        progress = one.read().progress
+        assert progress is not None
+        assert progress.done == 19_999
+
+
+def test_a_page_that_is_written_between_the_look_at_its_header_and_the_reading_is_read_again(
+    leader: SessionPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pread = os.pread
+    reads = []
+
+    def write_after_the_first(descriptor: int, size: int, at: int) -> bytes:
+        data = pread(descriptor, size, at)
+        reads.append(size)
+        if len(reads) == 1:
+            leader.write_progress(1, 1, "meanwhile")
+        if len(reads) == 3:
+            leader.write_progress(2, 2, "afterwards")
+        return data
+
+    with opened(leader.fd) as one:
+        monkeypatch.setattr(os, "pread", write_after_the_first)
+        first = one.read().progress
+        assert first is not None
+        assert first.message == "meanwhile"
+        second = one.read().progress
+        assert second is not None
+        assert second.message == "afterwards"
+
+
+def test_a_page_that_was_left_in_the_middle_of_a_write_is_read_when_its_writer_is_dead() -> None:
+    record = wire.pack_record(ID, "grid", 5, "boot", 3, ["/s"])
+    whole = wire.pack_header(2, 0, len(record)).ljust(wire.RECORD_AT, b"\0") + record
+    torn = wire.pack_header(3, 0, len(record)).ljust(wire.RECORD_AT, b"\0") + record
+    descriptor = os.memfd_create(wire.PAGE_PREFIX + ID, os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, wire.PAGE_BYTES)
+    one = page.OpenPage(descriptor)
+    try:
+        os.pwrite(descriptor, whole, 0)
+        assert one.read().name == "grid"
+        os.pwrite(descriptor, torn, 0)
+        for _ in range(2):
+            with pytest.raises(wire.TornPage):
+                one.read()
+        assert one.read(writer_is_dead=True).name == "grid"
+    finally:
+        one.close()
+
+
+def test_a_page_that_became_nonsense_is_refused_as_long_as_it_is() -> None:
+    with memfd(wire.pack_header(2, 0, 60_000)) as broken, opened(broken) as one:
+        for _ in range(2):
+            with pytest.raises(wire.WireError):
+                one.read()
+
+
+def test_every_page_has_an_inode_of_its_own(leader: SessionPage) -> None:
+    with memfd() as other, opened(leader.fd) as one, opened(leader.fd) as same, opened(other) as two:
+        assert one.inode == same.inode == os.fstat(leader.fd).st_ino
+        assert two.inode != one.inode

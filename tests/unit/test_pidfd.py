@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from reaperd.linux import pidfd
-from reaperd.linux.procfs import ProcessGone, ProcFS
+from reaperd.linux.procfs import ProcessGone, ProcFS, parse_gid, parse_uid
 from reaperd.model import ProcessId
 from reaperd.reaper import Outcome, Reaper
 
@@ -193,6 +193,98 @@ def test_how_a_process_ended_is_told_once_its_parent_has_waited_for_it(
 def test_what_is_no_pidfd_has_no_exit_status() -> None:
     with closing(os.open("/dev/null", os.O_RDONLY)) as descriptor:
         assert pidfd.exit_status(descriptor) is None
+
+
+# -- who a process is -------------------------------------------------------------------------------
+
+
+def info_of(descriptor: int) -> pidfd.Info:
+    told = pidfd.info(descriptor)
+    if told is None:
+        pytest.skip("this kernel has no PIDFD_GET_INFO")
+    return told
+
+
+def as_status_says(pid: int) -> pidfd.Info:
+    status = PROC.status(pid)
+    gid = parse_gid(status)
+    assert gid is not None
+    return pidfd.Info(PROC.stat(pid).ppid, parse_uid(status), gid)
+
+
+def test_a_pidfd_tells_what_the_status_tells() -> None:
+    me = os.getpid()
+    with closing(pidfd.open_pid(me)) as descriptor:
+        assert info_of(descriptor) == as_status_says(me) == (os.getppid(), os.getuid(), os.getgid())
+    with closing(pidfd.open_pid(1)) as descriptor:
+        assert info_of(descriptor) == as_status_says(1)
+
+
+@pytest.mark.needs_root
+def test_a_pidfd_tells_a_uid_only_where_all_three_that_matter_are_one() -> None:
+    for ids in (
+        *((NOBODY, 0, 0), (0, NOBODY, 0), (0, 0, NOBODY), (NOBODY, NOBODY, 0)),
+        *((NOBODY, NOBODY, NOBODY), (2**32 - 2, 2**32 - 2, 2**32 - 2)),
+    ):
+        reader, writer = os.pipe()
+
+        def become(ids: tuple[int, int, int] = ids, writer: int = writer) -> None:
+            os.setresgid(7, 8, 9)
+            os.setresuid(*ids)
+            os.write(writer, b"x")
+            signal.pause()
+
+        with child(become) as pid, closing(reader), closing(pidfd.open_pid(pid)) as descriptor:
+            os.close(writer)
+            assert os.read(reader, 1) == b"x"
+            told = info_of(descriptor)
+            assert told == as_status_says(pid) == (os.getpid(), ids[0] if len(set(ids)) == 1 else None, 7)
+
+
+def test_a_pidfd_tells_who_adopted_a_process() -> None:
+    reader, writer = os.pipe()
+
+    def have_a_child() -> None:
+        if pid := os.fork():
+            os.write(writer, b"%d\n" % pid)
+        signal.pause()
+
+    with child(have_a_child) as pid, open(reader, "rb") as file:
+        os.close(writer)
+        grandchild = int(file.readline())
+        with closing(pidfd.open_pid(grandchild)) as descriptor:
+            try:
+                assert info_of(descriptor).ppid == pid
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                assert info_of(descriptor).ppid == PROC.stat(grandchild).ppid != pid
+            finally:
+                os.kill(grandchild, signal.SIGKILL)
+
+
+def test_a_process_that_was_waited_for_has_nothing_to_tell() -> None:
+    with child() as pid, closing(pidfd.open_pid(pid)) as descriptor:
+        info_of(descriptor)
+        end(pid)
+        os.waitpid(pid, 0)
+        with pytest.raises(ProcessGone):
+            pidfd.info(descriptor)
+
+
+def test_a_zombie_tells_what_its_status_tells_or_is_gone() -> None:
+    with child() as pid, closing(pidfd.open_pid(pid)) as descriptor:
+        info_of(descriptor)
+        end(pid)
+        with contextlib.suppress(ProcessGone):
+            assert pidfd.info(descriptor) == as_status_says(pid)
+
+
+def test_what_is_no_pidfd_tells_nothing() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, closing(os.open("/dev/null", os.O_RDONLY)) as null:
+        for descriptor in (null, ours.fileno()):
+            assert pidfd.info(descriptor) is None
+    assert pidfd.info(null) is None, "not even a descriptor"
 
 
 # -- signals ----------------------------------------------------------------------------------------

@@ -29,9 +29,10 @@ from reaperd.linux.procfs import (
     ProcFS,
     environment_value,
     has_pending_sigkill,
+    parse_fdinfo,
     parse_gid,
     parse_innermost_pid,
-    parse_mapped_paths,
+    parse_maps,
     parse_memfd_link,
     parse_stat,
     parse_uid,
@@ -301,7 +302,7 @@ def test_a_memfd_is_known_by_its_link() -> None:
         assert parse_memfd_link(link) == name, link
 
 
-def test_mapped_paths_are_all_paths_as_they_stand() -> None:
+def test_mappings_are_all_that_name_a_file_as_they_stand() -> None:
     maps = (
         b"55d0-55d1 r--p 00000000 fe:00 12 /usr/bin/python3\n"
         b"7f00-7f01 rw-s 00000000 00:01 34                         /memfd:reaper:1 (deleted)\n"
@@ -309,16 +310,54 @@ def test_mapped_paths_are_all_paths_as_they_stand() -> None:
         b"7f02-7f03 rw-p 00000000 00:00 0                          [heap]\n"
         b"7f03-7f04 r--s 00000000 00:15 9 /dev/shm/with blanks  in it \n"
         b"7f04-7f05 r--s 00000000 00:15 9 /dev/shm/\xff\\012\n"
+        b"7f05-7f06 r--s 00000000 00:15 9 /a b c 00:01 34 /memfd:reaper:1\n"
         b"junk\n"
+        b"a b c d e f\n"
     )
-    assert list(parse_mapped_paths(maps)) == [
-        "/usr/bin/python3",
-        "/memfd:reaper:1 (deleted)",
-        "[heap]",
-        "/dev/shm/with blanks  in it ",
-        "/dev/shm/\udcff\\012",
+    assert list(parse_maps(maps)) == [
+        ("55d0-55d1", "fe:00", 12, "/usr/bin/python3"),
+        ("7f00-7f01", "00:01", 34, "/memfd:reaper:1 (deleted)"),
+        ("7f02-7f03", "00:00", 0, "[heap]"),
+        ("7f03-7f04", "00:15", 9, "/dev/shm/with blanks  in it "),
+        ("7f04-7f05", "00:15", 9, "/dev/shm/\udcff\\012"),
+        ("7f05-7f06", "00:15", 9, "/a b c 00:01 34 /memfd:reaper:1"),
     ]
-    assert list(parse_mapped_paths(b"")) == []
+    assert list(parse_maps(b"")) == []
+
+
+def test_what_a_descriptor_is_is_told_by_its_mount_and_inode() -> None:
+    text = b"pos:\t0\nflags:\t02000002\nmnt_id:\t14\nino:\t1033\nseals:\t0\n"
+    assert parse_fdinfo(text) == (14, 1033)
+    assert parse_fdinfo(text.replace(b"ino:\t1033\n", b"")) == (14, None)  # Linux < 5.14
+    assert parse_fdinfo(b"") == (None, None)
+    # Of a watched file inotify(7) tells the inode in a line of its own.
+    assert parse_fdinfo(b"pos:\t0\nmnt_id:\t14\ninotify wd:1 ino:9 sdev:2\n") == (14, None)
+    assert parse_fdinfo(b"pos:\t0\nmnt_id:\tx\nino:\t-1\n") == (None, None)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.binary(max_size=120))
+def test_any_bytes_are_mappings_and_a_descriptor_or_none(data: bytes) -> None:
+    list(parse_maps(data))
+    parse_fdinfo(data)
+    list(parse_maps(b"7f00-7f01 r--p 0 00:01 34 " + data))
+
+
+def test_the_image_is_told_by_where_code_stack_arguments_and_environment_are() -> None:
+    def image(**places: int) -> int:
+        fields = stat_line().split()
+        for index in (25, 26, 27, 47, 49):
+            fields[index] = b"1"
+        numbers = {"startcode": 25, "endcode": 26, "startstack": 27, "arg_start": 47, "env_start": 49}
+        for name, value in places.items():
+            fields[numbers[name]] = b"%d" % value
+        return parse_stat(b" ".join(fields)).image
+
+    assert image() == image() != 0
+    for name in ("startcode", "endcode", "startstack", "arg_start", "env_start"):
+        assert image(**{name: 2}) != image(), name
+    assert image(startstack=0) == 0, "the kernel tells it to nobody who may not see it"
+    assert parse_stat(stat_line(utime=5, rss=9)).image == parse_stat(stat_line()).image == 0
 
 
 # -- a folder like /proc ----------------------------------------------------------------------------
@@ -327,7 +366,7 @@ def test_mapped_paths_are_all_paths_as_they_stand() -> None:
 def test_the_listing_has_every_process_and_nothing_else(fake: FakeProc) -> None:
     for name in ("1/stat", "42/stat", "self/x", "sys/kernel/x", "-7/x", "7x/x"):
         fake.write(name, b"")
-    listing = dict(fake.proc.listing())
+    listing = fake.proc.listing()
     assert set(listing) == {1, 42}
     assert listing[42] == (fake.root / "42").stat().st_ino
 
@@ -340,7 +379,7 @@ def test_a_process_that_has_vanished_is_gone_whatever_is_asked(fake: FakeProc) -
         lambda: proc.environ(7, 7),
         lambda: proc.argv(7, 7),
         lambda: proc.cgroup(7),
-        lambda: proc.mapped_paths(7, 7),
+        lambda: proc.maps(7, 7),
     ]
     for question in questions:
         with pytest.raises(ProcessGone):
@@ -427,11 +466,97 @@ def test_descriptors_are_read_as_they_stand(fake: FakeProc) -> None:
     assert len(fake.proc.descriptors(7, 7, most=2)) == 2
 
 
-def test_the_owner_of_what_a_descriptor_is_is_told_where_it_can_be(fake: FakeProc) -> None:
-    fake.write("file", b"")
-    fake.link("7/task/7/fd/3", str(fake.root / "file"))
-    assert fake.proc.descriptor_owner(7, 7, 3) == os.getuid()
-    assert fake.proc.descriptor_owner(7, 7, 4) is None
+class Old(ProcFS):
+    """A /proc of Linux < 5.14, whose fdinfo does not tell the inode."""
+
+    def _read(self, name: str, *, records: bool = False) -> bytes:
+        text = super()._read(name, records=records)
+        return text.replace(b"\nino:", b"\nwas:") if "/fdinfo/" in name else text
+
+
+@pytest.mark.parametrize("proc", [ProcFS(), Old()], ids=["new", "old"])
+def test_the_inode_of_a_memfd_is_told_and_of_nothing_else(proc: ProcFS, tmp_path: Path) -> None:
+    me = os.getpid()
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "memfd:x").write_bytes(b"x")
+    reader, writer = os.pipe()
+    anonymous = os.open(tmp_path, os.O_RDWR | os.O_TMPFILE)
+    others = [
+        *(reader, writer, anonymous, os.pidfd_open(me)),
+        *(
+            os.open(path, os.O_RDONLY)
+            for path in (tmp_path / "file", tmp_path / "memfd:x", tmp_path, "/dev/null")
+        ),
+    ]
+    memfd = os.memfd_create("any name")
+    try:
+        assert proc.memfd_inode(me, me, memfd) == os.fstat(memfd).st_ino
+        assert [proc.memfd_inode(me, me, number) for number in others] == [None] * len(others)
+        assert proc.memfd_inode(me, me, 10**6) is None
+        assert proc.memfd_inode(2**22 + 1, 2**22 + 1, 0) is None
+    finally:
+        for descriptor in (*others, memfd):
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("proc", [ProcFS(), Old()], ids=["new", "old"])
+def test_what_is_no_memfd_is_never_asked_about_by_its_link(
+    proc: ProcFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    me = os.getpid()
+    asked = []
+    stat = os.stat
+
+    def note(path: Any, **options: Any) -> os.stat_result:
+        asked.append(str(path))
+        return stat(path, **options)
+
+    memfd, file = os.memfd_create("x"), os.open(tmp_path, os.O_RDONLY)
+    try:
+        monkeypatch.setattr(os, "stat", note)
+        proc.memfd_inode(me, me, file)
+        assert asked == []
+        proc.memfd_inode(me, me, memfd)
+        monkeypatch.undo()
+        assert asked == ([f"/proc/{me}/task/{me}/fd/{memfd}"] if isinstance(proc, Old) else [])
+    finally:
+        os.close(memfd)
+        os.close(file)
+
+
+@pytest.mark.needs_root
+@pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="this kernel has no FUSE")
+@pytest.mark.parametrize("proc", [ProcFS(), Old()], ids=["new", "old"])
+def test_a_file_of_a_file_system_that_never_answers_holds_nobody_up(proc: ProcFS, tmp_path: Path) -> None:
+    def ask() -> bool:
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.unshare(0x20000) == 0
+        assert libc.mount(None, b"/", None, 1 << 18 | 1 << 14, None) == 0
+        server = os.open("/dev/fuse", os.O_RDWR)
+        options = f"fd={server},rootmode=40000,user_id=0,group_id=0".encode()
+        assert libc.mount(b"dead", os.fsencode(tmp_path), b"fuse", 0, options) == 0
+        number = os.open(tmp_path, os.O_PATH)
+        me = os.getpid()
+        return proc.memfd_inode(me, me, number) is None and proc.descriptors(me, me)[number] == str(tmp_path)
+
+    with deadline():
+        assert result_of(ask) is True
+
+
+@contextlib.contextmanager
+def deadline() -> Iterator[None]:
+    """Fail what takes longer than ten seconds."""
+
+    def give_up(number: int, frame: object) -> None:
+        raise AssertionError("it waits, for ever")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, 10)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_namespaces_are_read_one_by_one(fake: FakeProc) -> None:
@@ -453,7 +578,7 @@ def test_this_process_is_who_it_is() -> None:
     assert stat.id.start_ticks / procfs.TICKS_PER_S < float(Path("/proc/uptime").read_text().split()[0])
     assert parse_uid(proc.status(me)) == os.getuid()
     assert parse_gid(proc.status(me)) == os.getgid()
-    assert (me, os.stat(f"/proc/{me}").st_ino) in proc.listing()
+    assert proc.listing()[me] == os.stat(f"/proc/{me}").st_ino
     assert proc.cgroup(me) == Path("/proc/self/cgroup").read_text()
     assert proc.namespaces(me).pid == os.readlink("/proc/self/ns/pid")
     assert proc.boot_id() == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -464,15 +589,18 @@ def test_a_child_a_descriptor_and_a_mapping_of_this_process_are_found() -> None:
     proc, me = ProcFS(), os.getpid()
     number = os.memfd_create("reaper-test-name")
     os.ftruncate(number, mmap.PAGESIZE)
+    inode = os.fstat(number).st_ino
     with mmap.mmap(number, mmap.PAGESIZE), forked(lambda: None) as pid:
         assert pid in proc.children(me)
         assert parse_memfd_link(proc.descriptor(me, me, number)) == "reaper-test-name"
         assert parse_memfd_link(proc.descriptors(pid, pid)[number]) == "reaper-test-name"
         os.close(number)
-        assert "reaper-test-name" in [parse_memfd_link(path) for path in proc.mapped_paths(me, me)]
+        mapped = [one for one in parse_maps(proc.maps(me, me)) if "reaper-test-name" in one.path]
+        assert [parse_memfd_link(one.path) for one in mapped] == ["reaper-test-name"]
+        assert (mapped[0].device, mapped[0].inode) == (proc.memfd_device(), inode)
         assert proc.stat(pid).forked
         assert proc.descriptor(me, me, number) == ""
-        assert proc.descriptor_path(pid, number) == f"/proc/{pid}/fd/{number}"
+        assert os.stat(proc.descriptor_path(pid, pid, number)).st_ino == inode
 
 
 def test_a_big_environment_of_a_real_process_is_read_to_its_end(run: str) -> None:
@@ -488,6 +616,27 @@ def test_a_big_environment_of_a_real_process_is_read_to_its_end(run: str) -> Non
         assert proc.argv(process.pid, process.pid) == ("cat",)
         assert not proc.stat(process.pid).forked
         process.stdin.close()
+
+
+def test_a_fork_has_the_image_of_its_parent_and_every_program_one_of_its_own(run: str) -> None:
+    proc, me = ProcFS(), os.getpid()
+    with forked(lambda: None) as pid:
+        assert proc.stat(pid).image == proc.stat(me).image != 0
+    images = {proc.stat(me).image}
+    for mark in ("x", "y", "x"):
+        environment = {"MARK": mark, "REAPER_TEST_RUN": run}
+        with subprocess.Popen(
+            ["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(b"x\n")
+            process.stdin.flush()
+            process.stdout.readline()
+            assert proc.stat(process.pid).image == proc.stat(process.pid).image
+            images.add(proc.stat(process.pid).image)
+            process.stdin.close()
+    assert len(images) == 4
 
 
 def test_a_zombie_is_dead_and_has_neither_environment_nor_command_line() -> None:
@@ -550,7 +699,8 @@ def test_what_belongs_to_another_user_is_told_as_far_as_everybody_may_know_it() 
             "environ": proc.environ(other, other),
             "descriptors": proc.descriptors(other, other),
             "descriptor": proc.descriptor(other, other, 0),
-            "maps": proc.mapped_paths(other, other),
+            "maps": list(parse_maps(proc.maps(other, other))),
+            "image": proc.stat(other).image,
             "namespaces": proc.namespaces(other).pid,
         }
 
@@ -562,6 +712,7 @@ def test_what_belongs_to_another_user_is_told_as_far_as_everybody_may_know_it() 
         "descriptors": {},
         "descriptor": "",
         "maps": [],
+        "image": 0,
         "namespaces": "",
     }
 
@@ -572,7 +723,8 @@ def test_reading_leaves_no_descriptor_open() -> None:
     for _ in range(3):
         proc.stat(me)
         proc.environ(me, me)
-        proc.mapped_paths(me, me)
+        proc.maps(me, me)
+        proc.memfd_inode(me, me, 0)
         proc.listing()
         with pytest.raises(ProcessGone):
             proc.stat(0)

@@ -8,6 +8,7 @@ import mmap
 import os
 import secrets
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -111,7 +112,7 @@ def test_what_only_members_had_mapped_is_freed_from_shared_memory_alone(dead: De
     assert [there.exists(), here.exists()] == [False, True]
 
 
-def test_one_helper_serves_many_sessions(dead: Dead, tmp_path: Path) -> None:
+def test_one_helper_serves_many_sessions_of_a_user(dead: Dead, tmp_path: Path) -> None:
     with child() as leader:
         other = Dead(leader, tmp_path)
     dead.left()
@@ -145,6 +146,23 @@ def test_what_the_user_could_not_remove_is_not_removed_for_the_user(dead: Dead) 
         folder.chmod(0o711)
     assert freed(dead.claim(uid=NOBODY, gid=NOBODY)) == PAGE
     assert [theirs.exists(), roots.exists()] == [False, True]
+
+
+@pytest.mark.needs_root
+def test_the_sessions_of_two_users_with_the_same_id_each_free_their_own(dead: Dead, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o711)
+    with child() as leader:
+        other = Dead(leader, shared)
+    mine, theirs = dead.left(), other.left()
+    os.chown(theirs, NOBODY, NOBODY)
+    claim = other.claim(uid=NOBODY, gid=NOBODY)
+    assert claim.session.id == dead.claim().session.id
+    assert freed(dead.claim(), claim) == 2 * PAGE
+    assert [mine.exists(), theirs.exists()] == [False, False]
 
 
 # -- when -------------------------------------------------------------------------------------------
@@ -186,3 +204,61 @@ def test_what_a_living_process_has_open_or_mapped_stays(dead: Dead) -> None:
         assert freed(dead.claim()) == PAGE
         assert [opened.exists(), mapped.exists(), left.exists()] == [True, True, False]
     assert freed(dead.claim()) == 2 * PAGE
+
+
+def proc_with(tmp_path: Path, *, uid: int) -> Path:
+    """Return a folder that looks like a /proc whose only process, of ``uid``, never lets its mappings be read."""
+    root = tmp_path / "proc"
+    (root / "7/task/7/fd").mkdir(parents=True)
+    fields = [b"0"] * 50
+    fields[0], fields[17], fields[19] = b"S", b"1", b"99"
+    (root / "7/stat").write_bytes(b"7 (x) %s\n" % b" ".join(fields))
+    (root / "7/status").write_text(f"Name:\tx\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\n")
+    os.mkfifo(root / "7/task/7/maps")
+    (root / "self").symlink_to("/proc/self")
+    return root
+
+
+def test_nothing_is_freed_while_a_process_of_that_user_does_not_let_itself_be_read(
+    dead: Dead, tmp_path: Path
+) -> None:
+    left = dead.left()
+    root = proc_with(tmp_path, uid=UID)
+    begin_s = time.monotonic()
+    assert reclaim.reclaim_work([dead.claim()], str(root))() == 0
+    assert time.monotonic() - begin_s < 10
+    assert left.exists()
+    (root / "7/status").write_text("Name:\tx\nUid:\t5\t5\t5\t5\n")
+    assert reclaim.reclaim_work([dead.claim()], str(root))() == PAGE, "another user's is no reason"
+
+
+def test_nobody_waits_for_a_process_that_has_ended_meanwhile(dead: Dead, tmp_path: Path) -> None:
+    dead.left()
+    root = proc_with(tmp_path, uid=UID)
+    (root / "7/task/7/maps").unlink()
+    (root / "7/status").unlink()
+    assert reclaim.reclaim_work([dead.claim()], str(root))() == PAGE
+
+
+def test_what_a_forked_helper_or_another_thread_has_mapped_stays(dead: Dead) -> None:
+    left = dead.left()
+    with mapping(left), child() as inheriting:
+        assert inheriting.pid
+        assert freed(dead.claim()) == 0
+    assert left.exists()
+
+
+def test_a_folder_deeper_than_anything_needs_costs_nothing_but_itself(dead: Dead) -> None:
+    deep = Path(f"{shm.SHM}/joblib_memmapping_folder_{dead.leader.pid}_deep")
+    left, home = dead.left(), os.getcwd()
+    try:
+        deep.mkdir()
+        os.chdir(deep)
+        for _ in range(3000):
+            os.mkdir("d")
+            os.chdir("d")
+        assert freed(dead.claim()) == PAGE
+        assert not left.exists()
+    finally:
+        os.chdir(home)
+        subprocess.run(["rm", "-rf", str(deep)], check=True)

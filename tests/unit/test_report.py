@@ -53,7 +53,7 @@ def looked(at_s: float, *members: Member, left_alone: dict[int, str] | None = No
 
 
 def exited(at_s: float, *pids: int) -> Exited:
-    return Exited(frozenset(ProcessId(pid, 2000) for pid in pids), at_s)
+    return Exited({ProcessId(pid, 2000): at_s for pid in pids})
 
 
 def sent(pid: int, number: int, *, denied: bool = False) -> SignalsSent:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,13 @@ NOBODY = 65534
 PID = 4194305  # one more than any pid can be
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(path: Path) -> Iterator[int]:
     with shm.open_directory(str(path)) as directory:
         yield directory
 
 
-@contextmanager
+@contextlib.contextmanager
 def in_shm(name: str, data: bytes = b"") -> Iterator[str]:
     path = f"{shm.SHM}/{name}"
     with open(path, "xb") as file:
@@ -114,6 +115,69 @@ def test_a_file_with_another_name_elsewhere_frees_nothing(tmp_path: Path) -> Non
     assert (tmp_path / "kept").stat().st_size == 10_000
 
 
+def chain(at: Path, depth: int) -> None:
+    """Make folders within each other, deeper than a path can be long."""
+    home = os.getcwd()
+    try:
+        at.mkdir()
+        os.chdir(at)
+        for _ in range(depth):
+            os.mkdir("d")
+            os.chdir("d")
+    finally:
+        os.chdir(home)
+
+
+def unchain(at: Path) -> None:
+    subprocess.run(["rm", "-rf", str(at)], check=True)
+
+
+def test_folders_deeper_than_anything_needs_cost_neither_a_stack_nor_what_lies_beside_them() -> None:
+    folder = Path(f"{shm.SHM}/joblib_memmapping_folder_{PID}_{secrets.token_hex(4)}")
+    try:
+        folder.mkdir()
+        chain(folder / "deep", 3000)
+        size = write(folder / "a") + write(folder / "z")
+        before = len(os.listdir("/proc/self/fd"))
+        assert remove(Path(shm.SHM), folder.name) == size
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert os.listdir(folder) == ["deep"]
+    finally:
+        unchain(folder)
+
+
+def test_removing_ends_when_its_time_is_over(tmp_path: Path) -> None:
+    write(tmp_path / "folder/file")
+    with opened(tmp_path) as directory:
+        assert shm.remove(directory, "folder", UID, until_s=time.monotonic()) == 0
+        assert (tmp_path / "folder/file").exists()
+        assert shm.remove(directory, "folder", UID, until_s=time.monotonic() + 60) > 0
+
+
+@pytest.mark.needs_root
+def test_what_is_mounted_in_a_folder_is_neither_measured_nor_removed_nor_asked(tmp_path: Path) -> None:
+    (tmp_path / "folder/mounted").mkdir(parents=True)
+    size = write(tmp_path / "folder/file")
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(tmp_path / "folder/mounted")], check=True)
+    try:
+        write(tmp_path / "folder/mounted/precious")
+        with opened(tmp_path / "folder") as folder:
+            assert shm.stat_here(folder, "mounted") is None
+            assert shm.stat_here(folder, "file") is not None
+            with pytest.raises(OSError, match="mounted"):
+                shm._open_here(folder, "mounted")
+        assert remove(tmp_path, "folder") == size
+        assert (tmp_path / "folder/mounted/precious").exists()
+    finally:
+        subprocess.run(["umount", str(tmp_path / "folder/mounted")], check=True)
+
+
+def test_without_openat2_folders_are_opened_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = write(tmp_path / "folder/a/b/c")
+    monkeypatch.setattr(shm, "_SYS_OPENAT2", 100_000)  # there is no such call
+    assert remove(tmp_path, "folder") == size
+
+
 @pytest.mark.needs_root
 def test_what_belongs_to_another_uid_stays_with_the_folder_that_it_is_in(tmp_path: Path) -> None:
     mine = write(tmp_path / "folder/mine")
@@ -178,22 +242,41 @@ def test_names_that_carry_the_leaders_pid_are_the_leaders_and_no_others(tmp_path
     assert sorted(found) == sorted(mine)
 
 
-def test_segments_without_a_pid_are_those_of_the_uid_with_a_known_name() -> None:
-    mark = secrets.token_hex(4)
-    with in_shm(f"psm_{mark}") as one, in_shm(f"torch_{mark}") as two, in_shm(f"sem.mp-{mark}") as three:
-        with in_shm(f"other_{mark}"), in_shm(f"xpsm_{mark}"):
-            ours = {name for name in shm.shared_names(UID) if mark in name}
-            assert ours == {one, two, three}
-        assert not [name for name in shm.shared_names(UID + 1) if mark in name]
+def test_a_user_may_have_segments_where_one_of_them_bears_a_known_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = UID + 1
+    assert not shm.may_have_segments(other)
+    with in_shm(f"other_{secrets.token_hex(4)}"), in_shm(f"xpsm_{secrets.token_hex(4)}") as name:
+        os.chown(f"{shm.SHM}/{name}", other, other)
+        assert not shm.may_have_segments(other)
+    for prefix in ("psm_", "torch_", "sem.mp-"):
+        with in_shm(f"{prefix}{secrets.token_hex(4)}") as name:
+            assert shm.may_have_segments(UID)
+            assert not shm.may_have_segments(other)
+
+
+def test_a_user_may_have_segments_among_more_names_than_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with in_shm(f"psm_{secrets.token_hex(4)}"):
+        assert not shm.may_have_segments(UID + 1)
+        monkeypatch.setattr(shm, "MOST_NAMES", 1)
+        assert shm.may_have_segments(UID + 1)
 
 
 def test_a_segment_is_known_by_the_path_under_which_it_is_mapped() -> None:
-    names = frozenset(("psm_a", "psm_b", "psm_c"))
-    paths = [
-        *("/dev/shm/psm_a", "/dev/shm/psm_a", "/dev/shm/other", "/tmp/psm_b", "/dev/shm/psm_b (deleted)"),
-        *("/dev/shm/x/psm_b", "/dev/shm-psm_b", "psm_b", "[heap]", ""),
-    ]
-    assert shm.mapped_names(paths, names) == {"psm_a"}
+    mark = secrets.token_hex(4)
+    with contextlib.ExitStack() as made:
+        one, two, three, other, unmapped = (
+            made.enter_context(in_shm(f"{stem}{mark}"))
+            for stem in ("psm_", "torch_", "sem.mp-", "other_", "psm_un")
+        )
+        paths = [f"/dev/shm/{name}" for name in (one, one, two, three, other, "psm_gone")]
+        paths += [f"/tmp/{unmapped}", f"/dev/shm/{unmapped} (deleted)", f"/dev/shm/x/{unmapped}"]
+        paths += [f"/dev/shm-{unmapped}", unmapped, f"/dev/shm/psm_/../{unmapped}", "[heap]", ""]
+        assert shm.segments_among(paths, UID) == {one, two, three}
+        assert shm.segments_among(paths, UID + 1) == frozenset()
 
 
 def test_what_a_leader_holds_is_counted_by_its_names_alone() -> None:
@@ -219,6 +302,23 @@ def test_a_folder_in_shm_is_counted_with_all_that_is_in_it() -> None:
             assert shm.remove(directory, folder.name, UID) == 8192
     finally:
         assert not folder.exists()
+
+
+def test_measuring_ends_however_much_a_user_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(f"{shm.SHM}/joblib_memmapping_folder_{PID}_{secrets.token_hex(4)}")
+    try:
+        chain(folder, 3000)
+        page = write(folder / "near", b"x")
+        assert shm.held_bytes(PID, frozenset(), UID) == page
+        for number in range(20):
+            write(folder / f"file-{number}", b"x")
+        assert shm.held_bytes(PID, frozenset(), UID) == 21 * page
+        monkeypatch.setattr(shm, "MOST_MEASURED", 10)
+        assert 0 < shm.held_bytes(PID, frozenset(), UID) <= 10 * page
+        monkeypatch.setattr(shm, "MOST_NAMES", 0)
+        assert shm.held_bytes(PID, frozenset(), UID) == 0
+    finally:
+        unchain(folder)
 
 
 # -- when they were made ----------------------------------------------------------------------------

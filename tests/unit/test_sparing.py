@@ -15,7 +15,7 @@ import pytest
 
 import agent
 from agent import session, wire
-from reaperd.linux.procfs import ProcFS
+from reaperd.linux.procfs import ProcFS, parse_maps
 
 OUTER = "90-2e8-0000000a-0000000c"
 SOON_S = 10.0  # a deadline, not a wait
@@ -257,7 +257,7 @@ def test_a_block_that_was_entered_before_there_was_a_session_ends_without_touchi
 def carried() -> list[list[bool]]:
     """Return whether this process has a page and a spared mark: among its descriptors, and mapped."""
     links = list(ProcFS().descriptors(os.getpid(), os.getpid()).values())
-    paths = ProcFS().mapped_paths(os.getpid(), os.getpid())
+    paths = [one.path for one in parse_maps(ProcFS().maps(os.getpid(), os.getpid()))]
     return [
         [any(prefix in one for one in found) for prefix in (wire.PAGE_PREFIX, wire.SPARED_PREFIX)]
         for found in (links, paths)

@@ -6,15 +6,15 @@ import logging
 import os
 import signal
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from reaperd.model import Cause, CauseKind, Namespaces, ProcessId, Session
-from reaperd.store import Store
+from reaperd.model import Cause, CauseKind, Namespaces, ProcessId, Session, SessionKey
+from reaperd.store import Size, Store
 
 BOOT, OTHER_BOOT = "boot-1", "boot-0"
 
@@ -27,6 +27,7 @@ FULL = Session(
     leader=ProcessId(4194304, 2**62),
     started_at_utc="2030-01-01T00:00:00.123Z",
     page_fd=5,
+    page_inode=1033,
     cgroup="/user.slice/\udcff",
     adopters=frozenset((ProcessId(50, 10), ProcessId(51, 11))),
     namespaces=Namespaces("pid:[1]", "mnt:[2]", "time:[3]"),
@@ -98,8 +99,8 @@ def test_saving_again_replaces_and_forgetting_removes(tmp_path: Path) -> None:
         changed = PLAIN.keeping(frozenset((ProcessId(8, 80),)))
         store.save(changed)
         assert store.sessions() == [changed]
-        store.forget(PLAIN.id)
-        store.forget("never was")
+        store.forget(PLAIN.key)
+        store.forget(SessionKey(1000, "never was"))
     assert sessions_in(tmp_path) == []
 
 
@@ -118,55 +119,80 @@ def test_a_session_that_cannot_be_read_is_left_out_and_the_others_are_not(
     for number, record in enumerate(
         ("", "{", "null", "[]", "7", "{}", '{"cause": null}', '{"cause": ["x", 1]}')
     ):
-        execute(tmp_path, "INSERT INTO sessions VALUES (?, ?, ?)", f"bad-{number}", BOOT, record)
+        execute(tmp_path, "INSERT INTO sessions VALUES (?, ?, ?, ?)", 1000, f"bad-{number}", BOOT, record)
     assert sessions_in(tmp_path) == [PLAIN]
     assert len([one for one in caplog.records if "cannot read a session" in one.message]) == 8
+
+
+def test_the_same_id_of_two_users_is_two_sessions(tmp_path: Path) -> None:
+    theirs = replace(PLAIN, uid=1001, leader=ProcessId(9, 90))
+    with closing(open_store(tmp_path)) as store:
+        store.save(PLAIN)
+        store.save(theirs)
+        store.settle(theirs.key)
+    with closing(open_store(tmp_path)) as store:
+        assert sorted(store.sessions(), key=lambda one: one.uid) == [PLAIN, theirs]
+        assert store.is_settled(theirs.key)
+        assert not store.is_settled(PLAIN.key)
+        store.forget(theirs.key)
+        assert store.sessions() == [PLAIN]
 
 
 def test_a_session_that_is_over_for_good_stays_so_across_daemons_and_forgetting(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    over = SessionKey(1000, "s")
     with closing(open_store(tmp_path)) as store:
-        assert not store.is_settled("s")
+        assert not store.is_settled(over)
         store.save(PLAIN)
-        store.settle("s")
-        store.settle("s")
-        store.settle(PLAIN.id)
-        store.forget(PLAIN.id)
+        store.settle(over)
+        store.settle(over)
+        store.settle(PLAIN.key)
+        store.forget(PLAIN.key)
     with closing(open_store(tmp_path)) as store:
         assert store.sessions() == []
-        assert store.is_settled("s")
-        assert store.is_settled(PLAIN.id)
-        assert not store.is_settled("")
-        assert not store.is_settled("other")
+        assert store.is_settled(over)
+        assert store.is_settled(PLAIN.key)
+        assert not store.is_settled(SessionKey(1000, ""))
+        assert not store.is_settled(SessionKey(1000, "other"))
+        assert not store.is_settled(SessionKey(1001, "s"))
     assert caplog.records == []
 
 
 def test_a_session_that_was_over_is_nothing_to_another_boot_and_is_dropped(tmp_path: Path) -> None:
+    over = SessionKey(1000, "s")
     with closing(open_store(tmp_path, OTHER_BOOT)) as store:
-        store.settle("s")
-        assert store.is_settled("s")
+        store.settle(over)
+        assert store.is_settled(over)
     with closing(open_store(tmp_path)) as store:
-        assert not store.is_settled("s")
+        assert not store.is_settled(over)
         store.sessions()
     with closing(open_store(tmp_path, OTHER_BOOT)) as store:
-        assert not store.is_settled("s"), "pids mean something else since"
+        assert not store.is_settled(over), "pids mean something else since"
 
 
 # -- the file ---------------------------------------------------------------------------------------
 
 
-def test_what_was_written_outlives_a_kill_at_any_moment(tmp_path: Path) -> None:
+def killed(tmp_path: Path, work: Callable[[Store], None]) -> None:
+    """Do ``work`` on a store in a daemon that is killed right after it."""
     pid = os.fork()
     if pid == 0:
         try:
-            store = open_store(tmp_path)
-            store.save(FULL)
-            store.add_event(event(), 1.0)
-            store.add_total("reaped", 3)
+            work(open_store(tmp_path))
         finally:
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+def test_what_was_committed_outlives_a_kill_at_any_moment(tmp_path: Path) -> None:
+    def write(store: Store) -> None:
+        store.save(FULL)
+        store.add_event(event(), 1.0)
+        store.add_total("reaped", 3)
+        store.commit()
+
+    killed(tmp_path, write)
     with closing(open_store(tmp_path)) as store:
         assert store.sessions() == [FULL]
         assert store.last_event() == 1
@@ -174,6 +200,93 @@ def test_what_was_written_outlives_a_kill_at_any_moment(tmp_path: Path) -> None:
     assert (tmp_path / "reaper.db").read_bytes()[18:20] == b"\2\2", (
         "it is not in WAL mode (sqlite.org/fileformat.html)"
     )
+
+
+def test_what_belongs_together_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    def end(store: Store) -> None:
+        store.save(PLAIN)
+        store.commit()
+        store.add_event(event("reaped"), 1.0)
+        store.add_total("reaped", 3)
+        store.settle(PLAIN.key)
+        store.forget(PLAIN.key)
+
+    killed(tmp_path, end)
+    with closing(open_store(tmp_path)) as store:
+        assert store.sessions() == [PLAIN]
+        assert store.last_event() == 0
+        assert store.total("reaped") == 0
+        assert not store.is_settled(PLAIN.key)
+
+
+def test_what_is_not_committed_yet_is_told_here_and_to_nobody_else(tmp_path: Path, store: Store) -> None:
+    def others() -> tuple[int, int]:
+        with closing(sqlite3.connect(tmp_path / "reaper.db")) as database:
+            ((sessions,),) = database.execute("SELECT count(*) FROM sessions")
+            ((events,),) = database.execute("SELECT count(*) FROM events")
+            return sessions, events
+
+    store.save(PLAIN)
+    store.add_event(event(), 1.0)
+    assert (store.sessions(), store.last_event()) == ([PLAIN], 1)
+    assert others() == (0, 0)
+    store.commit()
+    assert others() == (1, 1)
+    store.commit()  # nothing was written since
+
+
+def test_closing_commits(tmp_path: Path) -> None:
+    with closing(open_store(tmp_path)) as store:
+        store.save(PLAIN)
+    assert sessions_in(tmp_path) == [PLAIN]
+
+
+def test_a_commit_that_fails_is_told_and_the_next_one_is_whole(
+    tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.save(PLAIN)
+    execute_on(store, "PRAGMA query_only = ON")
+    store.add_event(event(), 1.0)
+    execute_on(store, "PRAGMA query_only = OFF")
+    assert [one.levelno for one in caplog.records] == [logging.WARNING]
+    store.commit()
+    store.save(FULL)
+    store.commit()
+    assert FULL in store.sessions()
+
+
+def execute_on(store: Store, statement: str) -> None:
+    """Do to a store's own connection what a fault of the disk does."""
+    store._database.execute(statement)
+
+
+def test_a_file_that_somebody_else_has_locked_is_told_once_and_used_again_afterwards(
+    tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "reaper.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        store.save(PLAIN)
+        store.add_event(event(), 1.0)
+        store.commit()
+        other.execute("ROLLBACK")
+    assert len(caplog.records) == 1
+    store.save(FULL)
+    store.commit()
+    assert store.sessions() == [FULL]
+
+
+def test_a_database_of_an_older_daemon_is_kept_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "reaper.db")) as database:
+        database.executescript(
+            "PRAGMA user_version = 1; CREATE TABLE sessions (id TEXT PRIMARY KEY, boot_id TEXT, record TEXT);"
+        )
+    with closing(open_store(tmp_path)) as store:
+        store.save(PLAIN)
+        assert store.sessions() == [PLAIN]
+    assert [one.levelname for one in caplog.records] == ["WARNING"]
+    assert list(tmp_path.glob("reaper.db.broken-*"))
 
 
 def test_a_file_that_is_no_database_is_moved_aside_and_a_new_one_begun(
@@ -232,12 +345,13 @@ def test_a_fault_of_the_file_while_it_is_used_is_told_once_and_never_raised(
     for table in ("sessions", "events", "totals", "settled"):
         execute(tmp_path, f"DROP TABLE {table}")
     store.save(PLAIN)
-    store.forget("s")
+    store.forget(SessionKey(1000, "s"))
+    store.settle(SessionKey(1000, "s"))
     store.prune(1.0)
     store.add_total("reaped", 1)
     assert store.add_event(event(), 1.0) == 0
     assert store.sessions() == []
-    assert not store.is_settled("s")
+    assert not store.is_settled(SessionKey(1000, "s"))
     assert store.events() == []
     assert store.last_event() == 0
     assert store.total("reaped") == 0
@@ -251,6 +365,7 @@ def test_a_fault_that_comes_back_after_it_was_gone_is_told_again(
     store.add_total("reaped", 1)
     execute(tmp_path, "ALTER TABLE away RENAME TO totals")
     store.add_total("reaped", 1)
+    store.commit()
     execute(tmp_path, "ALTER TABLE totals RENAME TO away")
     store.add_total("reaped", 1)
     assert len(caplog.records) == 2
@@ -313,3 +428,99 @@ def test_totals_outlive_the_events_and_the_daemon(tmp_path: Path) -> None:
     with closing(open_store(tmp_path, "boot-2")) as store:
         assert store.total("reaped") == 7
         assert store.total("freed_bytes") == 2**50
+
+
+# -- a history without end --------------------------------------------------------------------------
+
+
+def steps_of(store: Store, **asked: object) -> int:
+    """Return how many thousands of steps of SQLite's machine a question takes: what it costs on any computer."""
+    steps = 0
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+
+    store._database.set_progress_handler(count, 1000)
+    store.events(**asked)  # type: ignore[arg-type]
+    store._database.set_progress_handler(None, 1000)
+    return steps
+
+
+def lengthen(directory: Path, events: int) -> None:
+    with closing(sqlite3.connect(directory / "reaper.db")) as database, database:
+        database.executemany(
+            "INSERT INTO events (at_epoch_s, kind, session, uid, record) VALUES (1.0, 'ended', 's', 7, ?)",
+            (('{"kind": "ended"}',) for _ in range(events)),
+        )
+
+
+def test_a_question_about_few_events_costs_little_in_a_long_history(tmp_path: Path) -> None:
+    open_store(tmp_path).close()
+    lengthen(tmp_path, 20_000)
+    with closing(open_store(tmp_path)) as store:
+        assert steps_of(store, session="nope") <= 1
+        assert steps_of(store, uid=8) <= 1
+        assert steps_of(store, uid=8, session="s") <= 400, "it must look whose each of them is"
+        assert steps_of(store, uid=7, limit=10) <= 1
+        assert steps_of(store, session="s", after=19_990) <= 1
+        assert sequence(store.events(uid=7, after=19_998)) == [19_999, 20_000]
+
+
+def test_a_file_of_an_earlier_daemon_gets_the_indexes_too(tmp_path: Path) -> None:
+    open_store(tmp_path).close()
+    execute(tmp_path, "DROP INDEX events_session")
+    execute(tmp_path, "DROP INDEX events_uid")
+    lengthen(tmp_path, 20_000)
+    with closing(open_store(tmp_path)) as store:
+        assert steps_of(store, session="nope") <= 1
+        assert steps_of(store, uid=8) <= 1
+
+
+def test_the_oldest_events_of_a_uid_go_where_it_has_too_many(tmp_path: Path) -> None:
+    with closing(Store(str(tmp_path), BOOT, most_of_one_uid=Size(3, 10_000))) as store:
+        store.add_event(event(uid=2), 1.0)
+        store.add_event(event("started", None, None), 1.0)
+        for _ in range(6):
+            store.add_event(event(uid=1), 1.0)
+        assert sequence(store.events()) == [1, 2, 6, 7, 8]
+        store.add_event({**event(uid=1), "text": "x" * 9_880}, 1.0)
+        assert sequence(store.events()) == [1, 2, 8, 9], "so many bytes are too many, too"
+        store.add_event({**event(uid=1), "text": "x" * 20_000}, 1.0)
+        assert sequence(store.events()) == [1, 2, 10], "an event is never dropped for its own sake"
+    with closing(Store(str(tmp_path), BOOT, most_of_one_uid=Size(3, 10_000))) as store:
+        store.add_event(event(uid=1), 1.0)
+        assert sequence(store.events()) == [1, 2, 11], "what was there before counts"
+
+
+def test_the_oldest_events_go_where_there_are_too_many_in_all(tmp_path: Path) -> None:
+    with closing(Store(str(tmp_path), BOOT, most_of_all=Size(40, 10**6))) as store:
+        for number in range(100):
+            store.add_event(event(uid=number), 1.0)
+            assert len(store.events()) <= 40
+        assert sequence(store.events())[-1] == 100
+        assert len(store.events()) >= 38
+        store.prune(1.0)
+        for number in range(40):
+            store.add_event(event(uid=number), 4e9)
+        assert len(store.events()) == 40, "what was pruned does not count"
+
+
+def test_a_file_that_was_filled_before_there_was_a_limit_is_cut_to_size(tmp_path: Path) -> None:
+    with closing(open_store(tmp_path)) as store:
+        for uid in (1, 2, None, 1, 2, 1, 1):
+            store.add_event(event(uid=uid), 1.0)
+    with closing(Store(str(tmp_path), BOOT, most_of_one_uid=Size(2, 10_000))) as store:
+        assert sequence(store.events()) == [2, 3, 5, 6, 7]
+    with closing(Store(str(tmp_path), BOOT, most_of_all=Size(3, 10_000))) as store:
+        assert sequence(store.events()) == [5, 6, 7]
+        store.add_event(event(uid=3), 1.0)
+        assert sequence(store.events()) == [6, 7, 8]
+
+
+def test_very_large_events_come_a_few_at_a_time(store: Store) -> None:
+    for _ in range(5):
+        store.add_event({**event(), "text": "x" * 3_000_000}, 1.0)
+    assert sequence(store.events()) == [1, 2]
+    assert sequence(store.events(uid=1000, after=2)) == [3, 4]
+    assert sequence(store.events(after=4)) == [5]

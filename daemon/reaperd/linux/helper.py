@@ -5,15 +5,20 @@ The core has one thread, so fork(2) without exec is safe, and the child starts w
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from reaperd.linux.alarm import Alarm
+
 _END_S = 0.1
+_WRITER, _KEPT = 3, 4  # descriptors in a helper
+_OUR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _MAX_RESULT_BYTES = 1024 * 1024
 
 
@@ -30,35 +35,50 @@ def start_helper(work: Callable[[], Any]) -> Helper:
 
     OSError where processes or descriptors have run out.
     """
+    return _start(lambda writer: _write(writer, json.dumps(work()).encode()))
+
+
+def _start(work: Callable[[int], None], *, keep: int = -1) -> Helper:
     _wait_for_left_behind()
     reader, writer = os.pipe2(os.O_CLOEXEC)
+    # Until the child has signal handlers of its own, a signal to it would be noted as one to us.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OUR_SIGNALS)
     try:
         pid = os.fork()
+        if pid == 0:
+            _run(work, writer, keep)
     except OSError:
         os.close(reader)
         os.close(writer)
         raise
-    if pid == 0:
-        _run(work, writer)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(writer)
     os.set_blocking(reader, False)
     return Helper(pid, os.pidfd_open(pid), reader)
 
 
-def _run(work: Callable[[], Any], writer: int) -> None:
+def _run(work: Callable[[int], None], writer: int, keep: int) -> None:
     status = 1
     try:
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in _OUR_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        os.dup2(writer, 3)
-        os.closerange(4, os.sysconf("SC_OPEN_MAX"))
-        data = json.dumps(work()).encode()
-        while data:
-            data = data[os.write(3, data) :]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OUR_SIGNALS)
+        # Out of the way first: either may be the other's number.
+        high = [fcntl.fcntl(one, fcntl.F_DUPFD, 16) for one in (writer, keep) if one >= 0]
+        for place, one in enumerate(high, _WRITER):
+            os.dup2(one, place)
+        os.closerange(_WRITER + len(high), os.sysconf("SC_OPEN_MAX"))
+        work(_WRITER)
         status = 0
     finally:
         os._exit(status)
+
+
+def _write(writer: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(writer, data) :]
 
 
 def finish_helper(helper: Helper) -> Any:
@@ -80,29 +100,104 @@ def _end(helper: Helper, data: bytes) -> Any:
         return None
 
 
-class BoundedReader:
-    """Runs work that may block in helpers, and leaves behind those that do not come back in time."""
+class Answerer:
+    """A helper that answers one question after another, for work that may block; kept as long as it is used.
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    What ``answer`` takes and returns must be fit for JSON.
+    """
 
-    def run(self, work: Callable[[], Any]) -> Any:
-        """Return what ``work`` returns, None when that takes too long."""
-        try:
-            running = start_helper(work)
-        except OSError:
+    def __init__(self, answer: Callable[[Any], Any]) -> None:
+        self._answer = answer
+        self._running: Helper | None = None
+        self._questions = -1  # the pipe that they go into
+        self._used_at_s = 0.0
+
+    def ask(
+        self, items: Sequence[Any], *, stall_s: float, most_s: float, alarm: Alarm | None = None
+    ) -> list[Any] | None:
+        """Return the answers to ``items``, in order, up to the first at which it waits for longer than ``stall_s``.
+
+        After ``most_s``, or where ``alarm`` rings, it is enough, too. None where processes or descriptors have run out.
+        """
+        if self._running is None and not self._start():
             return None
-        # Read while it writes: a pipe holds 64 KiB.
-        data, end_s = b"", time.monotonic() + self._timeout_s
-        poller = select.poll()
-        poller.register(running.reader, select.POLLIN)
-        while len(data) < _MAX_RESULT_BYTES and poller.poll(max(0.0, end_s - time.monotonic()) * 1000):
-            chunk = os.read(running.reader, 65536)
-            if not chunk:
-                return _end(running, data)
-            data += chunk
-        _let_go(running)
-        return None
+        lines = self._exchange(items, stall_s, time.monotonic() + most_s, alarm)
+        self._used_at_s = time.monotonic()
+        if len(lines) < len(items):
+            self.close()
+        return [json.loads(line) for line in lines]
+
+    def _start(self) -> bool:
+        try:
+            questions, self._questions = os.pipe2(os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            self._running = _start(lambda writer: _answer_all(_KEPT, writer, self._answer), keep=questions)
+        except OSError:
+            os.close(self._questions)
+            return False
+        finally:
+            os.close(questions)
+        os.set_blocking(self._questions, False)
+        return True
+
+    def _exchange(
+        self, items: Sequence[Any], stall_s: float, until_s: float, alarm: Alarm | None
+    ) -> list[bytes]:
+        assert self._running is not None, "it was started"
+        unsent = b"".join(json.dumps(item).encode() + b"\n" for item in items)
+        poller, reader = select.poll(), self._running.reader
+        poller.register(reader, select.POLLIN)
+        poller.register(self._questions, select.POLLOUT)
+        if alarm is not None:
+            poller.register(alarm.fileno(), select.POLLIN)
+        lines: list[bytes] = []
+        rest = b""
+        while len(lines) < len(items) and time.monotonic() < until_s:
+            ready = dict(poller.poll(stall_s * 1000))
+            if alarm is not None and alarm.fileno() in ready:
+                break
+            if self._questions in ready:
+                try:
+                    unsent = unsent[os.write(self._questions, unsent) :]
+                except OSError:  # it is dead
+                    break
+                if not unsent:
+                    poller.unregister(self._questions)
+            if reader in ready:
+                chunk = os.read(reader, 65536)
+                if not chunk:
+                    break
+                *more, rest = (rest + chunk).split(b"\n")
+                lines += more
+            # On a crowded machine it may only not have had its turn.
+            if not ready and _waits(self._running.pid):
+                break
+        return lines
+
+    @property
+    def idle_since_s(self) -> float | None:
+        """Since when, in monotonic seconds, it has had nothing to do; None where it does not run."""
+        return self._used_at_s if self._running is not None else None
+
+    def close(self) -> None:
+        """End it; the next question starts another."""
+        if self._running is not None:
+            os.close(self._questions)
+            _let_go(self._running)
+            self._running = None
+
+
+def _answer_all(questions: int, writer: int, answer: Callable[[Any], Any]) -> None:
+    with open(questions, "rb", closefd=False) as lines:
+        for line in lines:
+            _write(writer, json.dumps(answer(json.loads(line))).encode() + b"\n")
+
+
+def _waits(pid: int) -> bool:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b") ")[2][:1] != b"R"
 
 
 # Ended helpers that nobody could wait for yet: they may be as stuck as what they read.

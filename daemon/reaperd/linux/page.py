@@ -57,3 +57,29 @@ def read_page(descriptor: int, *, writer_is_dead: bool = False) -> wire.Page:
     if writer_is_dead:
         return wire.parse_page(data, torn=True)
     raise wire.TornPage
+
+
+class OpenPage:
+    """A page that was opened: read again only when it has changed."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Own ``descriptor``."""
+        self._descriptor = descriptor
+        self._last: tuple[bytes, wire.Page] | None = None
+
+    def read(self, *, writer_is_dead: bool = False) -> wire.Page:
+        """Return what the page says; as ``read_page()``."""
+        header = os.pread(self._descriptor, wire.HEADER_BYTES, 0)
+        if self._last is None or header != self._last[0]:
+            # Written while we read: the header is another one by then, and the page is read again the next time.
+            self._last = header, read_page(self._descriptor, writer_is_dead=writer_is_dead)
+        return self._last[1]
+
+    @property
+    def inode(self) -> int:
+        """What tells this page from every other memfd."""
+        return os.fstat(self._descriptor).st_ino
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self._descriptor)

@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import struct
+from typing import NamedTuple
 
 from reaperd.linux.procfs import ProcessGone, ProcFS
 from reaperd.model import ProcessId
@@ -20,6 +21,7 @@ _SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
 _PIDFD_GET_INFO = (
     3 << 30 | 64 << 16 | 0xFF << 8 | 11
 )  # _IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info), linux/pidfd.h
+_PIDFD_INFO_CREDS = 1 << 1  # Linux 6.13
 _PIDFD_INFO_EXIT = 1 << 3  # Linux 6.15
 _INFO = struct.Struct("=QQ11Ii")
 
@@ -76,6 +78,30 @@ def send_signal(pidfd: int, number: int) -> None:
         signal.pidfd_send_signal(pidfd, number)
     except ProcessLookupError:
         raise ProcessGone("pidfd") from None
+
+
+class Info(NamedTuple):
+    """What a pidfd tells of a living process, at a tenth of what /proc/PID/status costs."""
+
+    ppid: int
+    uid: int | None  # None where real, effective and saved uid differ
+    gid: int  # the real one
+
+
+def info(pidfd: int) -> Info | None:
+    """Return what the kernel tells, None on Linux < 6.13; ProcessGone."""
+    buffer = bytearray(_INFO.size)
+    struct.pack_into("=Q", buffer, 0, _PIDFD_INFO_CREDS)
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, buffer)
+    except ProcessLookupError:
+        raise ProcessGone("pidfd") from None
+    except OSError:
+        return None
+    mask, _, _, _, ppid, ruid, rgid, euid, _, suid, *_ = _INFO.unpack(buffer)
+    if not mask & _PIDFD_INFO_CREDS:
+        return None
+    return Info(ppid, ruid if ruid == euid == suid else None, rgid)
 
 
 def exit_status(pidfd: int) -> int | None:

@@ -5,6 +5,7 @@ A process that ends while it is read is an outcome (ProcessGone), and so is one 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,6 +17,7 @@ PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _GONE = (FileNotFoundError, ProcessLookupError)  # gone before open(2), or before read(2)
 _MAX_BYTES = 8 * 1024 * 1024  # beyond what execve(2) takes as arguments and environment by default
+_CHUNK_BYTES = 65536
 
 
 class ProcessGone(Exception):
@@ -34,6 +36,8 @@ class Stat(NamedTuple):
     threads: int
     rss_bytes: int
     exit_status: int  # as wait(2) gives it; 0 for who may not see it
+    # Changes with every execve(2), which puts code, stack, arguments and environment elsewhere; 0 for who may not see it.
+    image: int
 
     @property
     def forked(self) -> bool:
@@ -71,6 +75,7 @@ def parse_stat(data: bytes) -> Stat:
         threads=int(fields[17]),
         rss_bytes=int(fields[21]) * PAGE_BYTES,
         exit_status=int(fields[49]),
+        image=hash((*fields[23:26], fields[45], fields[47])) if fields[25] != b"0" else 0,
     )
 
 
@@ -122,12 +127,33 @@ def parse_memfd_link(link: str) -> str:
     return ""
 
 
-def parse_mapped_paths(maps: bytes) -> Iterator[str]:
-    """Yield the paths in the text of /proc/PID/maps, repeated as they stand there."""
+class Mapping(NamedTuple):
+    """A line of /proc/PID/maps that names a file."""
+
+    addresses: str
+    device: str  # major:minor, hexadecimal
+    inode: int
+    path: str
+
+
+def parse_maps(maps: bytes) -> Iterator[Mapping]:
+    """Yield the mapped files in the text of /proc/PID/maps."""
     for line in maps.split(b"\n"):
         parts = line.split(None, 5)
-        if len(parts) == 6:
-            yield parts[5].decode("utf-8", "surrogateescape")
+        if len(parts) == 6 and parts[4].isdigit():
+            addresses, device = parts[0].decode("ascii"), parts[3].decode("ascii")
+            yield Mapping(addresses, device, int(parts[4]), parts[5].decode("utf-8", "surrogateescape"))
+
+
+def parse_fdinfo(text: bytes) -> tuple[int | None, int | None]:
+    """Return mnt_id and ino in the text of /proc/PID/fdinfo/N, None for what is not there (ino: Linux < 5.14)."""
+
+    def field(name: bytes) -> int | None:
+        at = text.find(b"\n" + name + b":")
+        value = text[at + len(name) + 2 :].split(b"\n", 1)[0].strip() if at >= 0 else b""
+        return int(value) if value.isdigit() else None
+
+    return field(b"mnt_id"), field(b"ino")
 
 
 class ProcFS:
@@ -135,11 +161,12 @@ class ProcFS:
 
     def __init__(self, root: str = "/proc") -> None:
         self.root = root
+        self._memfds: tuple[int, str] | None = None
 
-    def listing(self) -> list[tuple[int, int]]:
-        """Return (pid, inode) of every process; the inode changes when a pid is given to another process."""
+    def listing(self) -> dict[int, int]:
+        """Return the inode of /proc/PID of every process, by pid; another process with the same pid has another."""
         with os.scandir(self.root) as entries:
-            return [(int(entry.name), entry.inode()) for entry in entries if entry.name.isdigit()]
+            return {int(entry.name): entry.inode() for entry in entries if entry.name.isdigit()}
 
     def stat(self, pid: int) -> Stat:
         """Return what ``pid`` is; ProcessGone when there is no such process."""
@@ -172,7 +199,7 @@ class ProcFS:
         found: list[int] = []
         for task in self.tasks(pid):
             try:
-                found += map(int, self._read(f"{pid}/task/{task}/children").split())
+                found += map(int, self._read(f"{pid}/task/{task}/children", records=True).split())
             except ProcessGone:
                 continue
         return found
@@ -207,25 +234,65 @@ class ProcFS:
     def descriptors(self, pid: int, task: int, *, most: int | None = None) -> dict[int, str]:
         """Return what the first ``most`` descriptors of ``pid`` link to; empty when it may not be read."""
         try:
-            numbers = os.listdir(f"{self.root}/{pid}/task/{task}/fd")
+            with os.scandir(f"{self.root}/{pid}/task/{task}/fd") as entries:
+                numbers = [int(entry.name) for entry in itertools.islice(entries, most)]
         except OSError:
             return {}
-        return {int(number): self.descriptor(pid, task, int(number)) for number in numbers[:most]}
+        return {number: self.descriptor(pid, task, number) for number in numbers}
 
-    def descriptor_owner(self, pid: int, task: int, number: int) -> int | None:
-        """Return the uid of the file that descriptor ``number`` of ``pid`` is, None when that can't be told."""
+    def memfd_inode(self, pid: int, task: int, number: int) -> int | None:
+        """Return the inode of the memfd that descriptor ``number`` of ``pid`` is, None when it is none.
+
+        Asks no file system but the kernel's own for shared memory: any other may belong to a user, or be dead.
+        """
         try:
-            return os.stat(f"{self.root}/{pid}/task/{task}/fd/{number}").st_uid
+            mount, inode = parse_fdinfo(self._read(f"{pid}/task/{task}/fdinfo/{number}"))
+            if mount is None or mount != self._memfd_mount():
+                return None
+            return os.stat(f"{self.root}/{pid}/task/{task}/fd/{number}").st_ino if inode is None else inode
+        except (ProcessGone, OSError):
+            return None
+
+    def memfd_device(self) -> str:
+        """Return the device of every memfd, as /proc/PID/maps has it."""
+        return self._place_of_memfds()[1]
+
+    def _memfd_mount(self) -> int:
+        """Return the id of the mount that holds every memfd, and nothing that a user could open by a path."""
+        return self._place_of_memfds()[0]
+
+    def _place_of_memfds(self) -> tuple[int, str]:
+        if self._memfds is None:
+            ours = os.memfd_create("reaperd", os.MFD_CLOEXEC)
+            try:
+                mount, _ = parse_fdinfo(self._read(f"self/fdinfo/{ours}"))
+                device = os.fstat(ours).st_dev
+            finally:
+                os.close(ours)
+            self._memfds = -1 if mount is None else mount, f"{os.major(device):02x}:{os.minor(device):02x}"
+        return self._memfds
+
+    def maps(self, pid: int, task: int) -> bytes:
+        """Return the text of /proc/PID/maps; empty when it may not be read."""
+        try:
+            return self._read(f"{pid}/task/{task}/maps", records=True)
+        except PermissionError:
+            return b""
+
+    def descriptor_path(self, pid: int, task: int, number: int) -> str:
+        """Return the path through which descriptor ``number`` of ``pid`` can be opened anew."""
+        return f"{self.root}/{pid}/task/{task}/fd/{number}"
+
+    def owner_of(self, path: str) -> int | None:
+        """Return the uid of the file at such a path, None where that may not be asked."""
+        try:
+            return os.stat(path).st_uid
         except OSError:
             return None
 
-    def mapped_paths(self, pid: int, task: int) -> list[str]:
-        """Return the paths that ``pid`` has mapped; empty when they may not be read."""
-        return list(parse_mapped_paths(self._read_permitted(f"{pid}/task/{task}/maps") or b""))
-
-    def descriptor_path(self, pid: int, number: int) -> str:
-        """Return the path through which descriptor ``number`` of ``pid`` can be opened anew."""
-        return f"{self.root}/{pid}/fd/{number}"
+    def mapping_path(self, pid: int, addresses: str) -> str:
+        """Return the path through which what is mapped at ``addresses`` can be opened anew (CAP_CHECKPOINT_RESTORE)."""
+        return f"{self.root}/{pid}/map_files/{addresses}"
 
     def namespaces(self, pid: int) -> Namespaces:
         """Return where ``pid`` lives."""
@@ -248,17 +315,22 @@ class ProcFS:
         except PermissionError:
             return None
 
-    def _read(self, name: str) -> bytes:
+    def _read(self, name: str, *, records: bool = False) -> bytes:
+        """Return a file; of one with many ``records`` the kernel hands out as many at a time as it likes.
+
+        Everything else comes whole, as far as there is room: seq_file.c's only record, or a process's memory.
+        """
         try:
             descriptor = os.open(f"{self.root}/{name}", os.O_RDONLY | os.O_CLOEXEC)
         except _GONE:
             raise ProcessGone(name) from None
         try:
-            # /proc gives a page at a time, or less: only an empty read is the end.
-            chunks, size = [os.read(descriptor, 65536)], 0
-            while chunks[-1] and size < _MAX_BYTES:
-                size += len(chunks[-1])
-                chunks.append(os.read(descriptor, 65536))
+            chunks = [os.read(descriptor, _CHUNK_BYTES)]
+            size = len(chunks[0])
+            if size == _CHUNK_BYTES or records:
+                while size < _MAX_BYTES and (chunk := os.read(descriptor, _CHUNK_BYTES)):
+                    size += len(chunk)
+                    chunks.append(chunk)
             return b"".join(chunks)
         except _GONE:
             raise ProcessGone(name) from None

@@ -1,0 +1,98 @@
+"""Sessions and processes that something unforeseen was raised for: they are set aside for a while, and all others go on.
+
+What one of them has us read, decide or do must never end the daemon, least of all at every start. Beside ``server``, which
+does the same for a request, this is the one place that catches every exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+from reaperd.model import SessionKey
+from reaperd.observer import Interrupted
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 300.0
+_MANY = 1000
+
+
+class _Pause(NamedTuple):
+    until_s: float
+    length_s: float
+
+
+class Aside:
+    """Who is not to be touched for a while."""
+
+    def __init__(self) -> None:
+        self._pauses: dict[Hashable, _Pause] = {}
+
+    @contextlib.contextmanager
+    def trying(self, who: Hashable, what: str, *, tell_exhaustion: bool = False) -> Iterator[None]:
+        """Set ``who`` aside where the block raises anything: for 5, 10, 20 ... 300 s.
+
+        Interrupted is nobody's fault, and raised; so is, where asked for, that the system has run out of something.
+        """
+        try:
+            yield
+        except Interrupted:
+            raise
+        except Exception as error:
+            if tell_exhaustion and is_exhaustion(error):
+                raise
+            before = self._pauses.pop(who, _Pause(0.0, _FIRST_PAUSE_S / 2))
+            length_s = min(2 * before.length_s, _LONGEST_PAUSE_S)
+            log.exception("cannot %s of %s: trying again in %g s", what, who, length_s)
+            self._pauses[who] = _Pause(time.monotonic() + length_s, length_s)
+            self._forget_old()
+
+    def together(
+        self,
+        keys: Sequence[SessionKey],
+        work: Callable[[Sequence[SessionKey]], dict[SessionKey, T]],
+        what: str,
+    ) -> dict[SessionKey, T]:
+        """Return what ``work`` makes of all sessions in one go; of each by itself, where one spoils it for all.
+
+        Interrupted, and that the system has run out of something, is nobody's fault, and raised.
+        """
+        try:
+            return work(keys)
+        except Interrupted:
+            raise
+        except Exception as error:
+            if is_exhaustion(error):
+                raise
+            log.warning("cannot %s of %d sessions together: %r", what, len(keys), error)
+        found: dict[SessionKey, T] = {}
+        for key in keys:
+            with self.trying(key, what):
+                found.update(work([key]))
+        return found
+
+    def until_s(self, who: Hashable) -> float | None:
+        """Return until when somebody is set aside, None where he is not."""
+        pause = self._pauses.get(who)
+        return pause.until_s if pause is not None and pause.until_s > time.monotonic() else None
+
+    def forget(self, who: Hashable) -> None:
+        """Whoever it was is no more."""
+        self._pauses.pop(who, None)
+
+    def _forget_old(self) -> None:
+        if len(self._pauses) > _MANY:
+            old_s = time.monotonic() - _LONGEST_PAUSE_S
+            self._pauses = {who: pause for who, pause in self._pauses.items() if pause.until_s > old_s}
+
+
+def is_exhaustion(error: Exception) -> bool:
+    """Say whether descriptors or memory have run out: it can be tried again, and nobody in particular is why."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)

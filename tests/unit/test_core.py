@@ -1,0 +1,161 @@
+"""The core on real processes: what one session has it raise costs that session some time, and no other anything."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reaperd import aside
+from reaperd.adoption import Adoption
+from reaperd.core import Core
+from reaperd.linux.alarm import Alarm
+from reaperd.linux.procfs import ProcFS
+from reaperd.model import ProcessId, Session, SessionKey, Snapshot
+from reaperd.observer import Observer
+from reaperd.policy import Policy
+from reaperd.poller import Poller
+from reaperd.reaper import Reaper
+from reaperd.store import Store
+
+SOON_S = 10.0
+BAD, GOOD = "bad", "good"
+
+
+class FaultyObserver(Observer):
+    """Raises what nobody has foreseen, for one session."""
+
+    fault: type[Exception] | None = None
+
+    def _fail_for(self, sessions: Iterable[Session]) -> None:
+        if self.fault is not None and any(session.id == BAD for session in sessions):
+            raise self.fault
+
+    def look(self, sessions: Any, **options: Any) -> Snapshot:
+        self._fail_for(sessions)
+        return super().look(sessions, **options)
+
+    def cover(self, session: Session) -> None:
+        self._fail_for([session])
+        super().cover(session)
+
+
+class World:
+    """A core, and two leaders that have nobody."""
+
+    def __init__(self, directory: Path) -> None:
+        proc, alarm = ProcFS(), Alarm()
+        self.observer = FaultyObserver(proc, alarm)
+        self.poller = Poller()
+        self.store = Store(str(directory), self.observer.boot_id)
+        self.core = Core(self.observer, Reaper(proc, frozenset()), self.store, self.poller, Policy(), alarm)
+        self._pids: list[int] = []
+
+    def leader(self, name: str) -> Session:
+        """Start a process that leads the session ``name``."""
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+            os._exit(0)
+        self._pids.append(pid)
+        id_: ProcessId = self.observer.proc.stat(pid).id
+        return self.observer.describe_leader(Session(name, "", os.getuid(), os.getgid(), id_, ""))
+
+    def take_on(self, session: Session) -> None:
+        self.core.take_on(session, os.pidfd_open(session.leader.pid), None)
+
+    def end_leaders(self) -> None:
+        while self._pids:
+            pid = self._pids.pop()
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def ended(self) -> set[str]:
+        return {event["session"] for event in self.store.events() if event["kind"] == "ended"}
+
+    def run_until_ended(self, names: set[str]) -> None:
+        end_s = time.monotonic() + SOON_S
+        while not names <= self.ended():
+            assert time.monotonic() < end_s, f"ended are only {self.ended()}"
+            deadline_s = self.core.next_deadline()
+            self.poller.wait(0.5 if deadline_s is None else min(0.5, deadline_s - time.monotonic()))
+            self.core.step()
+
+    def close(self) -> None:
+        self.end_leaders()
+        self.core.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with contextlib.closing(World(tmp_path)) as one:
+        yield one
+
+
+def test_a_session_that_cannot_be_looked_at_keeps_nobody_else_from_being_reaped(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(aside, "_FIRST_PAUSE_S", 0.3)
+    for name in (BAD, GOOD):
+        world.take_on(world.leader(name))
+    world.observer.fault = RecursionError
+    world.end_leaders()
+    world.run_until_ended({GOOD})
+    assert world.ended() == {GOOD}
+    assert "RecursionError" in caplog.text
+    world.observer.fault = None
+    world.run_until_ended({BAD, GOOD})
+
+
+def test_a_session_that_is_set_aside_does_not_keep_the_core_busy(world: World) -> None:
+    world.take_on(world.leader(BAD))
+    world.observer.fault = RecursionError
+    world.end_leaders()
+    world.poller.wait(SOON_S)
+    rounds = 0
+    while (world.core.next_deadline() or 0.0) < time.monotonic() + 4:
+        rounds += 1
+        assert rounds < 10, "it goes round and round"
+        world.core.step()
+        world.poller.wait(0.005)
+    assert world.ended() == set()
+
+
+def test_living_sessions_are_looked_at_though_one_of_them_cannot_be(world: World) -> None:
+    keys = {}
+    for name in (BAD, GOOD):
+        session = world.leader(name)
+        world.take_on(session)
+        keys[name] = session.key
+    assert set(world.core.look_at_living()) == set(keys.values())
+    world.observer.fault = ZeroDivisionError
+    assert set(world.core.look_at_living()) == {keys[GOOD]}
+    world.observer.fault = None
+    assert set(world.core.look_at_living()) == {keys[GOOD]}, "it is set aside"
+
+
+def test_a_session_on_record_that_cannot_be_taken_on_keeps_the_daemon_from_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aside, "_FIRST_PAUSE_S", 0.01)
+    sessions = [world.leader(name) for name in (BAD, GOOD)]
+    for session in sessions:
+        world.store.save(session)
+    world.observer.fault = ValueError
+    adoption = Adoption(world.core, "/nowhere")
+    adoption.recover()
+    bad, good = (SessionKey(session.uid, session.id) for session in sessions)
+    assert set(world.core.entries) == {good}
+    world.observer.fault = None
+    end_s = time.monotonic() + SOON_S
+    while bad not in world.core.entries:
+        assert time.monotonic() < end_s
+        adoption.sweep(all_of_them=False)
+    world.end_leaders()
+    world.run_until_ended({BAD, GOOD})

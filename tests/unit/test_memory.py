@@ -1,0 +1,323 @@
+"""What lies in the memory of others is read by a helper: nobody can hold up the core, and who has tried waits longer and longer."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from specimens import FILE_BYTES, ME, OTHER_ID, SOON_S, child, count_descriptors, die, end, executed, id_of
+
+from agent import wire
+from reaperd import memory
+from reaperd.linux import helper
+from reaperd.linux.alarm import Alarm
+from reaperd.linux.procfs import ProcessGone, ProcFS
+from reaperd.memory import ALL_FILES, MemoryReader, Wish
+from reaperd.model import ProcessId
+
+LONG_S = 30.0  # no test waits for that
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Fail a test that leaves a descriptor or a child behind."""
+    descriptors, children = count_descriptors(), ProcFS().children(ME)
+    yield
+    assert count_descriptors() == descriptors
+    for pid in helper._left_behind:  # on a crowded machine even SIGKILL takes its time
+        os.waitpid(pid, 0)
+    helper._left_behind.clear()
+    assert ProcFS().children(ME) == children
+
+
+class Faulty(ProcFS):
+    """A /proc in which some block whoever reads their memory, and some take their time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: set[int] = set()
+        self.slow: dict[int, float] = {}  # seconds of work
+        self.idle: dict[int, float] = {}  # seconds of waiting
+        self.gone: set[int] = set()
+        self.refuses: set[int] = set()
+
+    def environ(self, pid: int, task: int) -> bytes | None:
+        assert os.getpid() != ME, "the core itself has read what can block"
+        if pid in self.blocks:
+            signal.pause()
+        if pid in self.gone:
+            raise ProcessGone
+        if pid in self.refuses:
+            raise PermissionError
+        select.select([], [], [], self.idle.get(pid, 0.0))
+        until_s = time.thread_time() + self.slow.get(pid, 0.0)
+        while time.thread_time() < until_s:
+            pass
+        return b"TMPDIR=/%d\0" % pid
+
+
+def wish(pid: int, **parts: object) -> Wish:
+    stat = ProcFS().stat(pid)
+    return Wish(stat, pid, **{"environ": True, **parts})  # type: ignore[arg-type]
+
+
+def invented(pid: int) -> Wish:
+    """Return a wish for a process that only a faulty /proc has."""
+    stat = ProcFS().stat(ME)
+    return Wish(stat._replace(id=ProcessId(pid, 1), state="S"), pid, environ=True)
+
+
+def read(reader: MemoryReader, *pids: int) -> dict[int, str]:
+    """Return what TMPDIR is, by pid."""
+    memories = reader.read([invented(pid) for pid in pids])
+    return {pid: one.variables["TMPDIR"] for pid, one in memories.items()}
+
+
+def told(*pids: int) -> dict[int, str]:
+    return {pid: f"/{pid}" for pid in pids}
+
+
+def stalls(reader: MemoryReader) -> set[int]:
+    return {id_.pid for id_ in reader._stalled}
+
+
+def let_time_pass(reader: MemoryReader, seconds: float) -> None:
+    """Make it that much later for all that a reader remembers."""
+    for id_, one in reader._stalled.items():
+        reader._stalled[id_] = one._replace(again_s=one.again_s - seconds)
+
+
+# -- what is read -----------------------------------------------------------------------------------
+
+
+def test_what_was_asked_for_is_told_and_nothing_else(run: str) -> None:
+    environment = {
+        wire.LINEAGE_VARIABLE: OTHER_ID,
+        wire.SPARED_VARIABLE: "\udcff\u2603",
+        "TMPDIR": "/scratch",
+        "SECRET": "x",
+        "REAPER_TEST_RUN": run,
+    }
+    reader = MemoryReader(ProcFS())
+    with executed(**environment) as pid:
+        one = reader.read([wish(pid)])[pid]
+        assert one.variables == {
+            wire.LINEAGE_VARIABLE: OTHER_ID,
+            wire.SPARED_VARIABLE: os.fsencode("\udcff\u2603").decode("utf-8", "surrogateescape"),
+            "TMPDIR": "/scratch",
+        }
+        assert (one.argv, one.mapped) == ((), ())
+        one = reader.read([wish(pid, environ=False, argv=True)])[pid]
+        assert (one.variables, one.argv, one.mapped) == ({}, ("cat",), ())
+        one = reader.read([wish(pid, environ=False, maps=ALL_FILES)])[pid]
+        assert any(each.path.endswith("/cat") for each in one.mapped)
+
+
+def test_of_what_is_mapped_only_what_begins_as_was_asked_is_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "a file"
+    path.write_bytes(b"x" * FILE_BYTES)
+
+    def map_twice() -> None:
+        with open(path, "r+b") as file:
+            map_twice.held = [mmap.mmap(file.fileno(), FILE_BYTES) for _ in range(2)]  # type: ignore[attr-defined]
+
+    with child(map_twice) as pid:
+        reader = MemoryReader(ProcFS())
+        (one,) = reader.read([wish(pid, maps=(f"{tmp_path}/", "/nowhere"))])[pid].mapped
+        assert (one.path, one.inode) == (str(path), path.stat().st_ino)
+        assert reader.read([wish(pid, maps=("/nowhere",))])[pid].mapped == ()
+
+
+def test_who_is_gone_is_missing_and_the_others_are_told() -> None:
+    with child() as pid:
+        wishes = [wish(pid), wish(ME)]
+        end(pid)
+        memories = MemoryReader(ProcFS()).read(wishes)
+        assert memories.keys() == {ME}
+    proc = Faulty()
+    proc.gone, proc.refuses = {2}, {3}
+    assert read(MemoryReader(proc), 1, 2, 3, 4) == told(1, 4)
+    assert MemoryReader(proc).read([]) == {}
+
+
+def test_what_may_not_be_read_is_empty() -> None:
+    with child() as pid:
+        one = wish(pid, argv=True)
+        die(pid)
+        for memory_ in MemoryReader(ProcFS()).read([one]).values():
+            assert (memory_.variables, memory_.argv) == ({}, ())
+
+
+# -- who blocks -------------------------------------------------------------------------------------
+
+
+def test_who_blocks_is_passed_over_and_everybody_else_is_read_before_and_behind_it() -> None:
+    proc = Faulty()
+    reader = MemoryReader(proc)
+    proc.blocks = {3}
+    begin_s = time.monotonic()
+    assert read(reader, 1, 2, 3, 4, 5) == told(1, 2, 4, 5)
+    assert time.monotonic() - begin_s < SOON_S / 2
+    assert stalls(reader) == {3}
+
+
+def test_who_blocked_is_not_read_again_until_its_pause_is_over() -> None:
+    proc = Faulty()
+    reader = MemoryReader(proc)
+    proc.blocks = {3}
+    read(reader, 1, 3)
+    proc.blocks = set()
+    assert read(reader, 1, 3) == told(1)
+    let_time_pass(reader, memory._FIRST_PAUSE_S + 0.1)
+    assert read(reader, 1, 3) == told(1, 3)
+
+
+def test_another_process_with_the_pid_of_one_that_blocked_is_read() -> None:
+    proc = Faulty()
+    reader = MemoryReader(proc)
+    proc.blocks = {3}
+    read(reader, 3)
+    proc.blocks = set()
+    other = invented(3)
+    other = other._replace(stat=other.stat._replace(id=ProcessId(3, 2)))
+    assert reader.read([other]).keys() == {3}
+
+
+def test_pauses_double_up_to_the_longest() -> None:
+    proc = Faulty()
+    reader = MemoryReader(proc)
+    proc.blocks = {3}
+    pauses = []
+    for _ in range(9):
+        read(reader, 3)
+        ((_, stall),) = reader._stalled.items()
+        pauses.append(stall.pause_s)
+        assert stall.again_s == pytest.approx(time.monotonic() + stall.pause_s, abs=SOON_S / 2)
+        let_time_pass(reader, stall.pause_s + 1)
+    assert pauses == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+
+
+def test_a_batch_ends_after_a_few_stalls_and_who_was_left_is_read_the_next_time() -> None:
+    proc = Faulty()
+    reader = MemoryReader(proc)
+    proc.blocks = set(range(1, 9))
+    begin_s = time.monotonic()
+    assert read(reader, *range(1, 10)) == {}
+    assert time.monotonic() - begin_s < SOON_S / 2
+    assert 1 <= len(stalls(reader)) <= 4
+    for _ in range(8):
+        if found := read(reader, *range(1, 10)):
+            break
+    assert found == told(9)
+
+
+def test_the_likeliest_to_block_are_read_last() -> None:
+    proc = Faulty()
+    reader = MemoryReader(proc)
+    proc.blocks = {1, 2}
+    wishes = [invented(pid) for pid in (1, 2, 3, 4)]
+    in_state_d = [
+        one._replace(stat=one.stat._replace(state="D")) if one.stat.id.pid < 3 else one for one in wishes
+    ]
+    reader._stalled[ProcessId(2, 1)] = memory._Stall(0.0, LONG_S)
+    proc.slow = {}
+    assert reader.read(in_state_d).keys() == {3, 4}
+    # With all stalls spent on them, the others would not have been read.
+    reader = MemoryReader(proc)
+    proc.blocks = set(range(1, 9))
+    both = [
+        one._replace(stat=one.stat._replace(state="D")) if one.stat.id.pid in proc.blocks else one
+        for one in (invented(pid) for pid in range(1, 12))
+    ]
+    assert reader.read(both).keys() == {9, 10, 11}
+
+
+def test_who_only_lets_wait_a_little_is_read_at_every_look() -> None:
+    proc = Faulty()
+    reader = MemoryReader(proc)
+    proc.idle = {2: 2 * memory._DEAR_S}
+    for _ in range(2):
+        assert read(reader, 1, 2) == told(1, 2)
+
+
+def test_who_makes_much_work_is_told_and_then_not_read_at_every_look() -> None:
+    proc = Faulty()
+    reader = MemoryReader(proc)
+    proc.slow = {2: 3 * memory._DEAR_S}
+    assert read(reader, 1, 2) == told(1, 2)
+    assert read(reader, 1, 2) == told(1)
+    let_time_pass(reader, memory._FIRST_PAUSE_S + 0.1)
+    assert read(reader, 1, 2) == told(1, 2)
+
+
+def test_a_batch_has_its_time_and_who_was_left_has_not_stalled() -> None:
+    proc = Faulty()
+    reader = MemoryReader(proc)
+    pids = range(1, 200)
+    proc.slow = dict.fromkeys(pids, memory._DEAR_S - 0.002)
+    begin_s = time.monotonic()
+    first = read(reader, *pids)
+    assert time.monotonic() - begin_s < SOON_S / 2
+    assert 0 < len(first) < len(pids)
+    proc.slow = {}
+    left = [pid for pid in pids if pid not in first]
+    assert read(reader, *left).keys() >= set(left) - stalls(reader)
+    assert len(stalls(reader) - first.keys()) == 0
+
+
+def test_the_alarm_ends_a_batch_and_is_nobodys_fault() -> None:
+    proc = Faulty()
+    reader = MemoryReader(proc)
+    alarm = Alarm()
+    ringing, writer = os.pipe()
+    alarm.watch(ringing)
+    try:
+        assert reader.read([invented(1)], alarm).keys() == {1}
+        os.write(writer, b"x")
+        assert reader.read([invented(pid) for pid in range(1, 99)], alarm).keys() < set(range(1, 99))
+        assert reader._stalled == {}
+        assert read(reader, 1, 2) == told(1, 2), "what nobody may interrupt is read"
+    finally:
+        os.close(ringing)
+        os.close(writer)
+        alarm._epoll.close()
+
+
+@pytest.mark.needs_root
+def test_a_lack_of_processes_is_nobodys_fault() -> None:
+    import json
+    import resource
+
+    def try_in_vain() -> list[object]:
+        os.setresuid(65534, 65534, 65534)
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        proc = ProcFS()
+        reader = MemoryReader(proc)
+        return [len(reader.read([invented(pid) for pid in range(1, 9)])), len(reader._stalled)]
+
+    reader, writer = os.pipe()
+    with child(lambda: os.write(writer, json.dumps(try_in_vain()).encode())), open(reader, "rb") as file:
+        os.close(writer)
+        assert json.loads(file.read1(100)) == [0, 0]
+
+
+def test_who_blocked_and_was_not_asked_for_since_is_forgotten() -> None:
+    proc = Faulty()
+    reader = MemoryReader(proc)
+    proc.blocks = {3}
+    read(reader, 3)
+    let_time_pass(reader, memory._FIRST_PAUSE_S + memory._LONGEST_PAUSE_S + 1)
+    proc.blocks = {4}
+    read(reader, 4)
+    assert stalls(reader) == {4}
+
+
+def test_a_process_is_known_by_what_it_was_when_it_was_wished_for() -> None:
+    with child() as pid:
+        assert MemoryReader(ProcFS()).read([wish(pid)]).keys() == {id_of(pid).pid}
