@@ -14,7 +14,7 @@ import uuid
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "support"))
 
-from chaos.flat import Measured, come_and_go, growth_per_session
+from chaos.flat import Measured, come_and_go, grew, growth_per_session
 from chaos.stage import Stage
 from harness import Scratch
 
@@ -83,9 +83,9 @@ def judge(measured: list[Measured], most_bytes: float) -> list[str]:
                 f"{who}: grows by {min(slopes.values()):.0f} bytes a session, {most_bytes:g} are allowed"
             )
         for name in ("descriptors", "threads"):
-            first, last = (getattr(footings[at][1], name) for at in (0, -1))
-            if last > first:
-                faults.append(f"{who}: {last} {name}, {first} before")
+            counts = [getattr(footing, name) for _, footing in footings]
+            if grew(counts):
+                faults.append(f"{who}: {counts[-1]} {name}, {counts[0]} before")
     return faults
 
 

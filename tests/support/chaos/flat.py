@@ -69,6 +69,12 @@ def come_and_go(stage: Stage, sessions: int) -> Iterator[Measured]:
         yield Measured(first + len(batch), read_footing(stage.daemon.pid), read_footing(gate))
 
 
+def grew(counts: list[int]) -> bool:
+    """Say whether the later half is above the earlier: a connection that was just closed may count in one of them."""
+    half = len(counts) // 2
+    return min(counts[half:]) > max(counts[:half])
+
+
 def growth_per_session(points: list[tuple[int, int]]) -> float:
     """Return the slope of the line that fits (sessions, bytes) best."""
     count = len(points)
