@@ -108,6 +108,33 @@ def child_of_child() -> Iterator[tuple[int, int]]:
 
 
 @contextlib.contextmanager
+def forking() -> Iterator[tuple[int, Callable[[], int]]]:
+    """Run a child that has a child of its own when the second of what is yielded is called, which returns its pid."""
+    reader, writer = os.pipe()
+
+    def fork() -> None:
+        if pid := os.fork():
+            os.write(writer, b"%d\n" % pid)
+        else:
+            signal.pause()
+
+    grandchildren: list[int] = []
+    with cued(fork) as (pid, give_cue), open(reader, "rb") as file:
+        os.close(writer)
+
+        def fork_now() -> int:
+            give_cue()
+            grandchildren.append(int(file.readline()))
+            return grandchildren[0]
+
+        try:
+            yield pid, fork_now
+        finally:
+            for grandchild in grandchildren:
+                os.kill(grandchild, signal.SIGKILL)
+
+
+@contextlib.contextmanager
 def executed(**environment: str) -> Iterator[int]:
     """Run a program with exactly this environment."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:

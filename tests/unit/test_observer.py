@@ -29,6 +29,7 @@ from specimens import (
     die,
     end,
     executed,
+    forking,
     found,
     id_of,
     seen,
@@ -522,24 +523,13 @@ def test_a_look_with_pidfds_reads_who_was_left_to_those_who_adopt_and_leaves_oth
 
 
 def test_a_look_with_pidfds_reads_the_new_children_of_members(observer: Observer) -> None:
-    reader, writer = os.pipe()
-
-    def fork() -> None:
-        if pid := os.fork():
-            os.write(writer, b"%d\n" % pid)
-        else:
-            signal.pause()
-
-    with cued(fork) as (pid, give_cue), open(reader, "rb") as file:
+    with forking() as (pid, fork):
         look(observer, session())
-        give_cue()
-        os.close(writer)
-        grandchild = int(file.readline())
+        grandchild = fork()
         assert seen(look(observer, dead_session(), hold=True), grandchild) is None
         snapshot = look(observer, dead_session(), hold=True, members=[id_of(pid)])
         assert found(snapshot, grandchild).ppid == pid
         assert grandchild not in snapshot.stale
-        os.kill(grandchild, signal.SIGKILL)
 
 
 def test_a_look_with_pidfds_follows_those_who_are_new_down_to_the_last(observer: Observer) -> None:
@@ -563,6 +553,15 @@ def test_who_adopts_counts_though_it_was_never_looked_at_before(
         snapshot = look(observer, dead_session(adopters=adopters), **facts)
         assert snapshot.adopters == adopters
         assert seen(snapshot, grandchild)
+
+
+@pytest.mark.needs_root
+def test_one_of_another_user_adopts_too(observer: Observer) -> None:
+    theirs = session(uid=NOBODY, leader=ProcessId(1, 0))
+    look(observer, theirs)
+    with child() as pid:
+        adopters = frozenset((id_of(pid),))
+        assert look(observer, replace(theirs, adopters=adopters), hold=True).adopters == adopters
 
 
 def test_a_member_counts_though_it_was_never_looked_at_before(observer: Observer) -> None:
@@ -622,31 +621,16 @@ def test_who_was_forked_during_a_long_look_is_read_before_anybody_is_signalled()
                 self.grandchild = self.fork()
             return super().cgroup(pid)
 
-    reader, writer = os.pipe()
-
-    def fork() -> None:
-        if pid := os.fork():
-            os.write(writer, b"%d\n" % pid)
-        else:
-            signal.pause()
-
     proc = Forking()
     observer = Observer(proc)
-    with cued(fork) as (pid, give_cue), open(reader, "rb") as file:
+    with forking() as (pid, fork):
         look(observer, session())
-
-        def fork_now() -> int:
-            give_cue()
-            return int(file.readline())
-
-        proc.fork, proc.at = fork_now, pid
+        proc.fork, proc.at = fork, pid
         members = [id_of(pid)]
         snapshot = look(observer, dead_session(), hold=True, members=members, again=members)
-        os.close(writer)
         assert seen(snapshot, proc.grandchild)
         assert pidfds_of(proc.grandchild) == 1
-        observer.release()
-        os.kill(proc.grandchild, signal.SIGKILL)
+    observer.release()
 
 
 def test_a_look_ends_though_somebody_forks_without_end() -> None:
@@ -664,7 +648,7 @@ def test_a_look_ends_though_somebody_forks_without_end() -> None:
                 select_nothing(0.0015)
             return super().listing()
 
-    proc = Breeding()
+    proc = Breeding(slow_s=0.002)
     observer = Observer(proc)
     with contextlib.ExitStack() as stack:
         look(observer, session())
@@ -845,39 +829,24 @@ def test_who_has_forked_since_all_were_listed_is_not_told_without_its_child(page
     class Forking(Mine):
         """A /proc in which a process forks right before it is read."""
 
-        at = 0
+        at = grandchild = 0
+        fork: Callable[[], int] = os.getpid
 
         def living_task(self, stat: Stat) -> int:
             if stat.id.pid == self.at:
-                self.at = 0
-                self.fork()
+                self.at, self.grandchild = 0, self.fork()
             return super().living_task(stat)
-
-        def fork(self) -> None:
-            raise NotImplementedError
-
-    reader, writer = os.pipe()
-
-    def fork() -> None:
-        if pid := os.fork():
-            os.write(writer, b"%d\n" % pid)
-        else:
-            signal.pause()
 
     proc = Forking()
     observer = Observer(proc)
     one = dead_session(page, adopters=frozenset((id_of(ME),)))
     look(observer, session(page))
-    with cued(fork) as (pid, give_cue), open(reader, "rb") as file:
-        proc.fork, proc.at = give_cue, pid  # type: ignore[method-assign]
+    with forking() as (pid, fork):
+        proc.fork, proc.at = fork, pid
         told = set().union(*(snapshot.processes.keys() for snapshot in ahead(observer, one)))
-        os.close(writer)
-        grandchild = int(file.readline())
-        try:
-            assert pid not in told or grandchild in told
-        finally:
-            observer.release()
-            os.kill(grandchild, signal.SIGKILL)
+        assert proc.grandchild
+        assert pid not in told or proc.grandchild in told
+    observer.release()
 
 
 @pytest.mark.needs_root
@@ -965,10 +934,11 @@ def test_nothing_interrupts_a_look_at_what_a_dead_leader_left(page: SessionPage)
     look_at = dead_session(page, adopters=frozenset((id_of(ME),)))
     look(observer, session(page))
     os.write(proc.writer, b"x")
-    with child() as pid:
+    with child() as pid, executed(**STAMPED) as program:
         assert observer.is_interrupted()
         snapshot = look(observer, look_at, hold=True)
         assert found(snapshot, pid).pages == {session(page).id}
+        assert found(snapshot, program).lineage == (OTHER_ID,)
     observer.release()
     proc.close()
     alarm._epoll.close()
