@@ -285,6 +285,21 @@ def tell(now: Footprint, when: str, before: Footprint | None = None) -> Footprin
     return now
 
 
+def tell_complaints(daemon: Daemon) -> None:
+    """Print what the daemon's log has beyond the usual."""
+    lines = daemon.read_log().splitlines()
+    found = [
+        line
+        for line in lines
+        if not line.startswith("---") and " INFO " not in line and " DEBUG " not in line
+    ]
+    if found:
+        print(
+            f"\nthe daemon's log has {len(found)} lines that are no news of sessions, of which the last are:"
+        )
+        print("\n".join(f"  {line[:200]}" for line in found[-20:]))
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -331,6 +346,7 @@ def main() -> None:
         if options.only in (None, "hops"):
             figures.hops(scratch, 1 if options.quick else 3)
     finally:
+        tell_complaints(daemon)
         daemon.close()
         scratch.remove()
     print(f"\n{len(figures.faults)} faults (seed {options.seed}, load {os.getloadavg()[0]:.2f})")
