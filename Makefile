@@ -98,6 +98,10 @@ SCALE_ARGS ?=
 scale: $(STAMP) ## measure 5,000 workers, 2,000 sessions and what forks itself each millisecond; SCALE_ARGS="--quick"
 	@$(BIN)/python tests/scale/run.py $(SCALE_ARGS)
 
+.PHONY: siege
+siege: $(STAMP) ## the short forms of attack, chaos, soak and scale, as tests; they want the machine for themselves
+	$(BIN)/python -m pytest tests/siege $(PYTEST_ARGS)
+
 .PHONY: lint
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check $(CODE)

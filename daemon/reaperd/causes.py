@@ -24,6 +24,8 @@ def read_cause(session: Session, leader: int, observer: Observer, vanished: Call
             stat = observer.proc.stat(session.leader.pid)
             if stat.id == session.leader and stat.dead:
                 status = stat.exit_status
+    if status is None:  # its parent may have waited for it between the two questions
+        status = pidfd.exit_status(leader)
     if status is None:
         return UNKNOWN_CAUSE
     cause = Cause.of_status(status)

@@ -83,9 +83,10 @@ class _Search:
         living = {id_.pid for id_ in session.adopters & self.snapshot.adopters}
         if not living:
             return {1}
+        inits = {1, session.init.pid} if session.init in self.snapshot.adopters and session.init else {1}
         forked = [p for p in self.snapshot.marked.get(session.id, ()) if session.id in p.pages]
         known = (*filter(self._may_belong, forked), *self._present(session.kept | session.seen))
-        return {1} | {process.ppid for process in known if process.ppid in living}
+        return inits | {process.ppid for process in known if process.ppid in living}
 
     def _may_belong(self, process: Process) -> bool:
         session = self.session

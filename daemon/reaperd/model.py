@@ -155,6 +155,8 @@ class Session:
     cgroup: str | None = "/"
     # The leader's ancestors: one that is a subreaper inherits what it leaves.
     adopters: frozenset[ProcessId] = frozenset()
+    # The one of them that is the init of the leader's pid namespace: it adopts what nobody else does.
+    init: ProcessId | None = None
     namespaces: Namespaces = Namespaces()
     # The file that counts OOM kills in the leader's memory cgroup, and what it said when last looked at.
     oom_counter: str = ""

@@ -637,10 +637,20 @@ class Observer:
         return replace(
             session,
             cgroup=self.cgroup_path(pid),
-            adopters=self.ancestors(pid),
+            adopters=(adopters := self.ancestors(pid)),
+            init=self._init_among(adopters, pid),
             namespaces=self.proc.namespaces(pid),
             oom_kills=self.oom_kills_in(session),
         )
+
+    def _init_among(self, adopters: frozenset[ProcessId], pid: int) -> ProcessId | None:
+        """Return the init of the pid namespace of ``pid``, None where that is not among ``adopters``."""
+        namespace = self.proc.namespaces(pid).pid
+        for id_ in adopters if namespace != self._namespaces.pid else ():
+            with contextlib.suppress(ProcessGone):
+                if self.proc.namespaces(id_.pid).pid == namespace and self.namespaced_pid(id_.pid) == 1:
+                    return id_
+        return None
 
     def open_page(self, leader: int, page_fd: int, uid: int) -> int:
         """Return a descriptor of ours for the page that ``leader`` has at ``page_fd``.

@@ -35,6 +35,7 @@ class Proc:
     parent: str | None = None  # the token of the worker below which it stands, where that matters
     tracks: bool = False  # looks like a resource tracker by now
     ended_s: float | None = None
+    status: int | None = None  # wait(2), where its parent has waited for it and the kernel tells (Linux 6.15)
     ended_by_us: bool = False
     sure: bool = False  # on the daemon's record as a member that only descent tells
     owed: bool | None = None  # once its leader is dead: whether Reaper must end it (None: it may)

@@ -156,10 +156,12 @@ def evidence(violation: Violation, performance: Performance) -> str:
     """Return the facts about a broken promise: steps, processes, and what Reaper says of the sessions."""
     stage = performance.stage
     parts = [f"VIOLATION {violation}", "", "the last steps:", *map(str, performance.last), ""]
-    parts += [_proc_facts(proc) for proc in dict.fromkeys(violation.about)]
+    log = stage.daemon.read_log().splitlines()
+    for proc in dict.fromkeys(violation.about):
+        parts += [_proc_facts(proc), *(f"  log: {line}" for line in log if f"pid={proc.pid} " in line)]
     for session in dict.fromkeys(violation.sessions):
         parts += [_session_facts(session), _told_of(stage, session)]
-    parts += ["the end of the daemon's log:", *stage.daemon.read_log().splitlines()[-_SHOWN_LINES:]]
+    parts += ["the end of the daemon's log:", *log[-_SHOWN_LINES:]]
     parts.append(f"the daemon: pid={stage.daemon.pid} life={stage.life.number} running={stage.life.running}")
     return "\n".join(parts)
 

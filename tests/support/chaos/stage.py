@@ -23,6 +23,7 @@ from harness import Cgroup, Scratch
 
 from agent import wire
 from chaos import kin
+from reaperd.linux import pidfd
 
 _UP_WITHIN_S = 60.0
 _EVENTS_EVERY_S, _ASK_EVERY_S, _LOG_EVERY_S, _DEADLINES_EVERY_S = 0.5, 0.25, 0.5, 0.02
@@ -189,7 +190,7 @@ class Stage:
         assert session is not None, "only bystanders belong to no session"
         return session
 
-    def _note_up(self, facts: dict[str, Any], pidfd: int) -> None:
+    def _note_up(self, facts: dict[str, Any], handle: int) -> None:
         token, fate = facts["token"], facts["fate"]
         session = None
         if fate == LEADER:
@@ -200,7 +201,7 @@ class Stage:
         elif fate != "bystander":
             session = self.sessions[facts["leader"]]
         proc = Proc(
-            token, facts["pid"], pidfd, fate, facts["marks"], facts["at"], session,
+            token, facts["pid"], handle, fate, facts["marks"], facts["at"], session,
             silent=facts.get("silent", False), detached=facts.get("detached", False), parent=facts.get("parent"),
         )  # fmt: skip
         self.procs[token] = proc
@@ -216,7 +217,7 @@ class Stage:
                     proc.owed = kin.owes(session, proc)
                     session.settled_from_s = None
         self.count(fate)
-        self._watch(pidfd, lambda: self._note_end(proc))
+        self._watch(handle, lambda: self._note_end(proc))
 
     def _note_started(self, session: Session, workers: list[str], at_s: float) -> None:
         session.started.update(workers)
@@ -238,7 +239,7 @@ class Stage:
     def _note_end(self, proc: Proc) -> None:
         at_s = time.monotonic()
         self._unwatch(proc.pidfd)
-        proc.ended_s = at_s
+        proc.ended_s, proc.status = at_s, pidfd.exit_status(proc.pidfd)
         session = proc.session
         if proc.fate == LEADER and session is not None:
             session.dead_s = at_s
