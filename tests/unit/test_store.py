@@ -30,6 +30,7 @@ FULL = Session(
     page_inode=1033,
     cgroup="/user.slice/\udcff",
     adopters=frozenset((ProcessId(50, 10), ProcessId(51, 11))),
+    init=ProcessId(51, 11),
     namespaces=Namespaces("pid:[1]", "mnt:[2]", "time:[3]"),
     oom_counter="/sys/fs/cgroup/memory.events",
     oom_kills=3,
