@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from harness import children_of, read_proc
@@ -19,10 +20,16 @@ class Spent:
 
     at_s: float
     cpu_s: float
-    wake_ups: int
+    woken: Mapping[int, int]  # by pid
+
+    @property
+    def wake_ups(self) -> int:
+        return sum(self.woken.values())
 
     def since(self, before: Spent) -> Spent:
-        return Spent(self.at_s - before.at_s, self.cpu_s - before.cpu_s, self.wake_ups - before.wake_ups)
+        """Return what was taken since ``before``; who came or went meanwhile has no wake-ups, but CPU time it has."""
+        woken = {pid: count - before.woken[pid] for pid, count in self.woken.items() if pid in before.woken}
+        return Spent(self.at_s - before.at_s, self.cpu_s - before.cpu_s, woken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +42,14 @@ class Memory:
 
 
 def spent(pids: Iterable[int]) -> Spent:
-    """Return what ``pids`` have taken, with the children they have waited for."""
-    pids = list(pids)
-    return Spent(time.monotonic(), sum(map(_cpu_s, pids)), sum(map(_wake_ups, pids)))
+    """Return what ``pids`` have taken, with the children they have waited for; a helper may end meanwhile."""
+    cpu_s = 0.0
+    woken = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):  # ESRCH, ENOENT; EINVAL: a clock of nobody
+            cpu_s += _cpu_s(pid)
+            woken[pid] = _wake_ups(pid)
+    return Spent(time.monotonic(), cpu_s, woken)
 
 
 def cpu_clock_s(pid: int) -> float:
@@ -72,7 +84,7 @@ def memory(pids: Iterable[int]) -> Memory:
 
 
 def with_children(pid: int) -> list[int]:
-    """Return ``pid`` and its children: the core of a daemon and its gate."""
+    """Return ``pid`` and its children as they stand: the core of a daemon, its gate, its helpers."""
     return [pid, *children_of(pid)]
 
 

@@ -27,18 +27,17 @@ def measure(bench: Bench) -> Generator[Row]:
     ):
         ready_s = time.monotonic()
         with Throng(daemon, SESSIONS, 1):
-            pids = {
-                "ours": with_children(daemon.pid),
-                "circusd": [circus],
-                "supervisord": [supervisor],
-            }
+
+            def pids() -> dict[str, list[int]]:
+                return {"ours": with_children(daemon.pid), "circusd": [circus], "supervisord": [supervisor]}
+
             # From the middle between two scans on: so many intervals then hold as many scans.
             _sleep_until(ready_s + SCAN_S / 2)
-            before = {name: spent(found) for name, found in pids.items()}
+            before = {name: spent(found) for name, found in pids().items()}
             scans = bench.times(3, 1)
             _sleep_until(ready_s + SCAN_S / 2 + scans * SCAN_S)
-            taken = {name: spent(found).since(before[name]) for name, found in pids.items()}
-            held = {name: memory(found) for name, found in pids.items()}
+            taken = {name: spent(found).since(before[name]) for name, found in pids().items()}
+            held = {name: memory(found) for name, found in pids().items()}
     ours, what = held["ours"], f"{SESSIONS} sessions of one worker, {SESSIONS} children"
     for name, aim in (("circusd", False), ("supervisord", True)):
         yield Row(

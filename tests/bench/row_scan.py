@@ -88,13 +88,12 @@ def _beside_others(bench: Bench, daemon: Daemon, scans: int, interval_s: float, 
 
 def daemon_cpu_s(daemon: Daemon, scans: int, interval_s: float) -> float:
     """Return the CPU seconds of one scan, of core and gate together, over ``scans`` of them."""
-    pids = with_children(daemon.pid)
     for _ in range(2):  # the first look at a process that is new costs more; the second ends in a pause
         wait_scanned(daemon.pid, interval_s)
-    before = spent(pids)
+    before = spent(with_children(daemon.pid))
     for _ in range(scans):
         wait_scanned(daemon.pid, interval_s)
-    return spent(pids).since(before).cpu_s / scans
+    return spent(with_children(daemon.pid)).since(before).cpu_s / scans
 
 
 def run_ps() -> Pass:
