@@ -15,6 +15,7 @@ from scene import Bench, circusd, supervisord
 from throng import Throng
 
 SESSIONS = 100
+PAUSE_S = 10.0
 SCAN_S = 30.0  # the built-in interval
 MIB = 2**20
 
@@ -34,6 +35,8 @@ def measure(bench: Bench) -> Generator[Row]:
             # From the middle between two scans on: so many intervals then hold as many scans.
             _sleep_until(ready_s + SCAN_S / 2)
             before = {name: spent(found) for name, found in pids().items()}
+            _sleep_until(ready_s + SCAN_S / 2 + PAUSE_S)
+            paused = spent(with_children(daemon.pid)).since(before["ours"])
             scans = bench.times(3, 1)
             _sleep_until(ready_s + SCAN_S / 2 + scans * SCAN_S)
             taken = {name: spent(found).since(before[name]) for name, found in pids().items()}
@@ -69,8 +72,15 @@ def measure(bench: Bench) -> Generator[Row]:
             "/s",
             taken[name].wake_ups / taken[name].at_s,
             name,
-            note="all threads of core and gate",
+            note=f"all threads of core and gate; {taken['ours'].wake_ups / scans:.0f} for each scan, while it is at work",
         )
+    yield Row(
+        f"wake-ups in {PAUSE_S:g} s between two scans",
+        paused.wake_ups,
+        "",
+        at_most=0,
+        note="all threads of core and gate; no service manager asks for its watchdog here",
+    )
 
 
 def _sleep_until(at_s: float) -> None:

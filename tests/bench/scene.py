@@ -27,6 +27,7 @@ T = TypeVar("T")
 PROGRAMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "programs")
 SETTLED_WITHIN_S = 120.0
 _PAUSE_S = 0.02
+_LEAST_SCAN_S = 0.002  # of CPU: the listing of a crowded /proc alone takes longer
 _SET_PDEATHSIG = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
@@ -152,14 +153,17 @@ def wait_concluded(daemon: Daemon, session: str) -> None:
 
 
 def wait_scanned(pid: int, interval_s: float) -> None:
-    """Return in the pause after the next scan: the CPU clock of an idle daemon moves for nothing else."""
-    began_s, moved_s, cpu_s = 0.0, time.monotonic(), cpu_clock_s(pid)
-    while not began_s or time.monotonic() < moved_s + interval_s / 5:
+    """Return in the pause after the next scan: the CPU clock of an idle daemon moves by so much for nothing else."""
+    asked_s = moved_s = time.monotonic()
+    began_s, cpu_s = 0.0, cpu_clock_s(pid)
+    least_cpu_s = cpu_s + _LEAST_SCAN_S
+    while cpu_s < least_cpu_s or time.monotonic() < moved_s + interval_s / 5:
         time.sleep(_PAUSE_S / 2)
         now_s, now_cpu_s = time.monotonic(), cpu_clock_s(pid)
         if now_cpu_s != cpu_s:
-            began_s, moved_s, cpu_s = began_s or now_s, now_s, now_cpu_s
-        elif now_s > moved_s + 20 * interval_s:
+            moved_s, cpu_s = now_s, now_cpu_s
+            began_s = began_s or (now_s if cpu_s >= least_cpu_s else 0.0)
+        if not began_s and now_s > asked_s + 20 * interval_s:
             raise AssertionError(f"the daemon has not scanned for {20 * interval_s:g} s")
         if began_s and now_s > began_s + interval_s:
             raise Unmeasured(f"the host is too busy: a scan takes more than the {interval_s:g} s between two")
