@@ -129,8 +129,8 @@ class Promises:
 
     def is_known(self, session: Session) -> bool:
         """Say whether a daemon was told of the session, or has started since it began, and kept what it knew."""
-        if session.lost and session.unregistered_s is not None:
-            return False
+        if session.unregistered_s is not None and (session.lost or not session.accepted):
+            return False  # nobody has a page that names a leader who lives
         return bool(session.accepted) or (
             session.id is not None and self.life.number > session.registered_in_life
         )
