@@ -138,7 +138,8 @@ class Core:
         self._alarm.watch(leader_pidfd)
         self._read_page(session.key)
         family = self.judge(self.entries[session.key].session, self.observer.look_below(session))
-        self._apply(session.key, ledger.Looked(family, time.monotonic(), 0.0))
+        # Workers that stand elsewhere are found by the looks that follow.
+        self._apply(session.key, ledger.Looked(family, time.monotonic(), 0.0, complete=False))
         self._kept.hold(session.key, self.entries[session.key].session.kept)
 
     def has_no_room_for(self, uid: int) -> bool:
@@ -181,7 +182,9 @@ class Core:
         with self._trying(key, "read the end"):
             cause = self._read_cause(session, handle)
             flags = self._read_page(key)
-        if cause.kind is CauseKind.EXIT and (flags & (wire.CLOSING | wire.ENDED) or session.ending):
+        # Where the kernel does not tell, what the leader said at its end must do.
+        told = cause.kind in (CauseKind.EXIT, CauseKind.UNKNOWN)
+        if told and (flags & (wire.CLOSING | wire.ENDED) or session.ending):
             cause = replace(cause, clean=True)
         self._note_exit(
             session.leader
@@ -272,7 +275,8 @@ class Core:
             self._lose_dead(key, reused)
             session = self.entries[key].session
             families[key] = self.judge(session, snapshot)
-            self._apply(key, ledger.Looked(families[key], time.monotonic(), 0.0))
+            whole = session.uid not in snapshot.unread
+            self._apply(key, ledger.Looked(families[key], time.monotonic(), 0.0, complete=whole))
             self._kept.hold(key, self.entries[key].session.kept)
             self._refresh_oom(key, oom_kills)
         return families
@@ -394,9 +398,8 @@ class Core:
             looked_at_s = time.monotonic()
             self._look_costs_s[next(iter(depths)).uid] = looked_at_s - started_s
             for key, seen in sights.items():
-                afresh = depths[key] is not decide.Depth.NEWCOMERS
                 with self._trying(key, "take in the members", tell_exhaustion=True):
-                    self._take_in(key, seen, looked_at_s, looked_at_s - started_s, afresh=afresh)
+                    self._take_in(key, seen, looked_at_s, looked_at_s - started_s, depths[key])
         except Interrupted:
             pass  # it is due still, after what has interrupted it
         except OSError as error:
@@ -449,7 +452,7 @@ class Core:
                     family = self.judge(self.entries[key].session, snapshot)
                     if family.members:
                         sight = Sight(family, whole=True)
-                        self._take_in(key, sight, time.monotonic(), 0.0, afresh=False, ahead=True)
+                        self._take_in(key, sight, time.monotonic(), 0.0, decide.Depth.NEWCOMERS, ahead=True)
 
     def _judge_dead(self, entry: Entry, snapshot: Snapshot) -> Sight:
         """Judge a dead leader's session; whoever got a dead member's pid in the tick in which that one started is no member."""
@@ -467,8 +470,8 @@ class Core:
         seen: Sight,
         looked_at_s: float,
         took_s: float,
+        depth: decide.Depth,
         *,
-        afresh: bool,
         ahead: bool = False,
     ) -> None:
         entry = self.entries[key]
@@ -476,7 +479,15 @@ class Core:
         # Who lets nobody read him may be a member, but one cannot wait for him for ever.
         patient = entry.died_at_s is not None and looked_at_s - entry.died_at_s < _PATIENCE_S
         complete = len(held.members) == len(seen.family.members) and (seen.whole or not patient)
-        looked = ledger.Looked(held, looked_at_s, took_s, complete=complete, afresh=afresh, ahead=ahead)
+        looked = ledger.Looked(
+            held,
+            looked_at_s,
+            took_s,
+            complete=complete,
+            afresh=depth is not decide.Depth.NEWCOMERS,
+            ahead=ahead,
+            everyone=depth is decide.Depth.EVERYONE,
+        )
         self._apply(key, looked)
         new = [id_ for id_ in held.members if id_ not in entry.targets]
         self._targeted.update(new)
@@ -611,6 +622,7 @@ class Core:
         self._kept.hold(key, frozenset())
         self._unsaved.pop(key, None)
         self.aside.forget(key)
+        self._reclaimer.forget(key)
         self.store.forget(key)
         self._targeted.subtract(entry.targets.keys())
         for id_ in entry.targets:

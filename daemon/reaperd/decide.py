@@ -16,6 +16,7 @@ LATE_GRACE_S = 0.2  # the least that a worker found late gets between SIGTERM an
 FRESH_S = 0.2  # nobody is signalled on evidence that is older
 KILL_WAIT_S = 1.0  # how long SIGKILL may take to show before a process counts as stuck
 MAX_RETRY_S = 32.0
+IDLE_LOOKS = 2  # one look can come while a worker is between two programs
 
 
 class Depth(enum.Enum):
@@ -105,7 +106,7 @@ def _tell(entry: Entry, now_s: float) -> list[Action]:
 
 def _while_the_leader_lives(entry: Entry, policy: Policy, now_s: float) -> list[Action]:
     """End a session that its leader has ended and that left no worker; end a leader that is to be stopped."""
-    if entry.session.ending and not entry.workers:
+    if entry.idle_looks >= IDLE_LOOKS:
         return [Forget()] if entry.concluded else [Conclude()]
     target = entry.leader_target
     if target is None or target.due_s > now_s or policy.dry_run:

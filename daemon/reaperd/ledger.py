@@ -84,11 +84,15 @@ class Entry:
     blind_until_s: float = 0.0  # nobody could look, and nobody is signalled unseen
     looks: int = 0
     quiet_looks: int = 0
+    saw_everyone: bool = False  # the last look did
     growth: int = 0
     changed_at_s: float = 0.0  # when a worker was last found or seen to end
     targets: Mapping[ProcessId, Target] = field(default_factory=lambda: _NOTHING)
     left_alone: Mapping[ProcessId, str] = field(default_factory=dict)
     workers: int = 0  # when last looked at; while the leader lives
+    idle_looks: int = (
+        0  # in a row, at all who could be one, that found no worker of a session that its leader has ended
+    )
     leader_target: Target | None = None  # set while somebody has the leader stopped
     stopped_by_uid: int | None = None  # who that was
     reclaim_asked: bool = False
@@ -110,9 +114,9 @@ class Entry:
     @property
     def workers_done(self) -> bool:
         """Whether every worker found is gone or stuck, and looking again found no other."""
-        return self.is_quiet(self.quiet_looks, self.looked_at_s) and all(
-            t.tracker or t.done for t in self.targets.values()
-        )
+        if not (self.saw_everyone and self.is_quiet(self.quiet_looks, self.looked_at_s)):
+            return False
+        return all(target.tracker or target.done for target in self.targets.values())
 
     @property
     def phase(self) -> Phase:
@@ -153,9 +157,10 @@ class Looked:
     family: Family
     at_s: float
     took_s: float
-    complete: bool = True  # False: descriptors ran out, so there may be more members than these
+    complete: bool = True  # False: there may be more members than these: somebody was not looked at
     afresh: bool = True  # False: who was found before was not looked at again
     ahead: bool = False  # True: only some were looked at, before the look that counts
+    everyone: bool = True  # False: who was nobody's before was not looked at again
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +290,9 @@ def apply(entry: Entry, happening: Happening) -> Entry:  # noqa: PLR0912
             return _looked(entry, happening)
         case LookFailed():
             again_s = happening.at_s + SPACING_S[-1]
-            return replace(entry, quiet_looks=0, look_due_s=again_s, blind_until_s=again_s)
+            return replace(
+                entry, quiet_looks=0, saw_everyone=False, look_due_s=again_s, blind_until_s=again_s
+            )
         case Exited():
             return _exited(entry, happening)
         case SignalsSent():
@@ -333,7 +340,14 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
         unmarked = frozenset(id_ for id_, member in members.items() if not member.marked)
         workers = sum(member.role is Role.WORKER for member in members.values())
         session = replace(entry.session.keeping(unmarked), seen=frozenset(members))
-        return replace(entry, session=session, left_alone=looked.family.left_alone, workers=workers)
+        idle = session.ending and not workers and looked.complete
+        return replace(
+            entry,
+            session=session,
+            left_alone=looked.family.left_alone,
+            workers=workers,
+            idle_looks=entry.idle_looks + 1 if idle else 0,
+        )
     new = [member for id_, member in members.items() if id_ not in entry.targets]
     new_workers = [member for member in new if member.role is Role.WORKER]
     targets = dict(entry.targets)
@@ -351,6 +365,7 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
         looked_at_s=looked.at_s,
         judged_at_s=looked.at_s if looked.afresh else entry.judged_at_s,
         quiet_looks=quiet,
+        saw_everyone=looked.everyone,
         growth=entry.growth + any(target.late for target in found),
         changed_at_s=looked.at_s if new_workers else entry.changed_at_s,
     )

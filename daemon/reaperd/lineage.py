@@ -13,6 +13,7 @@ The rules, in order:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from reaperd import signatures
 from reaperd.model import Family, Member, Process, ProcessId, Session, Snapshot
@@ -24,6 +25,13 @@ def family(session: Session, snapshot: Snapshot, protection: Callable[[Process],
     ``protection`` returns the reason why a process must never be touched, None where there is none.
     """
     return _Search(session, snapshot, protection).run()
+
+
+class _Bar(NamedTuple):
+    """Who must not be touched, and why: nor must what stands below."""
+
+    pid: int
+    reason: str
 
 
 class _Search:
@@ -39,6 +47,7 @@ class _Search:
         self.members: dict[ProcessId, Member] = {}
         self.left_alone: dict[ProcessId, str] = {}
         self.spared: dict[ProcessId, str] = {}  # spared or below such, with the reason
+        self.bars: dict[ProcessId, _Bar | None] = {}  # of those that were asked for
         self.stamped: dict[ProcessId, Process] = {}  # carry the stamp, and wait for their parent to be known
 
     def run(self) -> Family:
@@ -114,18 +123,24 @@ class _Search:
 
     def _bar(self, process: Process) -> str | None:
         """Return why ``process`` must not be touched: it is spared or protected, or below such; None where it may be."""
-        reason = self.spared.get(process.id)
-        below, seen = "", set()
-        while reason is None:
-            seen.add(process.id.pid)
-            reason = self.protection(process)
-            parent = self.processes.get(process.ppid)
-            if reason is None:
-                if parent is None or parent.id.pid in seen or not self._may_belong(parent):
-                    return None
-                below += f"is below pid {parent.id.pid}, which "
-                process = parent
-        return below + reason
+        chain: dict[ProcessId, None] = {}
+        bar, at = None, process
+        while at.id not in self.bars:
+            chain[at.id] = None
+            reason = self.spared.get(at.id) or self.protection(at)
+            if reason is not None:
+                bar = _Bar(at.id.pid, reason)
+                break
+            parent = self.processes.get(at.ppid)
+            if parent is None or parent.id in chain or not self._may_belong(parent):
+                break
+            at = parent
+        else:
+            bar = self.bars[at.id]
+        self.bars.update(dict.fromkeys(chain, bar))
+        if bar is None or bar.pid == process.id.pid:
+            return bar and bar.reason
+        return f"is below pid {bar.pid}, which {bar.reason}"
 
     def _judge_alone(self, process: Process) -> None:
         """Judge what a process's own marks tell."""

@@ -118,6 +118,10 @@ class Observer:
             self._lowered = True
         if session.page_inode is not None:
             self.marks.pages.add(session.page_inode, session.page_fd, session.key)
+        # Who was read before carries marks of it that meant nothing then.
+        for pid, process in list(self._processes.items()):
+            if process.uid == session.uid and process.id.start_ticks >= ticks:
+                self._forget(pid)
 
     def uncover(self, key: SessionKey) -> None:
         """Read marks no longer on account of this session."""

@@ -60,9 +60,13 @@ def _find(claim: Claim, proc: ProcFS) -> list[tuple[str, str]]:
 
 
 def _is_reused(leader: ProcessId, proc: ProcFS) -> bool:
-    """Say whether the leader's pid is another process's by now, to whom the names could belong."""
+    """Say whether the leader's pid is another process's by now, to whom the names could belong.
+
+    That can have started in the same tick as the leader, so its start time need not tell; that it lives does.
+    """
     try:
-        return proc.stat(leader.pid).id != leader
+        stat = proc.stat(leader.pid)
+        return stat.id != leader or not stat.dead
     except ProcessGone:
         return False
 

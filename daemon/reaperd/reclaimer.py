@@ -68,6 +68,10 @@ class Reclaimer:
         mapped = self._mapped.pop(session.key, frozenset())
         self._queue.setdefault(session.uid, []).append(reclaim.Claim(session, mapped, until_epoch_s))
 
+    def forget(self, key: SessionKey) -> None:
+        """Nobody will ask for this session's any more."""
+        self._mapped.pop(key, None)
+
     def step(self) -> bool:
         """Note helpers that are done and start the next; True when something was done."""
         now_s = time.monotonic()

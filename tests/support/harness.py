@@ -64,6 +64,7 @@ grace = "{grace:g}s"
 exit_grace = "{exit_grace:g}s"
 tracker_grace = "{tracker_grace:g}s"
 """
+SETTINGS = CONFIG.format(grace=GRACE_S, exit_grace=EXIT_GRACE_S, tracker_grace=TRACKER_GRACE_S)
 
 
 # -- the kernel's word ----------------------------------------------------------------------------
@@ -440,11 +441,7 @@ class Daemon:
         system = os.geteuid() == 0 and uid is None
         os.mkdir(os.path.dirname(self.socket), 0o755 if system else 0o700)
         with open(self.config, "w", encoding="utf-8") as file:
-            file.write(
-                CONFIG.format(grace=GRACE_S, exit_grace=EXIT_GRACE_S, tracker_grace=TRACKER_GRACE_S)
-                if config is None
-                else config
-            )
+            file.write(SETTINGS if config is None else config)
         self._notify_path = os.path.join(directory, "notify")
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._notify.bind(self._notify_path)

@@ -12,11 +12,9 @@ from collections.abc import Callable
 
 import pytest
 from harness import (
-    CONFIG,
-    EXIT_GRACE_S,
     GRACE_S,
+    SETTINGS,
     STRANGER,
-    TRACKER_GRACE_S,
     Daemon,
     Leader,
     Scratch,
@@ -34,7 +32,6 @@ from harness import (
 StartDaemon = Callable[..., Daemon]
 StartLeader = Callable[..., Leader]
 
-SETTINGS = CONFIG.format(grace=GRACE_S, exit_grace=EXIT_GRACE_S, tracker_grace=TRACKER_GRACE_S)
 FORKED = ("pools.py", "executor", "--idle", "--method", "fork")
 MEMMAP = ("pools.py", "memmap", "--busy")
 

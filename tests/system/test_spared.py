@@ -12,6 +12,7 @@ import pytest
 from harness import (
     EXIT_GRACE_S,
     GRACE_S,
+    SETTINGS,
     STRANGER,
     TRACKERS_GONE_S,
     Cgroup,
@@ -26,6 +27,7 @@ from harness import (
     test_environment,
 )
 
+StartDaemon = Callable[..., Daemon]
 StartLeader = Callable[..., Leader]
 StartProcess = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -245,6 +247,41 @@ def test_unregister_lets_everything_live_while_the_leader_does(
     leader.tell("end")
     leader.wait_dead()
     assert leader.wait_all_gone(EXIT_GRACE_S + GRACE_S) == []
+    daemon.wait_end(leader.session)
+
+
+def test_what_scripts_leave_that_unregister_and_end_at_once_is_ended(
+    start_daemon: StartDaemon, start_leader: StartLeader
+) -> None:
+    """Nobody has looked at their workers before, and some leaders are dead before somebody does."""
+    daemon = start_daemon(config=SETTINGS.replace("200ms", "1h"))
+    leaders = [
+        start_leader("kin.py", kind, socket=daemon.socket) for kind in ("subprocess", "double-fork") * 4
+    ]
+    for leader in leaders:
+        leader.tell("unregister\nend")
+    for leader in leaders:
+        leader.wait_dead()
+        assert leader.wait_all_gone(EXIT_GRACE_S + GRACE_S) == []
+        assert daemon.wait_end(leader.session)["kind"] == "reaped"
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_a_zombie"), [("double-fork", False), ("subprocess", True), ("double-fork", True)]
+)
+def test_a_daemon_that_comes_back_ends_what_an_unregistered_leader_leaves_wherever_that_stands(
+    kind: str, is_a_zombie: bool, daemon: Daemon, start_leader: StartLeader
+) -> None:
+    leader = start_leader("kin.py", kind, socket=daemon.socket)
+    leader.ask("unregister")
+    daemon.kill9()
+    if is_a_zombie:
+        leader.kill9()
+    daemon.start()
+    if not is_a_zombie:
+        a_scan_later(daemon, start_leader)
+        leader.kill9()
+    assert leader.wait_all_gone(TRACKERS_GONE_S) == []
     daemon.wait_end(leader.session)
 
 

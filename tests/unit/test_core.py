@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from reaperd import aside
+from reaperd import aside, core
 from reaperd.adoption import Adoption
 from reaperd.core import Core
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcFS
-from reaperd.model import ProcessId, Session, SessionKey, Snapshot
+from reaperd.model import UNKNOWN_CAUSE, ProcessId, Session, SessionKey, Snapshot
 from reaperd.observer import Observer
 from reaperd.policy import Policy
 from reaperd.poller import Poller
@@ -138,6 +138,23 @@ def test_living_sessions_are_looked_at_though_one_of_them_cannot_be(world: World
     assert set(world.core.look_at_living()) == {keys[GOOD]}
     world.observer.fault = None
     assert set(world.core.look_at_living()) == {keys[GOOD]}, "it is set aside"
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_where_the_kernel_does_not_tell_the_cause_an_end_that_was_announced_is_a_clean_one(
+    world: World, monkeypatch: pytest.MonkeyPatch, ending: bool
+) -> None:
+    monkeypatch.setattr(core, "read_cause", lambda *_: UNKNOWN_CAUSE)
+    session = world.leader(GOOD)
+    world.take_on(session)
+    if ending:
+        world.core.unregister(session.key)
+    world.end_leaders()
+    world.poller.wait(SOON_S)
+    entry = world.core.entries[session.key]
+    assert entry.died_at_s is not None
+    assert entry.signal_from_s - entry.died_at_s == (Policy().exit_grace_s if ending else 0.0)
+    world.run_until_ended({GOOD})
 
 
 def test_a_session_on_record_that_cannot_be_taken_on_keeps_the_daemon_from_nothing(

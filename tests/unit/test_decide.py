@@ -535,13 +535,39 @@ def test_a_dry_run_after_a_clean_exit_tells_what_ended_by_itself_as_soon_as_it_h
 # -- a session that its leader has ended ------------------------------------------------------------
 
 
+def unregistered() -> Entry:
+    return apply(Entry(Session("s", "", 1000, 1000, LEADER, "")), Unregistered())
+
+
+def seen(at_s: float, *processes: Fake) -> Looked:
+    return Looked(Family({one.member.process.id: one.member for one in processes}, {}), at_s, 0.0)
+
+
 def test_a_session_that_its_leader_ended_is_concluded_once_it_has_no_worker_left() -> None:
-    entry = apply(Entry(Session("s", "", 1000, 1000, LEADER, "")), Unregistered())
-    busy = apply(entry, Looked(Family({ProcessId(201, 2000): worker(201).member}, {}), 1.0, 0.0))
+    busy = apply(unregistered(), seen(1.0, worker(201)))
     assert decide.decide(busy, POLICY, 1e9) == []
-    idle = apply(busy, Looked(Family({ProcessId(202, 2000): tracker(202).member}, {}), 2.0, 0.0))
-    assert decide.decide(idle, POLICY, 2.0) == [Conclude()]
-    assert decide.decide(apply(idle, Concluded()), POLICY, 2.0) == [Forget()]
+    idle = apply(apply(busy, seen(2.0, tracker(202))), seen(3.0, tracker(202)))
+    assert decide.decide(idle, POLICY, 3.0) == [Conclude()]
+    assert decide.decide(apply(idle, Concluded()), POLICY, 3.0) == [Forget()]
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [
+        pytest.param([], id="nobody has looked"),
+        pytest.param([{}], id="one look, which can miss a worker between two programs"),
+        pytest.param([{}, {"complete": False}], id="somebody could not be looked at"),
+        pytest.param([{}, {"complete": False}, {}], id="nor in a row"),
+    ],
+)
+def test_a_session_that_its_leader_ended_is_not_concluded_before_whole_looks_found_no_worker(
+    looks: list[dict[str, bool]],
+) -> None:
+    entry = apply(Entry(Session("s", "", 1000, 1000, LEADER, "")), seen(1.0))
+    entry = apply(apply(entry, seen(2.0)), Unregistered())
+    for at_s, facts in enumerate(looks, 3):
+        entry = apply(entry, replace(seen(at_s), **facts))
+    assert decide.decide(entry, POLICY, 1e9) == []
 
 
 def test_a_session_without_a_worker_goes_on_while_its_leader_has_not_ended_it() -> None:

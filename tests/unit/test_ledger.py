@@ -222,6 +222,13 @@ def test_where_somebody_re_forked_many_close_looks_must_find_nobody() -> None:
     assert entry.workers_done
 
 
+def test_who_was_nobody_s_is_looked_at_once_more_before_all_are_done() -> None:
+    entry = dead(*(replace(looked(10.0 + number), everyone=False) for number in range(QUIET_LOOKS)))
+    assert not entry.workers_done
+    assert entry.look_due_s is not None
+    assert after(entry, looked(11.0)).workers_done
+
+
 def test_where_somebody_re_forked_long_ago_a_few_looks_are_enough() -> None:
     entry = dead(looked(10.0), looked(10.1, member(202)), exited(10.2, 202))
     late_s = 10.2 + QUIET_AFTER_GROWTH_S

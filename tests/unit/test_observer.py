@@ -141,6 +141,18 @@ def test_one_look_serves_several_sessions_and_none_costs_nothing(page: SessionPa
             assert not proc.reads
 
 
+@pytest.mark.parametrize("everyone", [False, True])
+def test_who_was_read_before_a_page_was_known_is_read_again_for_it(
+    page: SessionPage, observer: Observer, everyone: bool
+) -> None:
+    with child() as pid:
+        assert not found(look(observer, session()), pid).pages
+        theirs = session(page)
+        snapshot = look(observer, theirs, hold=True, members=[theirs.leader], everyone=everyone)
+        assert found(snapshot, pid).pages == {theirs.id}
+    observer.release()
+
+
 def test_a_session_that_is_over_has_nobody_read_on_its_account(page: SessionPage) -> None:
     proc = Mine()
     observer = Observer(proc)

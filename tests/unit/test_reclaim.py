@@ -198,6 +198,14 @@ def test_nothing_is_freed_where_the_leaders_pid_is_another_process_by_now(dead: 
         assert freed(dead.claim(leader=living)) == PAGE, "but a leader that nobody has waited for is itself"
 
 
+def test_nothing_is_freed_where_a_living_process_is_like_the_leader_down_to_the_tick(dead: Dead) -> None:
+    """Start times count ticks of 10 ms: within one, a pid can be given away and be another's."""
+    with child() as living:
+        left = dead.left(f"joblib_memmapping_folder_{living.pid}_x")
+        assert freed(dead.claim(leader=living)) == 0
+    assert left.exists()
+
+
 def test_what_a_living_process_has_open_or_mapped_stays(dead: Dead) -> None:
     opened, mapped, left = dead.left(), dead.left(), dead.left()
     with open(opened, "rb"), mapping(mapped):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from reaperd.linux import pidfd
 from reaperd.linux.alarm import Alarm
 
 _END_S = 0.1
@@ -119,6 +120,10 @@ class Answerer:
 
         After ``most_s``, or where ``alarm`` rings, it is enough, too. None where processes or descriptors have run out.
         """
+        if self._running is not None and pidfd.has_exited(
+            self._running.pidfd
+        ):  # somebody has ended it meanwhile
+            self.close()
         if self._running is None and not self._start():
             return None
         lines = self._exchange(items, stall_s, time.monotonic() + most_s, alarm)
