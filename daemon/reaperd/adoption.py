@@ -68,11 +68,14 @@ class Adoption:
         except (ProcessGone, OSError):  # we cannot tell
             return None, False
 
-    def sweep(self, *, all_of_them: bool) -> None:
-        """Look for marks of sessions that are not on record; of new processes, or of all of them."""
+    def sweep(self, listing: dict[int, int] | None = None) -> None:
+        """Look for marks of sessions that are not on record: on everybody, or on who is new in ``listing``.
+
+        Raises Interrupted in the second case, where a leader dies meanwhile.
+        """
         self._recover_those_left()
         aside = self._core.aside
-        for found in self._sweep.run(all_of_them=all_of_them):
+        for found in self._sweep.run(listing):
             with contextlib.ExitStack() as ours:
                 if isinstance(found, FoundPage):
                     ours.callback(os.close, found.descriptor)

@@ -94,6 +94,8 @@ class Core:
         self._exits_due_s: float | None = None
         self._gather_s = _GATHER_S
         self._look_costs_s: dict[int, float] = {}  # by uid, of the last one
+        # What a living leader's session was last judged by: the observer's count of changes, and the session.
+        self._judged: dict[SessionKey, tuple[int, Session]] = {}
         self._targeted: Counter[ProcessId] = Counter()  # in how many sessions: a worker can lead one itself
         self._unsaved: dict[SessionKey, None] = {}
         self._told: set[SessionKey] = set()  # sessions that a dry run has spoken of
@@ -117,6 +119,7 @@ class Core:
     def _heed(self, policy: Policy) -> None:
         self._policy = policy
         self.observer.reads_cgroups = bool(policy.protected_units)
+        self._judged.clear()
         self._roster.touch()
 
     # -- taking sessions on ------------------------------------------------------------------
@@ -217,8 +220,9 @@ class Core:
         session = self.entries[key].session
         if told.flags & wire.ENDED and not session.ending:
             self._apply(key, ledger.Unregistered())
-        if self.observer.shares_our_namespaces(session):
-            self._apply(key, ledger.Spared(frozenset(ProcessId(*pair) for pair in told.spared)))
+        spared = frozenset(ProcessId(*pair) for pair in told.spared)
+        if not spared <= session.spared and self.observer.shares_our_namespaces(session):
+            self._apply(key, ledger.Spared(spared))
         return told.flags
 
     def page_of(self, key: SessionKey) -> wire.Page | None:
@@ -226,7 +230,10 @@ class Core:
         opened = self._pages.get(key)
         if opened is not None:
             with contextlib.suppress(wire.WireError, OSError):
-                return opened.read(writer_is_dead=self._is_dead(key))
+                try:
+                    return opened.read()
+                except wire.TornPage:
+                    return opened.read(writer_is_dead=self._is_dead(key))
         return None
 
     def _is_dead(self, key: SessionKey) -> bool:
@@ -238,33 +245,48 @@ class Core:
         """Return who belongs to ``session``."""
         return decide.judge(session, snapshot, self.policy)
 
-    def look_at_living(
-        self, only: Iterable[SessionKey] | None = None, *, note_usage: bool = False
-    ) -> dict[SessionKey, Family]:
+    def look_at_living(self, only: Iterable[SessionKey] | None = None) -> dict[SessionKey, Family]:
         """Look who belongs to the sessions whose leaders live (``only`` some), and keep in mind whom only descent tells.
 
         Raises Interrupted where another leader dies meanwhile.
         """
-        keys = [
+        return self.aside.together(self._living(only), self._look_at, "look at the members")
+
+    def scan(self, listing: dict[int, int]) -> None:
+        """Look at all living leaders' sessions, at what has changed alone; ``listing`` is of all processes.
+
+        Raises Interrupted where a leader dies meanwhile.
+        """
+        keys = self._living(None)
+        self.aside.together(
+            keys,
+            lambda some: self._look_at(some, listing, changed_only=True),
+            "look at the members",
+        )
+        self.observer.note_usage_of(
+            id_ for key in keys if key in self.entries for id_ in self.entries[key].session.seen
+        )
+        if all(entry.died_at_s is None for entry in self.entries.values()):
+            self.observer.marks.memory.close()  # nobody needs it before the next scan
+
+    def _living(self, only: Iterable[SessionKey] | None) -> list[SessionKey]:
+        return [
             key
             for key in (self.entries if only is None else only)
             if self.entries[key].died_at_s is None and self.aside.until_s(key) is None
         ]
-        families = self.aside.together(keys, self._look_at, "look at the members")
-        if note_usage:
-            self.observer.note_usage(
-                member.process for family in families.values() for member in family.members.values()
-            )
-        return families
 
-    def _look_at(self, keys: Sequence[SessionKey]) -> dict[SessionKey, Family]:
+    def _look_at(
+        self, keys: Sequence[SessionKey], listing: dict[int, int] | None = None, *, changed_only: bool = False
+    ) -> dict[SessionKey, Family]:
+        """Return who belongs to the sessions; ``changed_only``: where that may be others than the last time."""
         dead = self._kept.dead()
         for key in keys:
             self._lose_dead(key, dead)
             self._read_page(key)
         sessions = [self.entries[key].session for key in keys]
         members = [id_ for session in sessions for id_ in (session.leader, *session.seen, *session.kept)]
-        snapshot = self.observer.look(sessions, hold=False, members=members, again=members)
+        snapshot = self.observer.look(sessions, hold=False, again=members, listing=listing)
         # Whose pidfd says that it is dead, and who is there all the same, is another process with the same pid and tick.
         reused = frozenset(filter(self.observer.is_alive, self._kept.dead()))
         families = {}
@@ -273,13 +295,27 @@ class Core:
             if self._is_dead(key):
                 continue  # its pid, too, may be another's
             self._lose_dead(key, reused)
-            session = self.entries[key].session
-            families[key] = self.judge(session, snapshot)
-            whole = session.uid not in snapshot.unread
-            self._apply(key, ledger.Looked(families[key], time.monotonic(), 0.0, complete=whole))
-            self._kept.hold(key, self.entries[key].session.kept)
+            if not (changed_only and self._is_unchanged(key)):
+                families[key] = self._judge_living(key, snapshot)
             self._refresh_oom(key, oom_kills)
         return families
+
+    def _judge_living(self, key: SessionKey, snapshot: Snapshot) -> Family:
+        session = self.entries[key].session
+        family = self.judge(session, snapshot)
+        whole = session.uid not in snapshot.unread
+        self._apply(key, ledger.Looked(family, time.monotonic(), 0.0, complete=whole))
+        session = self.entries[key].session
+        self._kept.hold(key, session.kept)
+        if whole:
+            self._judged[key] = self.observer.changes, session
+        return family
+
+    def _is_unchanged(self, key: SessionKey) -> bool:
+        """Say whether judging a session anew can tell nothing that it did not tell the last time."""
+        changes, session = self._judged.get(key, (-1, None))
+        now = self.entries[key].session
+        return changes == self.observer.changes and session is now and not now.ending
 
     def _refresh_oom(self, key: SessionKey, read: dict[str, int | None]) -> None:
         """Take the counter as it stands while the leader lives: whoever was killed so far, it was not the leader.
@@ -622,6 +658,7 @@ class Core:
         self._kept.hold(key, frozenset())
         self._unsaved.pop(key, None)
         self.aside.forget(key)
+        self._judged.pop(key, None)
         self._reclaimer.forget(key)
         self.store.forget(key)
         self._targeted.subtract(entry.targets.keys())

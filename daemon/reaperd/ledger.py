@@ -339,7 +339,9 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
     if entry.died_at_s is None:
         unmarked = frozenset(id_ for id_, member in members.items() if not member.marked)
         workers = sum(member.role is Role.WORKER for member in members.values())
-        session = replace(entry.session.keeping(unmarked), seen=frozenset(members))
+        session = entry.session.keeping(unmarked)
+        if members.keys() != session.seen:
+            session = replace(session, seen=frozenset(members))
         idle = session.ending and not workers and looked.complete
         return replace(
             entry,

@@ -110,7 +110,7 @@ class Daemon:
         )  # fmt: skip
         self._core.record(report.event("started", version=__version__))
         self._adoption.recover()
-        self._adoption.sweep(all_of_them=True)
+        self._adoption.sweep()
         self._core.step()
         self._link.on_up = self._say_ready
         self._link.start(time.monotonic())
@@ -170,13 +170,14 @@ class Daemon:
         if self._link.restart_at_s is not None and self._link.restart_at_s <= now_s:
             self._link.start(now_s)
             # Who tried to register while there was no gate is known by its page.
-            self._adoption.sweep(all_of_them=True)
+            self._adoption.sweep()
             self._core.step()
         if self._scan_due_s <= now_s:
             self._scan_due_s = now_s + self._config.scan.interval_s
             try:
-                self._adoption.sweep(all_of_them=False)
-                self._core.look_at_living(note_usage=True)
+                listing = self._core.observer.proc.listing()
+                self._adoption.sweep(listing)
+                self._core.scan(listing)
             except Interrupted:
                 self._scan_due_s = now_s
             except OSError as error:

@@ -42,6 +42,10 @@ class Pages:
             if not self._fds[page_fd]:
                 del self._fds[page_fd]
 
+    def are_known(self, inode: int) -> bool:
+        """Say whether the memfd ``inode`` is the page of a session that is looked for."""
+        return inode in self._sessions
+
     def session_of(self, inode: int | None, uid: int | None) -> str | None:
         """Return the session of ``uid`` whose page the memfd ``inode`` is; None: of nobody's, or of another user's."""
         session = self._sessions.get(inode) if inode is not None else None

@@ -21,6 +21,7 @@ from agent import wire
 from reaperd.linux import cgroup, page, pidfd
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import (
+    PF_KTHREAD,
     TICKS_PER_S,
     ProcessGone,
     ProcFS,
@@ -39,7 +40,7 @@ _MAX_ANCESTORS = 200
 _USAGE_S = 1.0  # CPU shares are told over no less than that, where there is a choice
 _YOUNG_TICKS = 2 * TICKS_PER_S  # old enough then to have become what it will be
 # A scan reads some of those again who seemed to be nobody's, for so long: they may have become other programs.
-_TURN_S = 0.002
+_TURN_S = 0.001
 _AHEAD = 32  # processes that are read before the first of them are signalled
 _RELIST_S, _MOST_RELISTS = (
     0.001,
@@ -92,6 +93,7 @@ class Observer:
         self._processes: dict[int, Process] = {}  # of those known
         self._unread: dict[int, _Unread] = {}
         self._turn: list[int] = []
+        self.changes = 0  # how often anything has changed by which it is told who belongs to a session
         self._covered: dict[SessionKey, Session] = {}
         self._oldest: dict[int, int] = {}  # the start ticks of each uid's first leader
         self._uncovered = False  # some session is over, which may have been the first
@@ -142,6 +144,7 @@ class Observer:
             for pid, process in list(self._processes.items()):
                 if not self._can_belong(process.uid, process.id):
                     del self._processes[pid]
+                    self.changes += 1
                     self._known[pid] = self._known[pid]._replace(process=None)
 
     def _can_belong(self, uid: int | None, id_: ProcessId) -> bool:
@@ -160,6 +163,7 @@ class Observer:
         again: Iterable[ProcessId] = (),
         everyone: bool = False,
         hurried: bool = False,
+        listing: dict[int, int] | None = None,
     ) -> Snapshot:
         """Return who can belong to one of ``sessions``, whose ``members`` so far are given; ``again`` are read again.
 
@@ -168,12 +172,13 @@ class Observer:
         ``hurried`` leaves those to the next look whose pages do not tell, where others' do.
         ``everyone`` reads those as well, and all who seemed to be nobody's. That, and a look without ``hold``, raises
         Interrupted where the alarm rings; what was read until then need not be read by the next one.
+        ``listing`` is of all processes, taken just before, where the caller has one.
         """
         for session in sessions:
             self.cover(session)
         adopters = {id_ for session in sessions for id_ in session.adopters}
         self._unread = {}
-        new = self._list()
+        new = self._list(listing)
         named = self._pids_of(again, new)
         if hold and not everyone:
             parents = {1, *self._pids_of({*adopters, *members}, new)}
@@ -344,17 +349,18 @@ class Observer:
             if one.id is not None and one.id.start_ticks >= first and (everyone or one.process is None)
         }
 
-    def _list(self) -> list[int]:
+    def _list(self, listing: dict[int, int] | None = None) -> list[int]:
         """List all processes, forget who is gone, and return who is new, the newest first: some do not live long."""
-        self._listing = listing = self.proc.listing()
-        for pid in [pid for pid, one in self._known.items() if listing.get(pid) != one.inode]:
-            self._forget(pid)
-        return sorted((pid for pid in listing if pid not in self._known), reverse=True)
+        before, self._listing = self._listing, self.proc.listing() if listing is None else listing
+        if self._listing != before:
+            for pid in [pid for pid, one in self._known.items() if self._listing.get(pid) != one.inode]:
+                self._forget(pid)
+        return sorted(self._listing.keys() - self._known.keys(), reverse=True)
 
     def _forget(self, pid: int) -> None:
         del self._known[pid]
         self._unsettled.discard(pid)
-        self._processes.pop(pid, None)
+        self.changes += self._processes.pop(pid, None) is not None
 
     def _is_known(self, id_: ProcessId) -> bool:
         known = self._known.get(id_.pid)
@@ -397,14 +403,17 @@ class Observer:
                 known, again = _Known(), False
             if pid in self._unread:
                 self._unread[pid] = self._unread[pid]._replace(before=self._known.get(pid))
-            self._known[pid] = known._replace(inode=self._listing.get(pid, 0))
+            inode = self._listing.get(pid, 0)
+            self._known[pid] = known if known.inode == inode else known._replace(inode=inode)
             if known.settled:
                 self._unsettled.discard(pid)
             else:
                 self._unsettled.add(pid)
+            before = self._processes.pop(pid, None)
             if known.process is None:
-                self._processes.pop(pid, None)
+                self.changes += before is not None
             else:
+                self.changes += not _is_alike(before, known.process)
                 self._processes[pid] = known.process
                 if not again:
                     read.add(pid)
@@ -429,10 +438,14 @@ class Observer:
             finally:
                 os.close(handle)
         if process is not None:
-            process = replace(
-                process, ppid=stat.ppid, comm=stat.comm, rss_bytes=stat.rss_bytes, cpu_ticks=stat.cpu_ticks
-            )
-        return known._replace(process=process, settled=_is_settled(stat))
+            now = (stat.ppid, stat.comm, stat.rss_bytes, stat.cpu_ticks)
+            if now != (process.ppid, process.comm, process.rss_bytes, process.cpu_ticks):
+                ppid, comm, rss_bytes, cpu_ticks = now
+                process = replace(process, ppid=ppid, comm=comm, rss_bytes=rss_bytes, cpu_ticks=cpu_ticks)
+        settled = known.settled or _is_settled(stat)
+        if process is known.process and settled == known.settled:
+            return known
+        return known._replace(process=process, settled=settled)
 
     def _read(self, pid: int, *, hold: bool) -> _Known:
         """Return what ``pid`` is now; ProcessGone, or what reading it raises."""
@@ -452,7 +465,8 @@ class Observer:
 
     def _describe(self, stat: Stat, handle: int, *, hurried: bool) -> _Known:
         id_, pid = stat.id, stat.id.pid
-        if id_.start_ticks < min(self._oldest.values(), default=id_.start_ticks + 1):
+        oldest = min(self._oldest.values(), default=id_.start_ticks + 1)
+        if id_.start_ticks < oldest or stat.flags & PF_KTHREAD:
             return _Known(id_)  # that never changes
         uid = self._uid(pid, handle)
         if not self._can_belong(uid, id_):
@@ -506,6 +520,7 @@ class Observer:
                 continue
             self._known[pid] = known._replace(process=process, inode=now.inode)
             self._processes[pid] = process
+            self.changes += 1
             if known.settled:
                 self._unsettled.discard(pid)
         return uids
@@ -526,6 +541,7 @@ class Observer:
                 same[process.ppid] = self._is_unchanged(process.ppid)
             if not same[process.ppid]:
                 self._processes[pid] = replace(process, ppid=0)
+                self.changes += 1
 
     def _is_unchanged(self, pid: int) -> bool:
         id_ = self._processes[pid].id
@@ -738,6 +754,11 @@ class Observer:
         busy_s = (process.cpu_ticks - seen_ticks) / TICKS_PER_S
         return Usage(100 * max(busy_s, 0.0) / (now_s - seen_s), process.rss_bytes)
 
+    def note_usage_of(self, ids: Iterable[ProcessId]) -> None:
+        """Remember the CPU times of ``ids`` as they were when last looked at."""
+        processes = (self._processes.get(id_.pid) for id_ in ids)
+        self.note_usage(process for process in processes if process is not None)
+
     def note_usage(self, processes: Iterable[Process]) -> None:
         """Remember CPU times for the next ``usage()``; the one before last is kept while the last is too young."""
         now_s = time.monotonic()
@@ -753,6 +774,13 @@ def _same_program(one: _Unread) -> Process | None:
     """Return what was read of a process before, where it runs the same program still."""
     before = one.before
     return before.process if before is not None and one.known.image == before.image != 0 else None
+
+
+def _is_alike(one: Process | None, other: Process) -> bool:
+    """Say whether nothing has changed but what a process takes of the machine."""
+    if one is None or one is other:
+        return one is other
+    return replace(one, rss_bytes=other.rss_bytes, cpu_ticks=other.cpu_ticks) == other
 
 
 def _marked(process: Process, marks: Marks) -> Process:

@@ -12,14 +12,14 @@ from typing import NamedTuple
 from agent import wire
 from reaperd.aside import Aside
 from reaperd.linux import page
-from reaperd.linux.procfs import ProcessGone, Stat, parse_gid, parse_memfd_link, parse_uid
+from reaperd.linux.procfs import PF_KTHREAD, ProcessGone, Stat, parse_gid, parse_memfd_link, parse_uid
 from reaperd.marks import MOST_DESCRIPTORS
 from reaperd.memory import OUR_PAGES, Memory, Wish
 from reaperd.observer import Interrupted, Observer
 
 # Of the processes that are no longer new, a sweep looks at as many as fit into so long, in turn: nearly every session
 # registers by message, or was found when its leader was new.
-_TURN_S = 0.002
+_TURN_S = 0.001
 _BETWEEN_ALARMS = 64  # processes
 
 
@@ -48,6 +48,14 @@ class StampedProcess(NamedTuple):
     cgroup: str
 
 
+class _Seen(NamedTuple):
+    """A process that was looked at."""
+
+    inode: int  # of /proc/PID
+    image: int = 0  # as in Stat
+    has_memory: bool = True  # False: a zombie or a kernel thread
+
+
 class Sweep:
     """Remembers whom it has seen."""
 
@@ -55,49 +63,74 @@ class Sweep:
         self._observer = observer
         self._proc = observer.proc
         self._aside = Aside()
-        self._known: set[tuple[int, int]] = set()
-        self._turn: list[tuple[int, int]] = []
+        self._known: dict[int, _Seen] = {}  # by pid
+        self._turn: list[int] = []
 
-    def run(self, *, all_of_them: bool) -> Iterator[FoundPage | StampedProcess]:
-        """Yield what marks new processes carry, and a part of the others in turn (all of them, when asked to).
+    def run(self, listing: dict[int, int] | None = None) -> Iterator[FoundPage | StampedProcess]:
+        """Yield what marks all processes carry; with a ``listing``, those who are new in it, and a part of the others in turn.
 
-        Unless all are asked for, raises Interrupted where a leader dies meanwhile; the next sweep goes on from there.
+        Raises Interrupted in the second case, where a leader dies meanwhile; the next sweep goes on from there.
         """
-        listing = set(self._proc.listing().items())
-        self._known &= listing
-        due = sorted(listing if all_of_them else listing - self._known)
+        everyone = listing is None
+        listing = self._proc.listing() if listing is None else listing
+        for pid in [pid for pid, seen in self._known.items() if listing.get(pid) != seen.inode]:
+            del self._known[pid]
+        due = sorted(listing if everyone else listing.keys() - self._known.keys())
         # A page tells more than a stamp, and a session is taken on but once.
         stamped: list[StampedProcess] = []
         interrupted = False
         for at in range(0, len(due), _BETWEEN_ALARMS):
-            interrupted = not all_of_them and self._observer.is_interrupted()
+            interrupted = not everyone and self._observer.is_interrupted()
             if interrupted:
                 break
             some = due[at : at + _BETWEEN_ALARMS]
-            yield from self._pages_of((pid for pid, _ in some), stamped)
-            self._known.update(some)
-        if not all_of_them and not interrupted:
-            yield from self._pages_of(self._in_turn(self._known), stamped)
+            yield from self._pages_of(some, listing, stamped)
+        if not everyone and not interrupted:
+            yield from self._pages_of(self._changed_in_turn(), listing, stamped)
         yield from stamped
         if interrupted:
             raise Interrupted
 
-    def _in_turn(self, known: set[tuple[int, int]]) -> Iterator[int]:
+    def _changed_in_turn(self) -> list[int]:
+        """Return who of those that had their turn runs another program by now, or has a page that nobody knows."""
         until_s = time.monotonic() + _TURN_S
         if not self._turn:
-            self._turn = list(known)
+            self._turn = list(self._known)
+        changed = []
         while self._turn and time.monotonic() < until_s:
-            key = self._turn.pop()
-            if key in known:
-                yield key[0]
+            pid = self._turn.pop()
+            seen = self._known.get(pid)
+            if seen is not None and seen.has_memory:
+                with contextlib.suppress(ProcessGone, ValueError):
+                    stat = self._proc.stat(pid)
+                    if stat.image != seen.image or self._has_unknown_page(pid, self._proc.living_task(stat)):
+                        changed.append(pid)
+        return changed
 
-    def _pages_of(self, pids: Iterator[int], stamped: list[StampedProcess]) -> Iterator[FoundPage]:
+    def _has_unknown_page(self, pid: int, task: int) -> bool:
+        pages = self._observer.marks.pages
+        return any(
+            (inode := self._proc.memfd_inode(pid, task, number)) is not None and not pages.are_known(inode)
+            for number in self._page_numbers(pid, task)
+        )
+
+    def _page_numbers(self, pid: int, task: int) -> list[int]:
+        """Return at which descriptors ``pid`` has what is called like a session page."""
+        links = self._proc.descriptors(pid, task, most=MOST_DESCRIPTORS)
+        return [n for n, link in links.items() if parse_memfd_link(link).startswith(wire.PAGE_PREFIX)]
+
+    def _pages_of(
+        self, pids: list[int], listing: dict[int, int], stamped: list[StampedProcess]
+    ) -> Iterator[FoundPage]:
         """Yield the pages that ``pids`` have, and put those with stamps aside."""
         wishes: dict[int, Wish] = {}
         for pid in pids:
+            self._known[pid] = _Seen(listing[pid])
             try:
                 stat = self._proc.stat(pid)
-                if not stat.dead:
+                has_memory = not stat.dead and not stat.flags & PF_KTHREAD
+                self._known[pid] = _Seen(listing[pid], stat.image, has_memory)
+                if has_memory:
                     wishes[pid] = Wish(
                         stat,
                         self._proc.living_task(stat),
@@ -122,8 +155,7 @@ class Sweep:
 
     def _found_on(self, wish: Wish, memory: Memory) -> Iterator[FoundPage | StampedProcess]:
         pid = wish.stat.id.pid
-        links = self._proc.descriptors(pid, wish.task, most=MOST_DESCRIPTORS)
-        numbers = [n for n, link in links.items() if parse_memfd_link(link).startswith(wire.PAGE_PREFIX)]
+        numbers = self._page_numbers(pid, wish.task)
         # Who closed all descriptors, as daemons do, has the page mapped still.
         mapped = [one.addresses for one in memory.mapped] if not numbers else []
         stamps = wire.parse_lineage(memory.variables.get(wire.LINEAGE_VARIABLE, ""))

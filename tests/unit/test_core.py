@@ -173,6 +173,6 @@ def test_a_session_on_record_that_cannot_be_taken_on_keeps_the_daemon_from_nothi
     end_s = time.monotonic() + SOON_S
     while bad not in world.core.entries:
         assert time.monotonic() < end_s
-        adoption.sweep(all_of_them=False)
+        adoption.sweep(world.observer.proc.listing())
     world.end_leaders()
     world.run_until_ended({BAD, GOOD})

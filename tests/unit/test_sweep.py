@@ -46,7 +46,7 @@ ALL_SEALS = 0x1 | 0x2 | 0x4 | 0x10
 def swept(sweep: Sweep, *, all_of_them: bool) -> list[FoundPage | StampedProcess]:
     """Return what a sweep finds, with every descriptor closed."""
     found_ = []
-    for one in sweep.run(all_of_them=all_of_them):
+    for one in sweep.run(None if all_of_them else sweep._proc.listing()):
         if isinstance(one, FoundPage):
             os.close(one.descriptor)
         found_.append(one)
@@ -293,6 +293,23 @@ def test_who_is_known_is_looked_at_in_turn() -> None:
         assert holders(found_) == {pid}
 
 
+def test_a_page_that_was_made_since_is_found_in_turn_and_one_that_is_known_is_not_found_again() -> None:
+    observer = Observer(Mine(slow_s=0.003))
+    sweep, pages = Sweep(observer), []
+    assert swept(sweep, all_of_them=False) == []
+    with contextlib.closing(SessionPage(OTHER_ID, "late", 1, observer.boot_id)) as late:
+        late.write_record(["/run/reaper/reaper.sock"])
+        for _ in range(200):
+            if pages := swept(sweep, all_of_them=False):
+                break
+        assert holders(pages) == {ME}
+        one = session(late)
+        observer.cover(one)
+        observer.proc.reads.clear()
+        for _ in range(10):
+            assert swept(sweep, all_of_them=False) == []
+
+
 def test_a_turn_takes_no_longer_than_it_should_however_many_are_known() -> None:
     proc = Mine(slow_s=0.003)
     sweep = Sweep(Observer(proc))
@@ -320,9 +337,9 @@ def test_who_is_gone_is_forgotten(observer: Observer) -> None:
     sweep = Sweep(observer)
     with child() as pid:
         swept(sweep, all_of_them=False)
-        assert pid in dict(sweep._known)
+        assert pid in sweep._known
     swept(sweep, all_of_them=False)
-    assert pid not in dict(sweep._known)
+    assert pid not in sweep._known
 
 
 class Crowded(Mine):
@@ -389,7 +406,7 @@ def test_what_was_found_before_an_interruption_was_told(
     told = set()
 
     def sweep() -> None:
-        for one in Sweep(observer).run(all_of_them=False):
+        for one in Sweep(observer).run(observer.proc.listing()):
             assert isinstance(one, FoundPage)
             os.close(one.descriptor)
             told.add(one.holder.stat.id.pid)
@@ -413,7 +430,7 @@ def test_a_look_finds_what_a_sweep_finds(observer: Observer, page: SessionPage) 
 
 def keeping(sweep: Sweep, pid: int) -> Iterator[FoundPage | StampedProcess]:
     """Yield what is found at ``pid``, whose descriptors are closed afterwards."""
-    for one in sweep.run(all_of_them=True):
+    for one in sweep.run():
         if one.holder.stat.id.pid == pid:
             yield one
         if isinstance(one, FoundPage):

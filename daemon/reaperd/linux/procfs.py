@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from reaperd.model import Namespaces, ProcessId
 
-PF_EXITING, PF_FORKNOEXEC = 0x4, 0x40  # linux/sched.h
+PF_EXITING, PF_FORKNOEXEC, PF_KTHREAD = 0x4, 0x40, 0x200000  # linux/sched.h
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _GONE = (FileNotFoundError, ProcessLookupError)  # gone before open(2), or before read(2)
