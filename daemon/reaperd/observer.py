@@ -40,7 +40,7 @@ _MAX_ANCESTORS = 200
 _USAGE_S = 1.0  # CPU shares are told over no less than that, where there is a choice
 _YOUNG_TICKS = 2 * TICKS_PER_S  # old enough then to have become what it will be
 # A scan reads some of those again who seemed to be nobody's, for so long: they may have become other programs.
-_TURN_S = 0.001
+_TURN_S = 0.0003
 _AHEAD = 32  # processes that are read before the first of them are signalled
 _RELIST_S, _MOST_RELISTS = (
     0.001,

@@ -5,6 +5,7 @@ The core has one thread, so fork(2) without exec is safe, and the child starts w
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -18,7 +19,9 @@ from reaperd.linux import pidfd
 from reaperd.linux.alarm import Alarm
 
 _END_S = 0.1
-_WRITER, _KEPT = 3, 4  # descriptors in a helper
+_CHUNK_BYTES = 65536
+_WRITER, _QUESTIONS, _DONE = 3, 4, 5  # descriptors in a helper
+_PIPE_BYTES = 1024 * 1024  # for answers; with less, a helper waits until we read
 _OUR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _MAX_RESULT_BYTES = 1024 * 1024
 
@@ -39,7 +42,7 @@ def start_helper(work: Callable[[], Any]) -> Helper:
     return _start(lambda writer: _write(writer, json.dumps(work()).encode()))
 
 
-def _start(work: Callable[[int], None], *, keep: int = -1) -> Helper:
+def _start(work: Callable[[int], None], *, keep: tuple[int, ...] = ()) -> Helper:
     _wait_for_left_behind()
     reader, writer = os.pipe2(os.O_CLOEXEC)
     # Until the child has signal handlers of its own, a signal to it would be noted as one to us.
@@ -59,15 +62,15 @@ def _start(work: Callable[[int], None], *, keep: int = -1) -> Helper:
     return Helper(pid, os.pidfd_open(pid), reader)
 
 
-def _run(work: Callable[[int], None], writer: int, keep: int) -> None:
+def _run(work: Callable[[int], None], writer: int, keep: tuple[int, ...]) -> None:
     status = 1
     try:
         signal.set_wakeup_fd(-1)
         for number in _OUR_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _OUR_SIGNALS)
-        # Out of the way first: either may be the other's number.
-        high = [fcntl.fcntl(one, fcntl.F_DUPFD, 16) for one in (writer, keep) if one >= 0]
+        # Out of the way first: each may be another's number.
+        high = [fcntl.fcntl(one, fcntl.F_DUPFD, 16) for one in (writer, *keep)]
         for place, one in enumerate(high, _WRITER):
             os.dup2(one, place)
         os.closerange(_WRITER + len(high), os.sysconf("SC_OPEN_MAX"))
@@ -86,7 +89,7 @@ def finish_helper(helper: Helper) -> Any:
     """Return the result of a helper that is done, None for one that failed or is not; it is ended and waited for."""
     data = b""
     try:
-        while len(data) < _MAX_RESULT_BYTES and (chunk := os.read(helper.reader, 65536)):
+        while len(data) < _MAX_RESULT_BYTES and (chunk := os.read(helper.reader, _CHUNK_BYTES)):
             data += chunk
     except BlockingIOError:
         data = b""
@@ -111,6 +114,7 @@ class Answerer:
         self._answer = answer
         self._running: Helper | None = None
         self._questions = -1  # the pipe that they go into
+        self._done = -1  # an eventfd(2): it has answered all that it was asked
         self._used_at_s = 0.0
 
     def ask(
@@ -133,18 +137,26 @@ class Answerer:
         return [json.loads(line) for line in lines]
 
     def _start(self) -> bool:
-        try:
-            questions, self._questions = os.pipe2(os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            self._running = _start(lambda writer: _answer_all(_KEPT, writer, self._answer), keep=questions)
-        except OSError:
-            os.close(self._questions)
-            return False
-        finally:
-            os.close(questions)
-        os.set_blocking(self._questions, False)
+        with contextlib.ExitStack() as ours:
+            try:
+                questions, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+                ours.callback(os.close, writer)
+                try:
+                    os.set_blocking(questions, True)
+                    done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                    ours.callback(os.close, done)
+                    self._running = _start(
+                        lambda answers: _answer_all(_QUESTIONS, answers, _DONE, self._answer),
+                        keep=(questions, done),
+                    )
+                finally:
+                    os.close(questions)
+            except OSError:
+                return False
+            with contextlib.suppress(OSError):  # a user may have only so much of all pipes
+                fcntl.fcntl(self._running.reader, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            ours.pop_all()
+            self._questions, self._done = writer, done
         return True
 
     def _exchange(
@@ -152,17 +164,17 @@ class Answerer:
     ) -> list[bytes]:
         assert self._running is not None, "it was started"
         unsent = b"".join(json.dumps(item).encode() + b"\n" for item in items)
-        poller, reader = select.poll(), self._running.reader
-        poller.register(reader, select.POLLIN)
+        # Not the answers: to be woken for each of them would cost more than it takes to read what they tell.
+        poller = select.poll()
+        poller.register(self._running.pidfd, select.POLLIN)
+        poller.register(self._done, select.POLLIN)
         poller.register(self._questions, select.POLLOUT)
         if alarm is not None:
             poller.register(alarm.fileno(), select.POLLIN)
         lines: list[bytes] = []
         rest = b""
-        while len(lines) < len(items) and time.monotonic() < until_s:
-            ready = dict(poller.poll(stall_s * 1000))
-            if alarm is not None and alarm.fileno() in ready:
-                break
+        while len(lines) < len(items) and (left_s := until_s - time.monotonic()) > 0:
+            ready = dict(poller.poll(min(stall_s, left_s) * 1000))
             if self._questions in ready:
                 try:
                     unsent = unsent[os.write(self._questions, unsent) :]
@@ -170,14 +182,14 @@ class Answerer:
                     break
                 if not unsent:
                     poller.unregister(self._questions)
-            if reader in ready:
-                chunk = os.read(reader, 65536)
-                if not chunk:
-                    break
-                *more, rest = (rest + chunk).split(b"\n")
-                lines += more
+            if self._done in ready:
+                os.eventfd_read(self._done)
+            *more, rest = (rest + _drain(self._running.reader)).split(b"\n")
+            lines += more
+            if alarm is not None and alarm.fileno() in ready:
+                break
             # On a crowded machine it may only not have had its turn.
-            if not ready and _waits(self._running.pid):
+            if self._running.pidfd in ready or (not ready and not more and _waits(self._running.pid)):
                 break
         return lines
 
@@ -190,14 +202,27 @@ class Answerer:
         """End it; the next question starts another."""
         if self._running is not None:
             os.close(self._questions)
+            os.close(self._done)
             _let_go(self._running)
             self._running = None
 
 
-def _answer_all(questions: int, writer: int, answer: Callable[[Any], Any]) -> None:
-    with open(questions, "rb", closefd=False) as lines:
+def _answer_all(questions: int, writer: int, done: int, answer: Callable[[Any], Any]) -> None:
+    rest = b""
+    while chunk := os.read(questions, _CHUNK_BYTES):
+        *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             _write(writer, json.dumps(answer(json.loads(line))).encode() + b"\n")
+        os.eventfd_write(done, 1)
+
+
+def _drain(reader: int) -> bytes:
+    """Return all that can be read at once."""
+    data = b""
+    with contextlib.suppress(BlockingIOError):
+        while chunk := os.read(reader, _CHUNK_BYTES):
+            data += chunk
+    return data
 
 
 def _waits(pid: int) -> bool:
