@@ -424,8 +424,11 @@ class Core:
         """Look who belongs to dead leaders' sessions, all in one pass, and send at once what is due on that evidence."""
         started_s = time.monotonic()
         try:
-            if not any(self.entries[key].looks for key in depths):
-                self._look_ahead(list(depths))
+            if not any(self.entries[key].looks or self.entries[key].targets for key in depths):
+                told = self._look_ahead(list(depths))
+                depths = {key: depth for key, depth in depths.items() if key not in told}
+            if not depths:
+                return
             sights = self.aside.together(
                 list(depths),
                 lambda keys: self._see({key: depths[key] for key in keys}),
@@ -480,15 +483,24 @@ class Core:
             again |= stale
         return sights
 
-    def _look_ahead(self, keys: list[SessionKey]) -> None:
-        """Signal whom pages alone tell, some at a time: they end while the others are read."""
+    def _look_ahead(self, keys: list[SessionKey]) -> set[SessionKey]:
+        """Signal whom pages alone tell, some at a time: they end while the others are read.
+
+        Return the sessions that this has told of all there seems to be: a look at once would take the time that the
+        kernel needs to end them.
+        """
+        told: set[SessionKey] = set()
+        whole = True
         for snapshot in self.observer.look_ahead([self.entries[key].session for key in keys]):
+            whole = whole and not snapshot.unread
             for key in keys:
                 with self._trying(key, "look ahead", tell_exhaustion=True):
                     family = self.judge(self.entries[key].session, snapshot)
                     if family.members:
-                        sight = Sight(family, whole=True)
+                        sight = Sight(family, whole)
                         self._take_in(key, sight, time.monotonic(), 0.0, decide.Depth.NEWCOMERS, ahead=True)
+                        told.add(key)
+        return told if whole else set()
 
     def _judge_dead(self, entry: Entry, snapshot: Snapshot) -> Sight:
         """Judge a dead leader's session; whoever got a dead member's pid in the tick in which that one started is no member."""

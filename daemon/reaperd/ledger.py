@@ -371,8 +371,9 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
         growth=entry.growth + any(target.late for target in found),
         changed_at_s=looked.at_s if new_workers else entry.changed_at_s,
     )
-    if looked.ahead:
-        return changed
+    if looked.ahead:  # those who were told end now; where others were left to the look, nobody waits for that
+        due_s = _on_grid(looked.at_s + SPACING_S[0]) if looked.complete else entry.look_due_s
+        return replace(changed, look_due_s=due_s)
     if changed.workers_done:
         return replace(changed, look_due_s=None)
     distant = (

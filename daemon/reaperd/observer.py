@@ -41,7 +41,7 @@ _USAGE_S = 1.0  # CPU shares are told over no less than that, where there is a c
 _YOUNG_TICKS = 2 * TICKS_PER_S  # old enough then to have become what it will be
 # A scan reads some of those again who seemed to be nobody's, for so long: they may have become other programs.
 _TURN_S = 0.0003
-_AHEAD = 32  # processes that are read before the first of them are signalled
+_AHEAD = 32  # processes that are read before the first of them are signalled; then twice as many, and so on
 _RELIST_S, _MOST_RELISTS = (
     0.001,
     3,
@@ -271,37 +271,46 @@ class Observer:
         """Yield, some at a time, who can belong to ``sessions`` as known pages alone tell, each held by a pidfd.
 
         Of each one all is there that stands below it, so who is in one snapshot can be signalled before the next is
-        taken: a pool ends while the rest of it is read. Whom nothing tells so quickly is left to ``look()``.
+        taken: a pool ends while the rest of it is read. Whom nothing tells so quickly is left to ``look()``: then there
+        are uids in ``unread``.
         """
         uids = {session.uid for session in sessions}
+        last_pid = self.proc.last_pid()
         new = self._list()
         adopters = {id_ for session in sessions for id_ in session.adopters}
         trees: dict[int, list[int]] = {}
         for pid, top in self._left_to({1, *self._pids_of(adopters, new)}, uids, new).items():
             trees.setdefault(top, []).append(pid)
         batch: list[list[int]] = []
+        most = _AHEAD
         for tree in trees.values():
             batch.append(tree)
-            if sum(map(len, batch)) >= _AHEAD:
-                yield self._read_ahead(batch)
-                batch = []
+            if sum(map(len, batch)) >= most:
+                yield self._read_ahead(batch, uids, last_pid)
+                batch, most = [], 2 * most
         if batch:
-            yield self._read_ahead(batch)
+            yield self._read_ahead(batch, uids, last_pid)
 
-    def _read_ahead(self, trees: list[list[int]]) -> Snapshot:
+    def _read_ahead(self, trees: list[list[int]], uids: set[int], last_pid: int) -> Snapshot:
         self._unread = {}
+        whole = True
         read = self._read_each((pid for tree in trees for pid in tree), hold=True)
+        # Nobody is to be signalled before the children that it has by now are known, too.
+        may_have_grown = self.proc.last_pid() != last_pid
         for tree in trees:
-            # Nobody is to be signalled before the children that it has by now are known, too.
-            known = set(tree)
-            grown = any(not known.issuperset(self._children(pid)) for pid in tree)
-            if grown or not self._unread.keys().isdisjoint(tree):
+            if (may_have_grown and self._has_grown(tree)) or not self._unread.keys().isdisjoint(tree):
+                whole = False
                 for pid in tree:
                     self._leave(pid)
                 read.difference_update(tree)
         self._unread = {}
         self._cut_false_links(read)
-        return Snapshot({pid: self._processes[pid] for pid in read if pid in self._processes})
+        told = {pid: self._processes[pid] for pid in read if pid in self._processes}
+        return Snapshot(told, unread=frozenset() if whole else frozenset(uids))
+
+    def _has_grown(self, tree: list[int]) -> bool:
+        known = set(tree)
+        return any(not known.issuperset(self._children(pid)) for pid in tree)
 
     def _left_to(self, parents: set[int], uids: set[int], new: list[int]) -> dict[int, int]:
         """Return those of ``new`` that are of ``uids`` and stand below ``parents``, as quickly as that can be told.

@@ -729,3 +729,18 @@ def test_reading_leaves_no_descriptor_open() -> None:
         with pytest.raises(ProcessGone):
             proc.stat(0)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_last_pid_changes_with_every_fork_and_every_thread() -> None:
+    proc = ProcFS()
+    seen = [proc.last_pid()]
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    seen.append(proc.last_pid())
+    thread = threading.Thread(target=os.getpid)
+    thread.start()
+    thread.join()
+    seen.append(proc.last_pid())
+    assert len(set(seen)) == 3

@@ -204,6 +204,10 @@ class ProcFS:
                 continue
         return found
 
+    def last_pid(self) -> int:
+        """Return the id that was given away last, to a process or to a thread: while it stays, nobody has forked."""
+        return int(self._read("loadavg").rsplit(None, 1)[1])
+
     def tasks(self, pid: int) -> list[int]:
         """Return the thread ids of ``pid``; empty when it is gone."""
         try:
