@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 ROOT := $(filter 0,$(shell id -u))
 CODE := agent daemon examples packaging tests
-SUITE = $(wildcard tests/unit tests/system $(if $(ROOT),tests/root))
+SUITE = $(wildcard tests/unit tests/system tests/siege $(if $(ROOT),tests/root))
 
 # -- finding a Python -----------------------------------------------------------------------------
 
@@ -51,7 +51,7 @@ demo: $(STAMP) ## kill a real grid search with SIGKILL, and watch Reaper clean u
 	@$(BIN)/python examples/demo.py
 
 .PHONY: test
-test: lint check ## lint, then every test: unit, system, and as root those that need root
+test: lint check ## lint, then every test: unit, system, siege, and as root those that need root
 
 .PHONY: check
 check: $(STAMP) ## every test, without lint; PYTEST_ARGS="-k name" chooses
@@ -97,10 +97,6 @@ SCALE_ARGS ?=
 .PHONY: scale
 scale: $(STAMP) ## measure 5,000 workers, 2,000 sessions and what forks itself each millisecond; SCALE_ARGS="--quick"
 	@$(BIN)/python tests/scale/run.py $(SCALE_ARGS)
-
-.PHONY: siege
-siege: $(STAMP) ## the short forms of attack, chaos, soak and scale, as tests; they want the machine for themselves
-	$(BIN)/python -m pytest tests/siege $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## ruff and mypy

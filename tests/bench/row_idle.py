@@ -32,13 +32,13 @@ def measure(bench: Bench) -> Generator[Row]:
             def pids() -> dict[str, list[int]]:
                 return {"ours": with_children(daemon.pid), "circusd": [circus], "supervisord": [supervisor]}
 
-            # From the middle between two scans on: so many intervals then hold as many scans.
-            _sleep_until(ready_s + SCAN_S / 2)
+            # After the scan that saw the sessions first, from the middle between two on: n intervals hold n scans.
+            _sleep_until(ready_s + SCAN_S * 1.5)
             before = {name: spent(found) for name, found in pids().items()}
-            _sleep_until(ready_s + SCAN_S / 2 + PAUSE_S)
+            _sleep_until(ready_s + SCAN_S * 1.5 + PAUSE_S)
             paused = spent(with_children(daemon.pid)).since(before["ours"])
             scans = bench.times(3, 1)
-            _sleep_until(ready_s + SCAN_S / 2 + scans * SCAN_S)
+            _sleep_until(ready_s + SCAN_S * 1.5 + scans * SCAN_S)
             taken = {name: spent(found).since(before[name]) for name, found in pids().items()}
             held = {name: memory(found) for name, found in pids().items()}
     ours, what = held["ours"], f"{SESSIONS} sessions of one worker, {SESSIONS} children"
