@@ -315,6 +315,9 @@ class Store:
                 self._database.rollback()
 
 
+_MORE_THAN_ANY = 2**63  # start ticks are the largest: unsigned long in proc(5), 10 ms each
+
+
 def _move_aside(path: str) -> str:
     aside = f"{path}.broken-{time.time_ns()}"
     for suffix in ("", "-wal", "-shm"):
@@ -351,7 +354,7 @@ def _record(session: Session) -> dict[str, Any]:
 
 def _session(record: dict[str, Any]) -> Session:
     cause = record["cause"]
-    return Session(
+    session = Session(
         id=record["id"],
         name=record["name"],
         uid=record["uid"],
@@ -373,3 +376,11 @@ def _session(record: dict[str, Any]) -> Session:
         temp_dirs=tuple(record["temp_dirs"]),
         ending=record["ending"],
     )
+    init = () if session.init is None else (session.init,)
+    ids = (session.leader, *session.adopters, *init, *session.kept, *session.seen, *session.spared)
+    numbers = (session.uid, session.gid, session.page_fd, *(number for id_ in ids for number in id_))
+    if not all(type(number) is int and -1 <= number < _MORE_THAN_ANY for number in numbers):
+        raise ValueError("a uid, a gid, a descriptor, a pid or a start time is none")
+    if not all(isinstance(text, str) for text in (session.id, session.name, *session.temp_dirs)):
+        raise ValueError("an id, a name or a folder is no text")
+    return session

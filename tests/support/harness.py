@@ -775,13 +775,23 @@ class Leader:
 
     def _translated(self, line: dict[str, Any]) -> dict[str, Any]:
         """Return what the leader said with its pids as they are in our namespace."""
-        names = {
-            within[-1]: pid for pid in marked(FAMILY_MARK, self.mark) if len(within := pids_within(pid)) > 1
-        }
+        names = self._names()
         if line["leader"] not in names:
             return line
+        told = {pid for found in line["pids"].values() for pid in found}
+        end_s = time.monotonic() + UP_WITHIN_S
+        while (
+            told - names.keys() and time.monotonic() < end_s
+        ):  # one in the middle of execve(2) shows no mark
+            names |= self._names()
         pids = {role: [names.get(pid, pid) for pid in found] for role, found in line["pids"].items()}
         return {**line, "leader": names[line["leader"]], "pids": pids}
+
+    def _names(self) -> dict[int, int]:
+        """Return the family's pids by what they are in namespaces of their own."""
+        return {
+            within[-1]: pid for pid in marked(FAMILY_MARK, self.mark) if len(within := pids_within(pid)) > 1
+        }
 
     def hold(self, pid: int) -> None:
         if pid not in self._pidfds and (pidfd := open_pidfd(pid)) is not None:

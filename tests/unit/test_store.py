@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -123,6 +124,35 @@ def test_a_session_that_cannot_be_read_is_left_out_and_the_others_are_not(
         execute(tmp_path, "INSERT INTO sessions VALUES (?, ?, ?, ?)", 1000, f"bad-{number}", BOOT, record)
     assert sessions_in(tmp_path) == [PLAIN]
     assert len([one for one in caplog.records if "cannot read a session" in one.message]) == 8
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {"uid": "root"},
+        {"uid": None},
+        {"gid": 1.5},
+        {"page_fd": True},
+        {"leader": ["x", 1]},
+        {"leader": [2**70, 1]},
+        {"init": [1, "x"]},
+        *({name: [[5, -2]]} for name in ("kept", "seen", "spared", "adopters")),
+        {"name": 7},
+        {"temp_dirs": [None]},
+    ],
+    ids=str,
+)
+def test_a_session_whose_record_makes_no_sense_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, nonsense: dict[str, object]
+) -> None:
+    with closing(open_store(tmp_path)) as store:
+        store.save(FULL)
+    for name, value in nonsense.items():
+        execute(
+            tmp_path, f"UPDATE sessions SET record = json_set(record, '$.{name}', json(?))", json.dumps(value)
+        )
+    assert sessions_in(tmp_path) == []
+    assert "cannot read a session on record" in caplog.text
 
 
 def test_the_same_id_of_two_users_is_two_sessions(tmp_path: Path) -> None:
