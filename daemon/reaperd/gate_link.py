@@ -12,7 +12,6 @@ import os
 import socket
 import stat
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 from agent import wire
 from reaperd import gate_frames
 from reaperd.linux import pidfd
+from reaperd.linux.child import Child, start_child
 from reaperd.poller import Poller
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class GateLink:
         self._on_request = on_request
         self._life = 0
         self._channel: socket.socket | None = None
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._waiting: collections.deque[tuple[int, bytes]] = collections.deque()  # uid and part of a reply
         self._waiting_bytes: collections.Counter[int] = collections.Counter()  # by uid
         self._drops = False
@@ -90,13 +90,7 @@ class GateLink:
         arguments = [sys.executable, "-I", "-m", "reaperd.gate", *map(str, descriptors), self._path]
         try:
             # A session of its own: Ctrl-C in a terminal is for the core, which ends the gate by hanging up.
-            self._child = subprocess.Popen(
-                arguments,
-                pass_fds=descriptors,
-                stdin=subprocess.DEVNULL,
-                env=_ENVIRONMENT,
-                start_new_session=True,
-            )
+            self._child = start_child(arguments, descriptors, _ENVIRONMENT)
         except OSError as error:  # processes have run out
             log.warning("cannot start the gate: %s, trying again", error.strerror)
             ours.close()
@@ -116,9 +110,7 @@ class GateLink:
             self._channel.close()
             self._channel = None
         if self._child is not None:
-            try:
-                self._child.wait(_LAST_WORDS_S)
-            except subprocess.TimeoutExpired:
+            if self._child.wait(_LAST_WORDS_S) is None:
                 self._child.kill()
                 self._child.wait()
             self._child = None

@@ -42,6 +42,7 @@ SIGNALLERS = {
     "reaperd.reaper": {"send_signal"},  # the only way out for a kill
     "reaperd.linux.pidfd": {"pidfd_send_signal"},  # the call itself
     "reaperd.linux.helper": {"pidfd_send_signal"},  # our own child
+    "reaperd.linux.child": {"pidfd_send_signal"},  # our own child
     "reaperd.gate_link": {"kill"},  # our own child, not waited for yet
     "reaperd.ctl.probes": {"pidfd_send_signal"},  # signal 0, to our own child
 }
