@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from reaperd import __version__
 from reaperd.config import Config, ConfigError
 from reaperd.config_files import read_config
 from reaperd.loop import Daemon, StartError, set_log_level
 from reaperd.paths import default_paths
+
+if TYPE_CHECKING:
+    import argparse
 
 _EPILOG = """exit codes:
   0  ended by SIGTERM or SIGINT, or the configuration is good (--check-config)
@@ -32,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = _parser().parse_args(arguments)
+    options = read_options(sys.argv[1:] if arguments is None else arguments)
     if options.pidfile and not options.detach:
         print("reaperd: --pidfile goes with --detach", file=sys.stderr)
         return 2
@@ -72,14 +76,56 @@ def run(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class Options(NamedTuple):
+    """What the command line says."""
+
+    config: str | None = None
+    socket: str | None = None
+    state_dir: str | None = None
+    pidfile: str | None = None
+    detach: bool = False
+    check_config: bool = False
+    dry_run: bool = False
+
+
+def read_options(arguments: Sequence[str]) -> Options:
+    """Return what ``arguments`` say; SystemExit after ``--help``, ``--version`` or a mistake."""
+    return parse_plainly(arguments) or Options(**vars(parser().parse_args(arguments)))
+
+
+def parse_plainly(arguments: Sequence[str]) -> Options | None:
+    """Return what ``arguments`` say where each option is spelled out and has what it needs; None for all else.
+
+    A daemon is started so, and argparse with what it imports would take a MiB for as long as it lives.
+    """
+    found: dict[str, str | bool] = {}
+    words = iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        name = option[2:].replace("-", "_")
+        if option in ("--detach", "--check-config", "--dry-run") and not equals:
+            found[name] = True
+        elif option in ("--config", "--socket", "--state-dir", "--pidfile"):
+            value = value if equals else next(words, "-")
+            if value.startswith("-") and not equals:
+                return None
+            found[name] = value
+        else:
+            return None
+    return Options(**found)  # type: ignore[arg-type]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads every command line, and explains them all."""
+    import argparse
+
+    reader = argparse.ArgumentParser(
         prog="reaperd",
         description="Ends the training workers that a dead parent left behind. Runs in the foreground.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = reader.add_argument
     add(
         "--config",
         metavar="FILE",
@@ -92,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--check-config", action="store_true", help="report every fault in the settings and leave")
     add("--dry-run", action="store_true", help="signal nobody: say what would have been done")
     add("--version", action="version", version=f"reaperd {__version__}")
-    return parser
+    return reader
 
 
 def _with_dry_run(config: Config) -> Config:
