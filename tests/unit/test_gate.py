@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pwd
 import socket
+from pathlib import Path
 
 import pytest
 import zmq
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from agent.wire import WireError
 from reaperd import gate, gate_frames
-from reaperd.gate import Gate, Quota, parse_peer_address
+from reaperd.gate import Gate, Quota, find_user, parse_peer_address
 
 OVERFLOW = 65534
 BURST, PER_S = int(gate._BURST), gate._REQUESTS_PER_S
@@ -156,3 +158,33 @@ def test_a_core_that_was_killed_with_requests_unread_is_gone_like_any_other() ->
                 ours.send(unread)
             core.close()
             assert not Gate(router, ours, OVERFLOW)._pass_reply()
+
+
+# -- whom it becomes ------------------------------------------------------------------------------
+
+ACCOUNTS = """\
+# a comment: x
+root:x:0:0:root:/root:/bin/bash
++@group::::::
+nobody:x:65534:65533:nobody:/:/usr/sbin/nologin
+reaper-gate:!:978:977:Reaper's gate:/:/usr/sbin/nologin
+"""
+
+
+def test_the_gate_becomes_the_first_of_its_users_that_the_host_has(tmp_path: Path) -> None:
+    accounts = tmp_path / "passwd"
+    accounts.write_text(ACCOUNTS)
+    assert find_user(("reaper-gate", "nobody"), str(accounts)) == (978, 977)
+    assert find_user(("none", "nobody"), str(accounts)) == (65534, 65533)
+
+
+def test_a_user_that_only_a_name_service_has_is_asked_for(tmp_path: Path) -> None:
+    me = pwd.getpwuid(0)
+    assert find_user(("none", me.pw_name), str(tmp_path / "missing")) == (me.pw_uid, me.pw_gid)
+
+
+def test_there_is_no_gate_where_there_is_nobody_to_be(tmp_path: Path) -> None:
+    accounts = tmp_path / "passwd"
+    accounts.write_text("none\nnone:x:1\n")
+    with pytest.raises(SystemExit, match="none of the users none"):
+        find_user(("none",), str(accounts))
