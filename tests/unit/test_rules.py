@@ -183,6 +183,16 @@ def test_the_daemon_runs_without_zeromq_loaded() -> None:
     assert "zmq" not in loaded
 
 
+def test_what_serves_keeps_no_module_in_memory_that_it_can_do_without() -> None:
+    """Each of these takes a quarter of a MiB and more, for months: what needs one now and then imports it then."""
+    for module in ("reaperd.__main__", "reaperd.gate"):
+        assert not modules_after(f"import {module}") & {
+            *("argparse", "asyncio", "difflib", "gettext", "ipaddress", "locale", "multiprocessing"),
+            *("shutil", "subprocess", "tempfile", "tracemalloc", "unittest", "urllib.parse"),
+        }, module
+    assert "ctypes" not in modules_after("import reaperd.__main__")
+
+
 def test_the_core_knows_nothing_of_the_control_command() -> None:
     assert not {name for name in reached_from("reaperd.__main__") if name.startswith("reaperd.ctl")}
 

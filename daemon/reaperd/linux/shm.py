@@ -8,7 +8,6 @@ multiprocessing/synchronize.py (``mp-``), torch/csrc/.../StorageSharing.cpp (``t
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import itertools
@@ -19,7 +18,10 @@ import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import ctypes
 
 SHM = "/dev/shm"  # noqa: S108
 _MAPPED_PREFIXES = ("psm_", "torch_", "sem.mp-")
@@ -163,6 +165,8 @@ def _open_here(directory: int, name: str) -> int:
     Before Linux 5.6, which brought openat2(2), nothing can promise that.
     """
     how = _OPEN_HOW.pack(_DIRECTORY, 0, _RESOLVE_NO_XDEV | _RESOLVE_NO_SYMLINKS)
+    import ctypes
+
     descriptor: int = _libc().syscall(_SYS_OPENAT2, directory, os.fsencode(name), how, len(how))
     if descriptor >= 0:
         return descriptor
@@ -179,6 +183,8 @@ def _uid_of(directory: int, name: str) -> int | None:
 
 def _statx(directory: int, path: str) -> tuple[Found, bytes] | None:
     """Return what the kernel has in memory of an entry (statx(2), AT_STATX_DONT_SYNC), and its device."""
+    import ctypes
+
     buffer = ctypes.create_string_buffer(_STATX.size)
     if _libc().statx(directory, os.fsencode(path), _STATX_FLAGS, _STATX_MASK, buffer) != 0:
         return None
@@ -189,6 +195,8 @@ def _statx(directory: int, path: str) -> tuple[Found, bytes] | None:
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
+    import ctypes  # 0.4 MiB, and on many hosts nobody ever asks
+
     return ctypes.CDLL(None, use_errno=True)
 
 
