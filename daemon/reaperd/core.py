@@ -55,15 +55,19 @@ log = logging.getLogger(__name__)
 _GATHER_S = (
     0.002  # workers end together: what that changes is worked out once for all who do within that time
 )
-_PATIENCE_S = 60.0
+_PATIENCE_S = 60.0  # with who lets nobody read its marks
+_CALM_WITHIN_S = 10.0  # others of the same user may come and go all the time
 _MOST_ROUNDS = 3  # of looking for one plan
 
 
 class Sight(NamedTuple):
-    """Who was seen to belong to a dead leader's session, and whether all who can could be read."""
+    """Who was seen to belong to a dead leader's session."""
 
     family: Family
-    whole: bool
+    whole: bool  # all who may be members let themselves be read
+    calm: bool = (
+        True  # nobody who may have been one was gone before it could be read, as who re-forks all the time is
+    )
 
 
 class Core:
@@ -510,7 +514,8 @@ class Core:
             if id_.pid in snapshot.children and self._reaper.has_ended(id_) and self.observer.is_alive(id_)
         }
         family = self.judge(entry.session, snapshot.without(reused) if reused else snapshot)
-        return Sight(family, whole=entry.session.uid not in snapshot.unread)
+        uid = entry.session.uid
+        return Sight(family, uid not in snapshot.unread, uid not in snapshot.vanished)
 
     def _take_in(
         self,
@@ -524,9 +529,10 @@ class Core:
     ) -> None:
         entry = self.entries[key]
         held = self._hold_new(entry, seen.family)
-        # Who lets nobody read him may be a member, but one cannot wait for him for ever.
-        patient = entry.died_at_s is not None and looked_at_s - entry.died_at_s < _PATIENCE_S
-        complete = len(held.members) == len(seen.family.members) and (seen.whole or not patient)
+        # Who could not be read may be a member, but one cannot wait for such for ever.
+        since_s = looked_at_s - (entry.died_at_s or 0.0)
+        all_read = (seen.whole or since_s >= _PATIENCE_S) and (seen.calm or since_s >= _CALM_WITHIN_S)
+        complete = all_read and len(held.members) == len(seen.family.members)
         looked = ledger.Looked(
             held,
             looked_at_s,

@@ -63,6 +63,7 @@ class Snapshot:
     adopters: frozenset[ProcessId] = frozenset()  # those of the sessions' adopters that still live
     stale: frozenset[int] = frozenset()  # pids of those who were read earlier than for this look
     unread: frozenset[int] = frozenset()  # uids of those who let nobody read their marks
+    vanished: frozenset[int] = frozenset()  # uids of those who were gone before they could be read
 
     def without(self, pids: set[int]) -> Snapshot:
         """Return the snapshot as if ``pids`` were not there."""

@@ -74,6 +74,13 @@ class _Unread(NamedTuple):
     before: _Known | None = None  # what was known of it
 
 
+class _Missed(NamedTuple):
+    """Of which uids somebody could not be read: lets nobody do so, or was gone before."""
+
+    unread: set[int]
+    vanished: set[int]
+
+
 class Observer:
     """Reads one /proc."""
 
@@ -182,15 +189,16 @@ class Observer:
         named = self._pids_of(again, new)
         if hold and not everyone:
             parents = {1, *self._pids_of({*adopters, *members}, new)}
-            read, unread = self._look_at_the_left(sessions, new, named, parents, hurried=hurried)
+            read, missed = self._look_at_the_left(sessions, new, named, parents, hurried=hurried)
         else:
-            read, unread = self._look_at_all(new, named, hold=hold, everyone=everyone)
+            read, missed = self._look_at_all(new, named, hold=hold, everyone=everyone)
         self._cut_false_links(read)
         return Snapshot(
             dict(self._processes),
             frozenset(id_ for id_ in adopters if self._is_known(id_) or self.is_alive(id_)),
             frozenset(self._processes.keys() - read),
-            frozenset(unread),
+            frozenset(missed.unread),
+            frozenset(missed.vanished),
         )
 
     def _look_at_the_left(
@@ -201,12 +209,12 @@ class Observer:
         parents: set[int],
         *,
         hurried: bool,
-    ) -> tuple[set[int], set[int]]:
-        """Read ``named``, and those of ``new`` that are below ``parents``; return who was read, and uids as in Snapshot."""
+    ) -> tuple[set[int], _Missed]:
+        """Read ``named``, and those of ``new`` that are below ``parents``; return who was read, and who could not be."""
         uids = {session.uid for session in sessions}
         began_s = time.monotonic()
-        left = named.union(self._left_to(parents, uids, new))
-        read = self._read_each(sorted(left, reverse=True), hold=True, afresh=named)
+        left = set(self._left_to(parents, uids, new))
+        read = self._read_each(sorted(left | named, reverse=True), hold=True, afresh=named)
         for _ in range(_MOST_RELISTS):
             if time.monotonic() - began_s <= _RELIST_S:
                 break
@@ -214,16 +222,19 @@ class Observer:
             began_s = time.monotonic()
             if not (more := self._left_to(parents | read, uids, self._list())):
                 break
+            left.update(more)
             read |= self._read_each(more, hold=True)
+        vanished = uids if not left <= self._known.keys() else set()
         off: set[int] = set()
         if hurried:
             off = self._put_off({session.id for session in sessions}, named)
-        return read - off, self._read_memory(None) | (uids if off else set())
+        missed = self._read_memory(None)
+        return read - off, _Missed(missed.unread | (uids if off else set()), missed.vanished | vanished)
 
     def _look_at_all(
         self, new: list[int], named: set[int], *, hold: bool, everyone: bool
-    ) -> tuple[set[int], set[int]]:
-        """Read all of ``new``, and whoever is due again; return who was read, and uids as in Snapshot; Interrupted."""
+    ) -> tuple[set[int], _Missed]:
+        """Read all of ``new``, and whoever is due again; return who was read, and who could not be; Interrupted."""
         if self._uncovered:
             self._uncover_users()
         due = named.union(new, self._unsettled, self._passed_over(everyone=everyone))
@@ -232,11 +243,11 @@ class Observer:
         read = self._read_each(sorted(due, reverse=True), hold=hold, afresh=afresh, alarm=self._alarm)
         if not hold:
             self._read_in_turn()
-        unread = self._read_memory(self._alarm)
+        missed = self._read_memory(self._alarm)
         if self.is_interrupted():
             self._lowered = True
             raise Interrupted
-        return read, unread
+        return read, missed
 
     def _put_off(self, sessions: set[str], named: set[int]) -> set[int]:
         """Leave to the next look whose memory is unread, where pages have told of others; return who that is.
@@ -318,9 +329,15 @@ class Observer:
         The values tell who of them is the topmost above each.
         """
         above: dict[int, tuple[int, int | None]] = {}
+        gone: set[int] = set()  # who named one of them as its parent has been left by it
         for pid in new:
-            with contextlib.suppress(ProcessGone, PermissionError, ValueError):
+            try:
                 above[pid] = self._parent(pid)
+            except ProcessGone:
+                gone.add(pid)
+            except (PermissionError, ValueError):
+                continue
+        parents = parents | gone
         tops: dict[int, int] = {}
         for pid in above:
             chain, at = [], pid
@@ -504,14 +521,14 @@ class Observer:
         told = pidfd.info(handle) if handle >= 0 else None
         return told.uid if told is not None else parse_uid(self.proc.status(pid))
 
-    def _read_memory(self, alarm: Alarm | None) -> set[int]:
-        """Put the marks that lie in memory on those who were read, and return the uids of those that let nobody read it.
+    def _read_memory(self, alarm: Alarm | None) -> _Missed:
+        """Put the marks that lie in memory on those who were read, and return whose could not be read.
 
         Who runs the program that it ran before has the marks that it had; without any, nobody is taken for settled.
         """
         unread, self._unread = self._unread, {}
         memories = self.marks.memory.read([one.wish for one in unread.values()], alarm) if unread else {}
-        uids: set[int] = set()
+        missed = _Missed(set(), set())
         for pid, one in unread.items():
             known, process, now = one.known, one.known.process, self._known.get(pid)
             if now is None or process is None or now.id != known.id:
@@ -524,15 +541,15 @@ class Observer:
                 marks = Marks(before.argv, before.lineage, pages, spared)
                 process = _marked(process, marks)
             else:
-                if known.uid is not None and not process.pages and self.is_alive(process.id):
-                    uids.add(known.uid)
+                if known.uid is not None and not process.pages:
+                    (missed.unread if self.is_alive(process.id) else missed.vanished).add(known.uid)
                 continue
             self._known[pid] = known._replace(process=process, inode=now.inode)
             self._processes[pid] = process
             self.changes += 1
             if known.settled:
                 self._unsettled.discard(pid)
-        return uids
+        return missed
 
     def _cut_false_links(self, read: set[int]) -> None:
         """Keep a parent link only where the parent is still who it was when it was read.

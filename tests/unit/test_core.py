@@ -6,13 +6,14 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from reaperd import aside, core
+from reaperd import aside, core, ledger
 from reaperd.adoption import Adoption
 from reaperd.core import Core
 from reaperd.linux.alarm import Alarm
@@ -32,6 +33,8 @@ class FaultyObserver(Observer):
     """Raises what nobody has foreseen, for one session."""
 
     fault: type[Exception] | None = None
+    vanished: frozenset[int] = frozenset()
+    looks = 0
 
     def _fail_for(self, sessions: Iterable[Session]) -> None:
         if self.fault is not None and any(session.id == BAD for session in sessions):
@@ -39,7 +42,8 @@ class FaultyObserver(Observer):
 
     def look(self, sessions: Any, **options: Any) -> Snapshot:
         self._fail_for(sessions)
-        return super().look(sessions, **options)
+        self.looks += 1
+        return replace(super().look(sessions, **options), vanished=self.vanished)
 
     def cover(self, session: Session) -> None:
         self._fail_for([session])
@@ -80,8 +84,11 @@ class World:
         return {event["session"] for event in self.store.events() if event["kind"] == "ended"}
 
     def run_until_ended(self, names: set[str]) -> None:
+        self.run_until(lambda: names <= self.ended())
+
+    def run_until(self, is_so: Callable[[], bool]) -> None:
         end_s = time.monotonic() + SOON_S
-        while not names <= self.ended():
+        while not is_so():
             assert time.monotonic() < end_s, f"ended are only {self.ended()}"
             deadline_s = self.core.next_deadline()
             self.poller.wait(0.5 if deadline_s is None else min(0.5, deadline_s - time.monotonic()))
@@ -138,6 +145,16 @@ def test_living_sessions_are_looked_at_though_one_of_them_cannot_be(world: World
     assert set(world.core.look_at_living()) == {keys[GOOD]}
     world.observer.fault = None
     assert set(world.core.look_at_living()) == {keys[GOOD]}, "it is set aside"
+
+
+def test_while_processes_vanish_before_they_can_be_read_a_session_is_not_over(world: World) -> None:
+    world.take_on(world.leader(GOOD))
+    world.observer.vanished = frozenset((os.getuid(),))
+    world.end_leaders()
+    world.run_until(lambda: world.observer.looks >= 3 * ledger.QUIET_LOOKS)
+    assert world.ended() == set()
+    world.observer.vanished = frozenset()
+    world.run_until_ended({GOOD})
 
 
 @pytest.mark.parametrize("ending", [False, True])

@@ -17,7 +17,7 @@ from agent import wire
 from reaperd import memory
 from reaperd.linux import helper
 from reaperd.linux.alarm import Alarm
-from reaperd.linux.procfs import ProcessGone, ProcFS
+from reaperd.linux.procfs import ProcessGone, ProcFS, Stat
 from reaperd.memory import ALL_FILES, MemoryReader, Wish
 from reaperd.model import ProcessId
 
@@ -46,6 +46,11 @@ class Faulty(ProcFS):
         self.idle: dict[int, float] = {}  # seconds of waiting
         self.gone: set[int] = set()
         self.refuses: set[int] = set()
+        self.execs: set[int] = set()
+        self.empty: set[int] = set()
+
+    def stat(self, pid: int) -> Stat:
+        return super().stat(ME)._replace(image=0 if pid in self.execs else 1)
 
     def environ(self, pid: int, task: int) -> bytes | None:
         assert os.getpid() != ME, "the core itself has read what can block"
@@ -55,6 +60,8 @@ class Faulty(ProcFS):
             raise ProcessGone
         if pid in self.refuses:
             raise PermissionError
+        if pid in self.execs | self.empty:
+            return b""
         select.select([], [], [], self.idle.get(pid, 0.0))
         until_s = time.thread_time() + self.slow.get(pid, 0.0)
         while time.thread_time() < until_s:
@@ -316,6 +323,12 @@ def test_who_blocked_and_was_not_asked_for_since_is_forgotten() -> None:
     proc.blocks = {4}
     read(reader, 4)
     assert stalls(reader) == {4}
+
+
+def test_who_is_in_the_middle_of_an_execve_is_not_taken_for_one_without_an_environment() -> None:
+    proc = Faulty()
+    proc.execs, proc.empty = {1}, {2}
+    assert MemoryReader(proc).read([invented(pid) for pid in (1, 2, 3)]).keys() == {2, 3}
 
 
 def test_a_process_is_known_by_what_it_was_when_it_was_wished_for() -> None:

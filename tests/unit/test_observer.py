@@ -38,6 +38,7 @@ from specimens import (
 
 from agent import wire
 from agent.page import SessionPage
+from reaperd.linux import pidfd
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcessGone, ProcFS, Stat
 from reaperd.model import Process, ProcessId, Session, Snapshot
@@ -419,6 +420,61 @@ def test_who_was_passed_over_is_read_when_an_older_session_comes() -> None:
         assert seen(look(observer, session(id="late", leader=ProcessId(ME, young))), pid) is None
         assert pid not in proc.reads
         assert found(look(observer, aged(proc)), pid).lineage == (OTHER_ID,)
+
+
+class Vanishing(Mine):
+    """A /proc in which one process is gone when it is to be read, or when its memory is."""
+
+    at = 0
+    late = False
+
+    def living_task(self, stat: Stat) -> int:
+        if stat.id.pid == self.at and not self.late:
+            raise ProcessGone
+        return super().living_task(stat)
+
+    def environ(self, pid: int, task: int) -> bytes | None:
+        if pid == self.at:
+            raise ProcessGone
+        return super().environ(pid, task)
+
+    def stat(self, pid: int) -> Stat:
+        told = super().stat(pid)
+        return told._replace(state="Z") if pid == self.at and self.reads[pid] else told
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "meanwhile"])
+def test_who_was_gone_before_it_could_be_read_is_no_reason_to_think_that_nobody_was_there(late: bool) -> None:
+    proc = Vanishing()
+    observer = Observer(proc)
+    one = dead_session(adopters=frozenset((id_of(ME),)))
+    look(observer, session())
+    with child() as pid:
+        proc.at, proc.late = pid, late
+        assert look(observer, one, hold=True, members=[]).vanished == {UID}
+    with child():
+        assert not look(observer, one, hold=True).vanished
+    observer.release()
+
+
+def test_who_was_left_by_a_parent_that_ended_while_all_were_asked_for_theirs_is_read(
+    observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_pid = pidfd.open_pid
+
+    def open_living(pid: int) -> int:
+        if pid == gone:
+            raise ProcessGone
+        return open_pid(pid)
+
+    one = dead_session()
+    look(observer, session())
+    with child_of_child() as (gone, grandchild):
+        assert seen(look(observer, one, hold=True), grandchild) is None
+        monkeypatch.setattr(pidfd, "open_pid", open_living)
+        assert seen(look(observer, one, hold=True), grandchild)
+        monkeypatch.undo()
+    observer.release()
 
 
 class Moody(Mine):
