@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from agent import wire, zmtp
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Unreachable(Exception):

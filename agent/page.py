@@ -6,12 +6,11 @@ can read it after the leader was killed.
 
 from __future__ import annotations
 
-import contextlib
+import _thread
 import fcntl
 import mmap
 import os
 import sys
-import threading
 
 from agent import wire
 
@@ -29,7 +28,7 @@ class SessionPage:
         self._flags = 0
         self._sequence = 0
         self._record_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = _thread.allocate_lock()
         self.fd = os.memfd_create(wire.PAGE_PREFIX + session, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, wire.PAGE_BYTES)
@@ -73,7 +72,7 @@ class SessionPage:
 
     def after_fork(self) -> None:
         """Make the page usable in a forked child: another thread of the parent may have held the lock."""
-        self._lock = threading.Lock()
+        self._lock = _thread.allocate_lock()
 
     def close(self) -> None:
         """Unmap and close the page: the mark is gone from this process.
@@ -108,9 +107,11 @@ def _map(descriptor: int, size: int) -> tuple[mmap.mmap, int]:
         return mmap.mmap(descriptor, size, trackfd=False), -1
     memory, inode = mmap.mmap(descriptor, size), os.fstat(descriptor).st_ino
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the listing's own
+        try:
             if int(name) != descriptor and os.fstat(int(name)).st_ino == inode:
                 return memory, int(name)
+        except OSError:  # the listing's own
+            continue
     return memory, -1
 
 

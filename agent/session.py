@@ -1,23 +1,20 @@
 """Registration: this process becomes the leader of a session, and what it starts from then on carries the session's marks.
 
 Everything here acts for the process that called ``register()``; a forked child is a worker of that session
-and never a second leader.
+and never a second leader. Whoever registers waits for this to be loaded: what few need is imported where it is needed.
 """
 
 from __future__ import annotations
 
+import _thread
 import atexit
-import contextlib
 import os
-import struct
 import sys
-import threading
 import time
-import warnings
-from typing import TYPE_CHECKING
 
 from agent import client, sockets, wire
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -65,7 +62,9 @@ class _Process:
     """What this process is to Reaper."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = (
+            _thread.RLock()
+        )  # what threading has: a call may be made in the middle of another, by a signal handler
         self.session: Session | None = None
         self.page: SessionPage | None = None
         self.outer_lineage: str | None = None
@@ -181,7 +180,7 @@ def _outer_lineage(pid: int, start_ticks: int) -> str | None:
 
 
 def _first_listening(paths: list[str]) -> str:
-    for path in paths:
+    for path in paths if len(paths) > 1 else ():
         if sockets.why_deaf(path) is None:
             return path
     return paths[0]
@@ -230,6 +229,8 @@ def _without_daemon(session: Session, reason: str, *, required: bool, stacklevel
         raise RegistrationError(f"no Reaper daemon watches this session: {reason}")
     if not _process.warned:
         _process.warned = True
+        import warnings
+
         warnings.warn(
             f"no Reaper daemon watches this session, training goes on without one: {reason}",
             RuntimeWarning,
@@ -248,8 +249,10 @@ def unregister() -> None:
         _process.session = _process.page = None
         page.raise_flag(wire.ENDED)  # for the daemon that comes later: forked workers hold the page, too
         if session.socket is not None:
-            with contextlib.suppress(client.Unreachable, wire.WireError):
+            try:  # noqa: SIM105 - to load contextlib takes longer
                 client.request(session.socket, {"op": "unregister", "session": session.id})
+            except (client.Unreachable, wire.WireError):
+                pass
         page.close()
 
 
@@ -269,7 +272,7 @@ def progress(done: float, total: float | None = None, message: str = "") -> None
         return
     try:
         page.write_progress(done, total, message)
-    except (TypeError, AttributeError, struct.error):
+    except (TypeError, AttributeError):
         raise TypeError(
             f"done and total must be numbers and message a text, got {done!r}, {total!r}, {message!r}"
         ) from None
@@ -351,7 +354,7 @@ def _spared_session() -> str | None:
 
 def _after_fork_in_child() -> None:
     """Make the child what it is: a worker, or, inside ``spared()``, a process of its own."""
-    _process.lock = threading.RLock()
+    _process.lock = _thread.RLock()
     if _process.page is not None:
         _process.page.after_fork()
     if _process.sparing:
@@ -382,5 +385,11 @@ def _start_ticks(pid: str = "self") -> int:
 
 
 def _read_text(path: str) -> str:
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        return file.read()
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = b""
+        while chunk := os.read(descriptor, 65536):
+            data += chunk
+    finally:
+        os.close(descriptor)
+    return data.decode("utf-8", "surrogateescape")

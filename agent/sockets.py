@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import _socket  # as in zmtp.py
 import os
-import socket
 import stat
 
 SYSTEM_SOCKET = "/run/reaper/reaper.sock"
@@ -59,7 +59,7 @@ def why_deaf(path: str) -> str | None:
 
     One plain connect(2) knows at once.
     """
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
         probe.settimeout(0.2)
         probe.connect(path)

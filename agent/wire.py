@@ -1,15 +1,18 @@
 """The formats that agent, daemon and control command share: requests and replies, session ids, the session page.
 
 Pure: bytes in, values out. No file, socket or clock is ever touched here, and everything that is
-parsed is taken to come from an enemy.
+parsed is taken to come from an enemy. How a page is read stands in the daemon's ``reaperd.pages``: nobody else does.
+
+Training scripts load this when they register, and wait for it: json, struct or typing, with all that they import, would
+take longer than the rest of ``register()``.
 """
 
 from __future__ import annotations
 
-import binascii
-import json
-import struct
-from typing import Any, NamedTuple
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 VERSION = 1
 MAX_REQUEST_BYTES = 16 * 1024
@@ -38,8 +41,7 @@ class WireError(Exception):
 
 def encode(message: dict[str, Any]) -> bytes:
     """Return ``message`` as one frame; the version is added here. What is no Unicode (file names) becomes "?"."""
-    text = json.dumps({"v": VERSION, **message}, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.encode("utf-8", "replace")
+    return _write_json({"v": VERSION, **message}).encode("utf-8", "replace")
 
 
 def decode(data: bytes) -> dict[str, Any]:
@@ -49,18 +51,12 @@ def decode(data: bytes) -> dict[str, Any]:
     nesting that the parser can take.
     """
     try:
-        message = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-            parse_int=_parse_int,
-            parse_float=_parse_float,
-        )
+        message = _parse_json(data.decode("utf-8"))
     except UnicodeDecodeError:
         raise WireError("bad-request", "the message is not UTF-8") from None
     except RecursionError:
         raise WireError("bad-request", "the message is nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError, and what the hooks below raise
+    except ValueError as error:  # what the scanner raises, and the hooks below
         raise WireError("bad-request", f"the message is not strict JSON: {error}") from None
     if not isinstance(message, dict):
         raise WireError("bad-request", "the message must be a JSON object")
@@ -74,7 +70,7 @@ def decode(data: bytes) -> dict[str, Any]:
 
 def _has_lone_surrogate(message: dict[str, Any]) -> bool:
     try:
-        json.dumps(message, ensure_ascii=False).encode()
+        _write_json(message).encode()
     except UnicodeEncodeError:
         return True
     except RecursionError:  # writing takes less nesting than reading
@@ -103,6 +99,60 @@ def _parse_float(digits: str) -> float:
     value = float(digits)
     if value - value != 0:
         raise ValueError("a number is too large")
+    return value
+
+
+class _Strict:
+    """How the scanner reads: json.JSONDecoder has these attributes, too."""
+
+    strict = True
+    object_hook = None
+    object_pairs_hook = _unique
+    parse_constant = _refuse_constant
+    parse_int = _parse_int
+    parse_float = _parse_float
+
+
+def _refuse_object(value: object) -> Any:
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+
+_BLANKS = " \t\n\r"
+
+try:
+    # What json is made of, without json itself: that compiles patterns to find the blanks between two words.
+    from _json import encode_basestring, make_encoder, make_scanner
+except ImportError:  # another Python than CPython
+    import json
+
+    def _write_json(value: object) -> str:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+    _scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
+        object_pairs_hook=_unique,
+        parse_constant=_refuse_constant,
+        parse_int=_parse_int,
+        parse_float=_parse_float,
+    ).scan_once  # type: ignore[attr-defined]
+else:
+
+    def _write_json(value: object) -> str:
+        # As json.JSONEncoder does, and one each time: the first argument is what it is in the middle of.
+        write = make_encoder({}, _refuse_object, encode_basestring, None, ":", ",", False, False, False)
+        return "".join(write(value, 0))
+
+    _scan = make_scanner(_Strict)  # type: ignore[arg-type]
+
+
+def _parse_json(text: str) -> Any:
+    """Return the one value in ``text``; ValueError, RecursionError."""
+    text = text.strip(_BLANKS)
+    try:
+        value, end = _scan(text, 0)
+    except StopIteration as stop:
+        raise ValueError(f"a value is missing at character {stop.value}") from None
+    if end != len(text):
+        raise ValueError(f"there is more than one value: the first ends at character {end}")
     return value
 
 
@@ -135,7 +185,7 @@ def integer_field(message: dict[str, Any], key: str, *, default: int | None = No
 # -- session ids ----------------------------------------------------------------------------------
 
 
-class SessionId(NamedTuple):
+class SessionId(tuple[int, int, int]):
     """What a session id says: ``<pid>-<start ticks, hex>-<place, 8 hex>-<random, 8 hex>``.
 
     A process whose environment alone survives (an exec'ed worker of a leader that nobody remembers)
@@ -143,9 +193,22 @@ class SessionId(NamedTuple):
     that was carried into another cgroup or to another user, or that is another daemon's, does not match.
     """
 
-    pid: int  # in the leader's own pid namespace
-    start_ticks: int
-    place: int
+    __slots__ = ()
+
+    @property
+    def pid(self) -> int:
+        """In the leader's own pid namespace."""
+        return self[0]
+
+    @property
+    def start_ticks(self) -> int:
+        """In the leader's own time namespace."""
+        return self[1]
+
+    @property
+    def place(self) -> int:
+        """What ``place_of()`` returned."""
+        return self[2]
 
     @classmethod
     def parse(cls, text: str) -> SessionId:
@@ -154,7 +217,7 @@ class SessionId(NamedTuple):
         if len(text) <= 64 and len(parts) == 4 and _is_decimal(parts[0]) and all(map(_is_hex, parts[1:])):
             pid, ticks = int(parts[0]), int(parts[1], 16)
             if 0 < pid < 2**31 and 0 <= ticks < _MAX_INTEGER and len(parts[2]) == len(parts[3]) == 8:
-                return cls(pid, ticks, int(parts[2], 16))
+                return cls((pid, ticks, int(parts[2], 16)))
         raise WireError("bad-session", f"not a session id: {text!r:.80}")
 
 
@@ -165,7 +228,24 @@ def format_session_id(pid: int, start_ticks: int, place: int, nonce: int) -> str
 
 def place_of(socket: str, cgroup: str, uid: int) -> int:
     """Return the checksum (CRC-32: no secret, no trust) of a daemon's socket path and a leader's cgroup path and uid."""
-    return binascii.crc32(f"{socket}\0{cgroup}\0{uid}".encode("utf-8", "surrogateescape"))
+    return crc32(f"{socket}\0{cgroup}\0{uid}".encode("utf-8", "surrogateescape"))
+
+
+# Of four bits each. binascii has the same, but to load it takes longer than to do without.
+_CRC_TABLE = (
+    *(0x00000000, 0x1DB71064, 0x3B6E20C8, 0x26D930AC, 0x76DC4190, 0x6B6B51F4, 0x4DB26158, 0x5005713C),
+    *(0xEDB88320, 0xF00F9344, 0xD6D6A3E8, 0xCB61B38C, 0x9B64C2B0, 0x86D3D2D4, 0xA00AE278, 0xBDBDF21C),
+)
+
+
+def crc32(data: bytes) -> int:
+    """Return the CRC-32 of some bytes, as zlib has it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        crc = crc >> 4 ^ _CRC_TABLE[crc & 15]
+        crc = crc >> 4 ^ _CRC_TABLE[crc & 15]
+    return crc ^ 0xFFFFFFFF
 
 
 def parse_lineage(text: str) -> tuple[str, ...]:
@@ -205,47 +285,15 @@ def _is_hex(text: str) -> bool:
 #   3202  u32   its pid, u64 its start ticks
 
 PAGE_BYTES = 4096
-_MAGIC = b"reaper\x00\x01"
-_SEQUENCE_AT = 8
-_HEADER = struct.Struct("<8sIIH")
-HEADER_BYTES = _HEADER.size
-RECORD_AT, PROGRESS_AT, _MESSAGE_AT, SPARED_AT = 64, 2048, 2080, 3200
-_PROGRESS = struct.Struct("<ddH")
-_SPARED_ONE = struct.Struct("<IQ")
+MAGIC = b"reaper\x00\x01"
+SEQUENCE_SLICE = slice(8, 12)
+HEADER_BYTES = 18
+RECORD_AT, PROGRESS_AT, MESSAGE_AT, SPARED_AT = 64, 2048, 2080, 3200
+PROGRESS_FORMAT = "<ddH"  # of struct
 MAX_SPARED = 64
 
 CLOSING = 1  # the leader's interpreter is exiting in good order
 ENDED = 2  # the leader called unregister() and no daemon took note
-
-
-class Progress(NamedTuple):
-    """How far a session says it is; ``total`` is None where it is not known."""
-
-    done: float
-    total: float | None
-    message: str
-
-
-class Page(NamedTuple):
-    """What a session page says. Its holders can write it: nothing here is true because it stands here."""
-
-    id: str
-    name: str
-    pid: int  # in the leader's own pid namespace
-    start_ticks: int  # in the leader's own time namespace
-    boot_id: str
-    page_fd: int
-    sockets: tuple[str, ...]  # the daemon that accepted the session, else all that were tried
-    flags: int
-    progress: Progress | None
-    spared: tuple[tuple[int, int], ...]  # (pid, start ticks) of what was started under spared()
-
-
-class TornPage(WireError):
-    """The page was read in the middle of a write: read it again."""
-
-    def __init__(self) -> None:
-        super().__init__("bad-page", "the session page was being written and never held still")
 
 
 def pack_record(
@@ -268,87 +316,31 @@ def pack_record(
 
 def pack_header(sequence: int, flags: int, record_bytes: int) -> bytes:
     """Return the first bytes of a page."""
-    return _HEADER.pack(_MAGIC, sequence, flags, record_bytes)
+    numbers = (
+        sequence.to_bytes(4, "little") + flags.to_bytes(4, "little") + record_bytes.to_bytes(2, "little")
+    )
+    return MAGIC + numbers
 
 
 def pack_progress(done: float, total: float | None, message: str) -> bytes:
-    """Return the progress block; a message too long for it is cut at a character."""
+    """Return the progress block; a message too long for it is cut at a character. TypeError, OverflowError."""
+    from struct import error, pack  # most sessions never tell
+
     text = message.encode("utf-8", "replace")[:MAX_MESSAGE_BYTES]
-    return (
-        _PROGRESS.pack(done, float("nan") if total is None else total, len(text)).ljust(
-            _MESSAGE_AT - PROGRESS_AT, b"\0"
-        )
-        + text
-    )
+    try:
+        numbers = pack(PROGRESS_FORMAT, done, float("nan") if total is None else total, len(text))
+    except error as reason:
+        raise TypeError(str(reason)) from None
+    return numbers.ljust(MESSAGE_AT - PROGRESS_AT, b"\0") + text
 
 
 def pack_spared(processes: list[tuple[int, int]]) -> bytes:
     """Return the block that names the processes started under ``spared()``: the last ``MAX_SPARED`` of them."""
     last = processes[-MAX_SPARED:]
-    return len(last).to_bytes(2, "little") + b"".join(_SPARED_ONE.pack(pid, ticks) for pid, ticks in last)
-
-
-SEQUENCE_SLICE = slice(_SEQUENCE_AT, _SEQUENCE_AT + 4)
-
-
-def page_sequence(data: bytes) -> int:
-    """Return the sequence number of a page: two equal even ones around a read mean that it is whole."""
-    return int.from_bytes(data[SEQUENCE_SLICE], "little")
-
-
-def parse_page(data: bytes, *, torn: bool = False) -> Page:
-    """Return what a page says; raise TornPage in the middle of a write, WireError ``bad-page`` for a broken one.
-
-    ``torn`` takes it as it is: its writer was killed in the middle, and will never end the write.
-    """
-    if len(data) != PAGE_BYTES:
-        raise WireError("bad-page", f"the page has {len(data)} bytes instead of {PAGE_BYTES}")
-    magic, sequence, flags, record_bytes = _HEADER.unpack_from(data)
-    if magic != _MAGIC:
-        raise WireError("bad-page", "the page does not begin as a session page does")
-    if sequence % 2 and not torn:
-        raise TornPage
-    if record_bytes > PROGRESS_AT - RECORD_AT:
-        raise WireError("bad-page", "the record is longer than its place")
-    record = decode(data[RECORD_AT : RECORD_AT + record_bytes])
-    session = text_field(record, "id", limit=64)
-    sockets = record.get("sockets")
-    if (
-        not isinstance(sockets, list)
-        or len(sockets) > MAX_SOCKETS
-        or not all(isinstance(s, str) for s in sockets)
-    ):
-        raise WireError("bad-page", "sockets: must be a short list of texts")
-    name = record.get("name")
-    if not isinstance(name, str) or len(name) > MAX_NAME_CHARS:
-        raise WireError("bad-page", "name: must be a short text")
-    return Page(
-        id=session,
-        name=name,
-        pid=SessionId.parse(session).pid,
-        start_ticks=integer_field(record, "start_ticks"),
-        boot_id=text_field(record, "boot_id", limit=64),
-        page_fd=integer_field(record, "fd"),
-        sockets=tuple(sockets),
-        flags=flags,
-        progress=_parse_progress(data),
-        spared=_parse_spared(data),
-    )
-
-
-def _parse_spared(data: bytes) -> tuple[tuple[int, int], ...]:
-    count = min(int.from_bytes(data[SPARED_AT : SPARED_AT + 2], "little"), MAX_SPARED)
-    end = SPARED_AT + 2 + count * _SPARED_ONE.size
-    return tuple((pid, ticks) for pid, ticks in _SPARED_ONE.iter_unpack(data[SPARED_AT + 2 : end]))
-
-
-def _parse_progress(data: bytes) -> Progress | None:
-    done, total, length = _PROGRESS.unpack_from(data, PROGRESS_AT)
-    # Never written: all zero. NaN and infinity are no progress either; only `total` may be unknown.
-    if (done == 0 and total == 0 and length == 0) or done - done != 0 or length > MAX_MESSAGE_BYTES:
-        return None
-    message = data[_MESSAGE_AT : _MESSAGE_AT + length].decode("utf-8", "ignore")
-    return Progress(done, None if total - total != 0 else total, message)
+    block = len(last).to_bytes(2, "little")
+    for pid, ticks in last:
+        block += pid.to_bytes(4, "little") + ticks.to_bytes(8, "little")
+    return block
 
 
 # -- the leader's cgroup --------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from agent import wire
-from reaperd import decide, ledger, report
+from reaperd import decide, ledger, pages, report
 from reaperd.aside import Aside
 from reaperd.causes import read_cause
 from reaperd.escalation import Stage
@@ -229,14 +229,14 @@ class Core:
             self._apply(key, ledger.Spared(spared))
         return told.flags
 
-    def page_of(self, key: SessionKey) -> wire.Page | None:
+    def page_of(self, key: SessionKey) -> pages.Page | None:
         """Return what a session's page says now, None where it has none or says nonsense."""
         opened = self._pages.get(key)
         if opened is not None:
             with contextlib.suppress(wire.WireError, OSError):
                 try:
                     return opened.read()
-                except wire.TornPage:
+                except pages.TornPage:
                     return opened.read(writer_is_dead=self._is_dead(key))
         return None
 

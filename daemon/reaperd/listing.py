@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agent import wire
-from reaperd import report
+from reaperd import pages, report
 from reaperd.core import Core
 from reaperd.ledger import Entry
 from reaperd.model import Family, ProcessId, Session, SessionKey
@@ -45,7 +44,7 @@ class _Told:
     """A session's record as text, made of ``entry`` and ``progress``; the second for who may see the command line."""
 
     entry: Entry
-    progress: wire.Progress | None
+    progress: pages.Progress | None
     public: bytes | None = None
     private: bytes | None = None
 
@@ -58,7 +57,7 @@ class Listing:
         self._families: dict[SessionKey, Family] = {}
         self._told: dict[SessionKey, _Told] = {}
         self._cmdlines: dict[ProcessId, list[str] | None] = {}  # None: it cannot be read
-        self._progress: dict[SessionKey, wire.Progress | None] = {}
+        self._progress: dict[SessionKey, pages.Progress | None] = {}
         self._look_pace, self._page_pace = Pace(), Pace()
 
     def families(self) -> Mapping[SessionKey, Family]:
@@ -115,7 +114,7 @@ class Listing:
             told.public = self._write(entry, progress, None)
         return told.public
 
-    def _write(self, entry: Entry, progress: wire.Progress | None, cmdline: list[str] | None) -> bytes:
+    def _write(self, entry: Entry, progress: pages.Progress | None, cmdline: list[str] | None) -> bytes:
         if entry.died_at_s is None:
             family = self._families.get(entry.session.key)
             members = family.members if family is not None else {}

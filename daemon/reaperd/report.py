@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from agent import wire
+from reaperd import pages
 from reaperd.escalation import Stage
 from reaperd.ledger import Entry, Phase, Target
 from reaperd.model import SIGNAL_NAMES, Cause, CauseKind, Freed, Member, ProcessId, Session, Usage
@@ -116,7 +116,7 @@ def session_record(
     usage: Mapping[ProcessId, Usage],
     *,
     leader_cmdline: list[str] | None,
-    progress: wire.Progress | None,
+    progress: pages.Progress | None,
 ) -> dict[str, Any]:
     """Return what ``ps`` says of one session; the command line is None for who may not see it."""
     session = entry.session
@@ -149,7 +149,7 @@ def session_record(
     }
 
 
-def _progress_record(progress: wire.Progress) -> dict[str, Any]:
+def _progress_record(progress: pages.Progress) -> dict[str, Any]:
     done, total = (_whole(number) for number in (progress.done, progress.total))
     return {"done": done, "total": total, "message": progress.message}
 

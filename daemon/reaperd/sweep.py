@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 from agent import wire
+from reaperd import pages
 from reaperd.aside import Aside
 from reaperd.linux import page
 from reaperd.linux.procfs import PF_KTHREAD, ProcessGone, Stat, parse_gid, parse_memfd_link, parse_uid
@@ -35,7 +36,7 @@ class Holder(NamedTuple):
 class FoundPage(NamedTuple):
     """A session page, and a process that holds it."""
 
-    page: wire.Page
+    page: pages.Page
     holder: Holder
     descriptor: int  # ours, to be closed by whoever takes the page on
 

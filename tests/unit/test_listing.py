@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from agent import wire
-from reaperd import listing
+from reaperd import listing, pages
 from reaperd.ledger import Entry
 from reaperd.listing import Listing, Pace
 from reaperd.model import Family, Member, Process, ProcessId, Role, Session, SessionKey, Usage
@@ -46,7 +46,7 @@ class Core:
     looks: int = 0
     look_takes_s: float = 0.0
     interrupted: bool = False
-    progress: wire.Progress | None = None
+    progress: pages.Progress | None = None
 
     def put(self, one: Session) -> None:
         self.entries[one.key] = Entry(one)
@@ -127,7 +127,7 @@ def test_progress_shows_when_the_pages_are_read_again(core: Core, monkeypatch: p
     monkeypatch.setattr(listing, "_FRESH_S", 60.0)
     of = Listing(core)  # type: ignore[arg-type]
     assert ps(of)[0]["progress"] is None
-    core.progress = wire.Progress(1, 2, "half")
+    core.progress = pages.Progress(1, 2, "half")
     assert ps(of)[0]["progress"] is None
     of._page_pace = Pace()
     assert ps(of)[0]["progress"] == {"done": 1, "total": 2, "message": "half"}

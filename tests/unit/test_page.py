@@ -16,6 +16,7 @@ import pytest
 
 from agent import wire
 from agent.page import SessionPage, SparedMark
+from reaperd import pages
 from reaperd.linux import page
 
 ID = "4711-2a-0000000b-0000000c"
@@ -39,7 +40,7 @@ def path_of(descriptor: int) -> str:
     return f"/proc/self/fd/{descriptor}"
 
 
-def read(descriptor: int) -> wire.Page:
+def read(descriptor: int) -> pages.Page:
     """Open a page as the daemon does, and read it."""
     ours = page.open_page(path_of(descriptor), uid=UID)
     try:
@@ -111,7 +112,7 @@ def test_every_write_moves_the_sequence_and_leaves_it_even(leader: SessionPage) 
     seen = set()
     for number in range(5):
         leader.write_progress(number, None, "")
-        sequence = wire.page_sequence(os.pread(leader.fd, wire.PAGE_BYTES, 0))
+        sequence = pages.page_sequence(os.pread(leader.fd, wire.PAGE_BYTES, 0))
         assert sequence % 2 == 0
         seen.add(sequence)
     assert len(seen) == 5
@@ -350,15 +351,15 @@ def test_a_page_whose_writer_was_killed_in_the_middle_of_a_write_is_read_as_it_i
     data = wire.pack_header(3, 0, len(record)).ljust(wire.RECORD_AT, b"\0") + record
     with memfd(data) as stuck:
         assert page.read_page(stuck, writer_is_dead=True).name == "grid"
-    with pytest.raises(wire.TornPage):
-        wire.parse_page(data.ljust(wire.PAGE_BYTES, b"\0"))
+    with pytest.raises(pages.TornPage):
+        pages.parse_page(data.ljust(wire.PAGE_BYTES, b"\0"))
 
 
 def test_a_page_that_is_broken_is_refused_at_once() -> None:
     for data in (b"", b"junk", wire.pack_header(2, 0, 0), wire.pack_header(2, 0, 60000)):
         with memfd(data) as broken, pytest.raises(wire.WireError) as caught:
             page.read_page(broken)
-        assert not isinstance(caught.value, wire.TornPage)
+        assert not isinstance(caught.value, pages.TornPage)
 
 
 def test_what_is_read_while_the_leader_writes_is_whole(leader: SessionPage) -> None:
@@ -372,7 +373,7 @@ def test_what_is_read_while_the_leader_writes_is_whole(leader: SessionPage) -> N
     whole = 0
     try:
         for _ in range(300):
-            with contextlib.suppress(wire.TornPage):
+            with contextlib.suppress(pages.TornPage):
                 progress = read(leader.fd).progress
                 assert progress is not None
                 assert progress.total == progress.done
@@ -431,7 +432,7 @@ def test_what_was_written_last_is_read_however_fast_it_was_written(leader: Sessi
                 leader.write_progress(number, number, str(number % 10) * 900)
             os._exit(0)
         while not os.waitpid(pid, os.WNOHANG)[0]:
-            with contextlib.suppress(wire.TornPage):
+            with contextlib.suppress(pages.TornPage):
                 progress = one.read().progress
                 assert progress is None or progress.message == str(int(progress.done) % 10) * 900
         progress = one.read().progress
@@ -476,7 +477,7 @@ def test_a_page_that_was_left_in_the_middle_of_a_write_is_read_when_its_writer_i
         assert one.read().name == "grid"
         os.pwrite(descriptor, torn, 0)
         for _ in range(2):
-            with pytest.raises(wire.TornPage):
+            with pytest.raises(pages.TornPage):
                 one.read()
         assert one.read(writer_is_dead=True).name == "grid"
     finally:

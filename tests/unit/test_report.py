@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from agent import wire
-from reaperd import report
+from reaperd import pages, report
 from reaperd.escalation import Event
 from reaperd.ledger import (
     QUIET_LOOKS,
@@ -238,7 +238,7 @@ def test_a_session_is_told_with_every_field_that_others_rely_on() -> None:
         member(201, rss_bytes=4096),
         usage={ProcessId(201, 2000): Usage(99.96, 8192)},
         leader_cmdline=["python", "train.py"],
-        progress=wire.Progress(3.0, 64.0, "fold 3"),
+        progress=pages.Progress(3.0, 64.0, "fold 3"),
     )
     assert told == {
         "id": "s",
@@ -266,7 +266,7 @@ def test_a_session_is_told_with_every_field_that_others_rely_on() -> None:
 
 def test_progress_is_told_in_whole_numbers_where_it_is_whole() -> None:
     told = [
-        record(Entry(SESSION), progress=wire.Progress(done, total, ""))["progress"]
+        record(Entry(SESSION), progress=pages.Progress(done, total, ""))["progress"]
         for done, total in ((0.5, None), (1.0, 2.5), (-0.0, 0.0))
     ]
     assert told == [
@@ -279,14 +279,14 @@ def test_progress_is_told_in_whole_numbers_where_it_is_whole() -> None:
 
 @pytest.mark.parametrize("number", [2.0**53, -(2.0**53), 2.0**63, 1e22, 1e300, -1e300])
 def test_progress_beyond_what_a_float_counts_in_ones_is_told_as_the_float_it_is(number: float) -> None:
-    told = record(Entry(SESSION), progress=wire.Progress(number, number, ""))["progress"]
+    told = record(Entry(SESSION), progress=pages.Progress(number, number, ""))["progress"]
     assert told == {"done": number, "total": number, "message": ""}
     assert isinstance(told["done"], float)
     assert isinstance(told["total"], float)
 
 
 def test_progress_up_to_what_a_float_counts_in_ones_is_told_as_a_whole_number() -> None:
-    told = record(Entry(SESSION), progress=wire.Progress(2.0**53 - 1, -(2.0**53) + 1, ""))["progress"]
+    told = record(Entry(SESSION), progress=pages.Progress(2.0**53 - 1, -(2.0**53) + 1, ""))["progress"]
     assert told == {"done": 2**53 - 1, "total": 1 - 2**53, "message": ""}
     assert isinstance(told["done"], int)
 

@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PURE = [
     *("model", "policy", "signatures", "lineage", "decide", "escalation", "ledger", "report"),
-    *("config", "config_values", "gate_frames", "roster", "turns", "waiters"),
+    *("config", "config_values", "gate_frames", "pages", "roster", "turns", "waiters"),
 ]
 PURE_MODULES = ["agent.wire", *(f"reaperd.{name}" for name in PURE)]
 # A list of what is allowed: nobody can name everything that touches the world.
 ALLOWED_IN_PURE = {
     *(
         "__future__",
-        "binascii",
+        "_json",
         "collections",
         "dataclasses",
         "difflib",
@@ -165,8 +165,26 @@ def test_importing_the_agent_loads_nothing_but_itself() -> None:
 
 def test_the_work_of_the_agent_loads_only_the_standard_library() -> None:
     loaded = modules_after("import agent.client, agent.page, agent.session, agent.wire")
-    assert {"agent.session", "json", "mmap"} <= loaded
+    assert {"agent.session", "_json", "mmap"} <= loaded
     assert {name.partition(".")[0] for name in loaded} <= {*sys.stdlib_module_names, "agent"}
+
+
+def test_who_registers_does_not_wait_for_what_takes_long_to_load() -> None:
+    loaded = modules_after("from agent import page, session")
+    assert "agent.zmtp" in loaded
+    slow = {
+        "collections",
+        "contextlib",
+        "ctypes",
+        "enum",
+        "json",
+        "re",
+        "socket",
+        "struct",
+        "threading",
+        "typing",
+    }
+    assert not loaded & slow
 
 
 def test_nothing_that_the_core_imports_imports_zeromq() -> None:
@@ -210,7 +228,7 @@ def test_the_kernel_interfaces_know_only_each_other_and_the_facts() -> None:
     for module in SOURCES:
         if module.startswith("reaperd.linux"):
             foreign = {name for name in ours_in(module) if not name.startswith("reaperd.linux")}
-            assert foreign <= {"reaperd.model", "agent.wire"}, module
+            assert foreign <= {"reaperd.model", "reaperd.pages", "agent.wire"}, module
 
 
 def test_imports_never_run_in_a_circle() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import agent
 from agent import session, wire
+from reaperd import pages
 from reaperd.linux.procfs import ProcFS, parse_maps
 
 OUTER = "90-2e8-0000000a-0000000c"
@@ -72,7 +73,7 @@ def named() -> list[int]:
     """Return the pids that the page names as spared."""
     page = session._process.page
     assert page is not None
-    return [pid for pid, _ in wire.parse_page(os.pread(page.fd, wire.PAGE_BYTES, 0)).spared]
+    return [pid for pid, _ in pages.parse_page(os.pread(page.fd, wire.PAGE_BYTES, 0)).spared]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import json
 import struct
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent import wire
-from agent.wire import SessionId, TornPage, WireError
+from agent.wire import SessionId, WireError
+from reaperd import pages
+from reaperd.pages import TornPage
 
 ID = "4711-2a-0000000b-0000000c"
 BOOT = "0f0f0f0f-0000-4000-8000-000000000000"
@@ -66,6 +69,36 @@ def test_a_message_nested_to_the_very_limit_of_the_parser_is_a_message_or_one_wi
     for depth in range(sys.getrecursionlimit() - 150, sys.getrecursionlimit()):
         with contextlib.suppress(WireError):
             wire.decode(f'{{"v":1,"b":"\\u0041","a":{"[" * depth}{"]" * depth}}}'.encode())
+
+
+def test_what_is_no_json_is_never_sent() -> None:
+    for value in ({1, 2}, b"bytes", object()):
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            wire.encode({"a": value})
+    circle: list[Any] = []
+    circle.append(circle)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Circular"):
+            wire.encode({"a": circle})
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.dictionaries(
+        st.text(max_size=3), st.text() | st.floats(allow_nan=False, allow_infinity=False) | st.none()
+    )
+)
+def test_a_message_is_written_as_json_itself_writes_it(message: dict[str, Any]) -> None:
+    message.pop("v", None)
+    as_json = json.dumps({"v": 1, **message}, ensure_ascii=False, separators=(",", ":"))
+    assert wire.encode(message) == as_json.encode("utf-8", "replace")
+
+
+def test_blanks_around_a_message_are_no_part_of_it_and_other_blanks_are_none() -> None:
+    assert wire.decode(b' \t\r\n{"v":1}\n\r\t ') == {"v": 1}
+    for blank in "\u00a0\u2028\v\f\x1c":
+        for text in (f'{blank}{{"v":1}}', f'{{"v":1}}{blank}'):
+            assert kind_of(text.encode()) == "bad-request", text
 
 
 def test_nothing_that_is_no_number_is_ever_sent() -> None:
@@ -294,6 +327,12 @@ def test_the_place_tells_sockets_cgroups_and_users_apart() -> None:
     wire.place_of("/a", "/\udcff", 0)  # a cgroup's name is any bytes
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.binary(max_size=300))
+def test_the_checksum_is_crc_32(data: bytes) -> None:
+    assert wire.crc32(data) == binascii.crc32(data)
+
+
 def test_a_lineage_is_read_outermost_first_and_words_that_are_no_id_are_left_out() -> None:
     other = wire.format_session_id(1, 1, 1, 1)
     assert wire.parse_lineage(f"{other}:{ID}") == (other, ID)
@@ -345,8 +384,8 @@ def test_a_page_comes_back_as_it_was_written() -> None:
         wire.pack_progress(3, 64, "fold 3"),
         wire.pack_spared([(7, 70), (2**32 - 1, 2**64 - 1)]),
     )
-    told = wire.parse_page(page(record, flags=wire.CLOSING, progress=progress, spared=spared))
-    assert told == wire.Page(
+    told = pages.parse_page(page(record, flags=wire.CLOSING, progress=progress, spared=spared))
+    assert told == pages.Page(
         id=ID,
         name="grid ☃",
         pid=4711,
@@ -355,13 +394,13 @@ def test_a_page_comes_back_as_it_was_written() -> None:
         page_fd=5,
         sockets=(SOCKET, "/run/user/1000/reaper/reaper.sock"),
         flags=wire.CLOSING,
-        progress=wire.Progress(3.0, 64.0, "fold 3"),
+        progress=pages.Progress(3.0, 64.0, "fold 3"),
         spared=((7, 70), (2**32 - 1, 2**64 - 1)),
     )
 
 
 def test_a_page_without_progress_says_so() -> None:
-    told = wire.parse_page(page())
+    told = pages.parse_page(page())
     assert told.progress is None
     assert told.spared == ()
 
@@ -369,9 +408,9 @@ def test_a_page_without_progress_says_so() -> None:
 def test_a_page_in_the_middle_of_a_write_is_torn_and_nothing_else() -> None:
     for data in (page(sequence=3), page(b"junk", sequence=1)):
         with pytest.raises(TornPage):
-            wire.parse_page(data)
-    assert wire.page_sequence(page(sequence=3)) == 3
-    assert wire.page_sequence(page(sequence=0xFFFFFFFE)) == 0xFFFFFFFE
+            pages.parse_page(data)
+    assert pages.page_sequence(page(sequence=3)) == 3
+    assert pages.page_sequence(page(sequence=0xFFFFFFFE)) == 0xFFFFFFFE
 
 
 @pytest.mark.parametrize(
@@ -381,7 +420,7 @@ def test_a_page_in_the_middle_of_a_write_is_torn_and_nothing_else() -> None:
 )
 def test_what_is_no_page_is_refused(data: bytes) -> None:
     with pytest.raises(WireError) as caught:
-        wire.parse_page(data)
+        pages.parse_page(data)
     assert caught.value.kind == "bad-page"
 
 
@@ -415,7 +454,7 @@ BAD_RECORDS = [
 def test_a_page_with_a_bad_record_is_refused() -> None:
     for data in BAD_RECORDS:
         with pytest.raises(WireError) as caught:
-            pytest.fail(f"was read as {wire.parse_page(data)}")
+            pytest.fail(f"was read as {pages.parse_page(data)}")
         assert not isinstance(caught.value, TornPage)
 
 
@@ -435,20 +474,20 @@ def test_hostile_progress_is_no_progress_or_has_no_total() -> None:
         (0.0, 0.0, 3, (0.0, 0.0, "\0\0\0")),
     ]
     for done, total, length, read in rows:
-        told = wire.parse_page(page(progress=struct.pack("<ddH", done, total, length)))
+        told = pages.parse_page(page(progress=struct.pack("<ddH", done, total, length)))
         assert told.progress == read, (done, total, length)
 
 
 def test_a_message_that_is_no_utf8_is_read_as_far_as_it_is() -> None:
     block = bytearray(wire.pack_progress(1, 2, "abcdef"))
     block[-3] = 0xFF
-    told = wire.parse_page(page(progress=bytes(block)))
+    told = pages.parse_page(page(progress=bytes(block)))
     assert told.progress is not None
     assert told.progress.message == "abcef"
 
 
 def test_a_message_that_is_too_long_is_cut_at_a_character() -> None:
-    told = wire.parse_page(page(progress=wire.pack_progress(1, None, "x" + "ü" * wire.MAX_MESSAGE_BYTES)))
+    told = pages.parse_page(page(progress=wire.pack_progress(1, None, "x" + "ü" * wire.MAX_MESSAGE_BYTES)))
     assert told.progress is not None
     assert told.progress.message == "x" + "ü" * ((wire.MAX_MESSAGE_BYTES - 1) // 2)
     assert told.progress.total is None
@@ -456,7 +495,7 @@ def test_a_message_that_is_too_long_is_cut_at_a_character() -> None:
 
 def test_the_longest_progress_and_the_longest_list_of_the_spared_leave_each_other_alone() -> None:
     processes = [(pid, pid) for pid in range(1, 100)]
-    told = wire.parse_page(
+    told = pages.parse_page(
         page(progress=wire.pack_progress(1, 2, "x" * 5000), spared=wire.pack_spared(processes))
     )
     assert told.progress is not None
@@ -465,7 +504,7 @@ def test_the_longest_progress_and_the_longest_list_of_the_spared_leave_each_othe
 
 
 def test_a_page_that_claims_to_spare_more_than_fits_is_read_to_the_limit() -> None:
-    told = wire.parse_page(page(spared=b"\xff\xff" + b"\1" * 600))
+    told = pages.parse_page(page(spared=b"\xff\xff" + b"\1" * 600))
     assert len(told.spared) == wire.MAX_SPARED
 
 
@@ -491,7 +530,9 @@ def test_any_page_is_read_or_one_wire_error(
     record: bytes, sequence: int, flags: int, progress: bytes, spared: bytes
 ) -> None:
     try:
-        told = wire.parse_page(page(record, sequence=sequence, flags=flags, progress=progress, spared=spared))
+        told = pages.parse_page(
+            page(record, sequence=sequence, flags=flags, progress=progress, spared=spared)
+        )
     except WireError:
         return
     assert told.id == ID
@@ -504,7 +545,7 @@ def test_a_page_with_any_bytes_anywhere_is_read_or_one_wire_error(junk: bytes, a
     data = bytearray(page(progress=wire.pack_progress(1, 2, "x")))
     data[at : at + len(junk)] = junk
     try:
-        wire.parse_page(bytes(data))
+        pages.parse_page(bytes(data))
     except WireError:
         return
 

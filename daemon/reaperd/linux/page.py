@@ -11,6 +11,7 @@ import os
 import stat
 
 from agent import wire
+from reaperd import pages
 
 _F_GET_SEALS = 1034  # linux/fcntl.h
 _SEALS = 0x1 | 0x2 | 0x4 | 0x10  # SEAL, SHRINK, GROW, FUTURE_WRITE
@@ -42,7 +43,7 @@ def open_page(path: str, *, uid: int) -> int:
     return descriptor
 
 
-def read_page(descriptor: int, *, writer_is_dead: bool = False) -> wire.Page:
+def read_page(descriptor: int, *, writer_is_dead: bool = False) -> pages.Page:
     """Return what the page says; TornPage when it never holds still, WireError when it is broken.
 
     A dead writer can have been killed in the middle of a write: its page is taken as it is.
@@ -51,12 +52,12 @@ def read_page(descriptor: int, *, writer_is_dead: bool = False) -> wire.Page:
     for _ in range(_ATTEMPTS):
         data = os.pread(descriptor, wire.PAGE_BYTES, 0)
         # The same sequence number before and after: nothing was written while we read.
-        if wire.page_sequence(os.pread(descriptor, wire.HEADER_BYTES, 0)) == wire.page_sequence(data):
-            with contextlib.suppress(wire.TornPage):
-                return wire.parse_page(data)
+        if pages.page_sequence(os.pread(descriptor, wire.HEADER_BYTES, 0)) == pages.page_sequence(data):
+            with contextlib.suppress(pages.TornPage):
+                return pages.parse_page(data)
     if writer_is_dead:
-        return wire.parse_page(data, torn=True)
-    raise wire.TornPage
+        return pages.parse_page(data, torn=True)
+    raise pages.TornPage
 
 
 class OpenPage:
@@ -65,9 +66,9 @@ class OpenPage:
     def __init__(self, descriptor: int) -> None:
         """Own ``descriptor``."""
         self._descriptor = descriptor
-        self._last: tuple[bytes, wire.Page] | None = None
+        self._last: tuple[bytes, pages.Page] | None = None
 
-    def read(self, *, writer_is_dead: bool = False) -> wire.Page:
+    def read(self, *, writer_is_dead: bool = False) -> pages.Page:
         """Return what the page says; as ``read_page()``."""
         header = os.pread(self._descriptor, wire.HEADER_BYTES, 0)
         if self._last is None or header != self._last[0]:
