@@ -3,10 +3,12 @@
     import agent
     agent.register()
 
-Importing this costs next to nothing: the work is imported by the first call.
+Importing this costs two milliseconds, so that ``register()`` need not: nobody waits for what is loaded by then.
 """
 
 from __future__ import annotations
+
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # `import typing` alone takes longer than all of this module
@@ -61,6 +63,11 @@ def progress(done: float, total: float | None = None, message: str = "") -> None
     from agent import session
 
     session.progress(done, total, message)
+
+
+# The daemon has use for the formats alone, and elsewhere than on Linux nothing is done.
+if "reaperd" not in sys.modules and sys.platform == "linux":
+    from agent import page, session  # noqa: F401
 
 
 def __getattr__(name: str) -> object:

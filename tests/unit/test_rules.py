@@ -159,8 +159,17 @@ def test_the_agent_never_imports_the_daemon() -> None:
         assert not {name for name in imports_of(module) if name.partition(".")[0] == "reaperd"}, module
 
 
-def test_importing_the_agent_loads_nothing_but_itself() -> None:
-    assert modules_after("import agent") <= {"agent", "__future__"}
+def test_importing_the_agent_loads_what_register_needs_and_no_more() -> None:
+    loaded = modules_after("import agent")
+    native = {"_json", "_socket", "_thread", "atexit", "fcntl", "mmap"}
+    assert {name.partition(".")[0] for name in loaded} <= {"agent", "__future__", *native}
+    assert not modules_after("import agent; before = set(sys.modules); from agent import page, session")
+
+
+def test_the_daemon_and_its_gate_load_only_the_formats_of_the_agent() -> None:
+    for module in ("reaperd.__main__", "reaperd.gate"):
+        loaded = modules_after(f"import {module}")
+        assert {name for name in loaded if name.startswith("agent.")} <= {"agent.sockets", "agent.wire"}
 
 
 def test_the_work_of_the_agent_loads_only_the_standard_library() -> None:
