@@ -92,6 +92,7 @@ class Observer:
         self.marks = MarkReader(proc)
         self.reads_cgroups = False  # also of those whose page tells whose they are
         self._namespaces = proc.namespaces(os.getpid())
+        self._oom_counters = cgroup.Counters()
         self._known: dict[int, _Known] = {}  # by pid, as all that follows
         self._listing: dict[
             int, int
@@ -103,6 +104,7 @@ class Observer:
         self.changes = 0  # how often anything has changed by which it is told who belongs to a session
         self._covered: dict[SessionKey, Session] = {}
         self._oldest: dict[int, int] = {}  # the start ticks of each uid's first leader
+        self._newest_ticks = 0  # nobody has been read who started later
         self._uncovered = False  # some session is over, which may have been the first
         self._lowered = False  # that has become lower: some were passed over who matter now
         self._held: dict[ProcessId, int] = {}
@@ -127,8 +129,8 @@ class Observer:
             self._lowered = True
         if session.page_inode is not None:
             self.marks.pages.add(session.page_inode, session.page_fd, session.key)
-        # Who was read before carries marks of it that meant nothing then.
-        for pid, process in list(self._processes.items()):
+        # Who was read before carries marks of it that meant nothing then. A leader is seldom older than the last look.
+        for pid, process in list(self._processes.items()) if ticks <= self._newest_ticks else ():
             if process.uid == session.uid and process.id.start_ticks >= ticks:
                 self._forget(pid)
 
@@ -441,6 +443,7 @@ class Observer:
             else:
                 self.changes += not _is_alike(before, known.process)
                 self._processes[pid] = known.process
+                self._newest_ticks = max(self._newest_ticks, known.process.id.start_ticks)
                 if not again:
                     read.add(pid)
         return read
@@ -623,7 +626,9 @@ class Observer:
         """Return the leader and all that stands below it now: what was started before it registered, too."""
         self.cover(session)
         below = {*self.descendants(session.leader), *(id_.pid for id_ in session.kept)}
-        processes = self._read_alone(below) if below else {}
+        if not below:  # as nearly always: who registers has started nobody yet
+            return Snapshot({})
+        processes = self._read_alone(below)
         processes.update(self._read_alone([session.leader.pid], memory=False))
         adopters = frozenset(id_ for id_ in session.adopters if self.is_alive(id_))
         return Snapshot(processes, adopters)
@@ -659,7 +664,7 @@ class Observer:
 
     def oom_counter(self, pid: int) -> str:
         """Return the file that counts OOM kills where ``pid`` runs, "" where none does."""
-        return cgroup.counter_file(self.proc.cgroup(pid))
+        return self._oom_counters.find(self.proc.cgroup(pid)).path
 
     def is_alive(self, process_id: ProcessId) -> bool:
         """Say whether ``process_id`` still runs."""
@@ -679,19 +684,20 @@ class Observer:
     def describe_leader(self, session: Session) -> Session:
         """Return ``session`` with what only its living leader tells; ProcessGone."""
         pid = session.leader.pid
-        session = replace(session, oom_counter=self.oom_counter(pid))
+        cgroups, namespaces = self.proc.cgroup(pid), self.proc.namespaces(pid)
+        counter = self._oom_counters.find(cgroups)
         return replace(
             session,
-            cgroup=self.cgroup_path(pid),
+            cgroup=wire.parse_cgroup(cgroups),
             adopters=(adopters := self.ancestors(pid)),
-            init=self._init_among(adopters, pid),
-            namespaces=self.proc.namespaces(pid),
-            oom_kills=self.oom_kills_in(session),
+            init=self._init_among(adopters, namespaces.pid),
+            namespaces=namespaces,
+            oom_counter=counter.path,
+            oom_kills=counter.kills,
         )
 
-    def _init_among(self, adopters: frozenset[ProcessId], pid: int) -> ProcessId | None:
-        """Return the init of the pid namespace of ``pid``, None where that is not among ``adopters``."""
-        namespace = self.proc.namespaces(pid).pid
+    def _init_among(self, adopters: frozenset[ProcessId], namespace: str) -> ProcessId | None:
+        """Return the init of a pid namespace, None where that is not among ``adopters``."""
         for id_ in adopters if namespace != self._namespaces.pid else ():
             with contextlib.suppress(ProcessGone):
                 if self.proc.namespaces(id_.pid).pid == namespace and self.namespaced_pid(id_.pid) == 1:
@@ -741,13 +747,15 @@ class Observer:
 
     def namespaced_pid(self, pid: int) -> int | None:
         """Return the pid that ``pid`` has in its own, innermost pid namespace (the last field of NSpid)."""
+        if self.proc.pid_namespace(pid) == self._namespaces.pid != "":
+            return pid  # and /proc/PID/status need not be written out
         return parse_innermost_pid(self.proc.status(pid))
 
     def same_ticks(self, process_id: ProcessId, told_ticks: int) -> bool:
         """Say whether a start time that ``process_id`` told of itself is right; not comparable across time namespaces."""
-        if self.proc.namespaces(process_id.pid).time != self._namespaces.time:
+        if process_id.start_ticks == told_ticks:
             return True
-        return process_id.start_ticks == told_ticks
+        return self.proc.namespaces(process_id.pid).time != self._namespaces.time
 
     def could_be_orphan(self, holder: ProcessId, leader: ProcessId) -> bool:
         """Say whether ``holder`` can have been left by a dead ``leader`` that it names.

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from reaperd.linux import cgroup
-from reaperd.linux.cgroup import counter_file, parse_memory_path, parse_mounts, parse_oom_kills
+from reaperd.linux.cgroup import (
+    Counter,
+    Counters,
+    counter_file,
+    parse_memory_path,
+    parse_mounts,
+    parse_oom_kills,
+)
 from reaperd.linux.mounts import Mount, parse_mount_table
 
 V2 = "cgroup2 {root}/unified cgroup2 rw,nosuid,nsdelegate 0 0\n"
@@ -31,7 +38,7 @@ class Hierarchies:
         return str(path)
 
     def counter(self, cgroup_text: str) -> str:
-        return counter_file(cgroup_text, self.mounts)
+        return Counters(self.mounts).find(cgroup_text).path
 
 
 # -- parsing ----------------------------------------------------------------------------------------
@@ -135,6 +142,25 @@ def test_where_nothing_counts_there_is_no_counter(tmp_path: Path) -> None:
     assert Hierarchies(tmp_path, V2).counter("0::/gone\n") == ""
     assert Hierarchies(tmp_path, "").counter("0::/u\n4:memory:/m\n") == ""
     assert Hierarchies(tmp_path, V1 + V2).counter("") == ""
+
+
+def test_a_counter_is_told_with_its_count(tmp_path: Path) -> None:
+    host = Hierarchies(tmp_path, V2)
+    path = host.write("unified/u/memory.events", "oom_kill 9\n")
+    assert Counters(host.mounts).find("0::/u\n") == Counter(path, 9)
+    assert Counters(host.mounts).find("0::/gone\n") == Counter("", None)
+
+
+def test_a_mount_table_is_read_again_only_where_nothing_counts_by_the_last_one(tmp_path: Path) -> None:
+    host = Hierarchies(tmp_path, V2)
+    counters = Counters(host.mounts)
+    there = host.write("unified/u/memory.events", "oom_kill 9\n")
+    assert counters.find("0::/u\n").path == there
+    Path(host.mounts).write_text("")
+    assert counters.find("0::/u\n").path == there
+    Path(host.mounts).write_text(V1.format(root=tmp_path))
+    moved = host.write("memory/m/memory.oom_control", "oom_kill 3\n")
+    assert counters.find("4:memory:/m\n0::/gone\n") == Counter(moved, 3)
 
 
 def test_the_root_cgroup_has_the_counter_that_lies_there(tmp_path: Path) -> None:

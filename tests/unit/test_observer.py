@@ -185,6 +185,7 @@ def test_what_stands_below_a_leader_is_found_down_to_the_last(observer: Observer
         assert found(snapshot, grandchild).ppid == pid
         assert set(observer.descendants(id_of(pid))) == {grandchild}
         assert set(observer.look_below(session(leader=id_of(pid))).processes) == {pid, grandchild}
+        assert not observer.look_below(session(leader=id_of(grandchild))).processes, "it has started nobody"
         other = session(leader=ProcessId(grandchild, 0), kept=frozenset((id_of(pid),)))
         assert set(observer.look_below(other).processes) == {pid, grandchild}
 

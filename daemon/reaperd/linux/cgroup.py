@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 from reaperd.linux.mounts import parse_mount_table
 
@@ -40,10 +41,43 @@ def parse_oom_kills(text: str) -> int | None:
     return None
 
 
-def counter_file(cgroup_text: str, mounts: str = "/proc/self/mounts") -> str:
+class Counter(NamedTuple):
+    """A file that counts OOM kills, and how many it has counted; "" and None where there is none."""
+
+    path: str = ""
+    kills: int | None = None
+
+
+class Counters:
+    """Finds the counters of one host, and remembers where its cgroups are mounted: each session asks for one."""
+
+    def __init__(self, mounts: str = "/proc/self/mounts") -> None:
+        self._mounts = mounts
+        self._mounted: tuple[str, str] | None = None
+
+    def find(self, cgroup_text: str) -> Counter:
+        """Return the counter of the memory cgroup that the text of /proc/PID/cgroup names."""
+        if self._mounted is not None:
+            found = _first_that_counts(cgroup_text, *self._mounted)
+            if found.path:
+                return found
+        # They may be mounted elsewhere by now.
+        self._mounted = read_mounts(self._mounts)
+        return _first_that_counts(cgroup_text, *self._mounted)
+
+
+def counter_file(cgroup_text: str) -> str:
     """Return the file that counts OOM kills in the memory cgroup that /proc/PID/cgroup names, "" where none does."""
-    with open(mounts, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        unified_mount, memory_mount = parse_mounts(file.read())
+    return Counters().find(cgroup_text).path
+
+
+def read_mounts(path: str) -> tuple[str, str]:
+    """Return what ``parse_mounts()`` finds in a mount table."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        return parse_mounts(file.read())
+
+
+def _first_that_counts(cgroup_text: str, unified_mount: str, memory_mount: str) -> Counter:
     unified, memory = parse_memory_path(cgroup_text)
     candidates = []
     if memory and memory_mount:  # where v1 holds the controller, v2 has no files for it
@@ -53,13 +87,21 @@ def counter_file(cgroup_text: str, mounts: str = "/proc/self/mounts") -> str:
             f"{unified_mount}{unified}/memory.events.local",
             f"{unified_mount}{unified}/memory.events",
         ]
-    return next((path for path in map(os.path.normpath, candidates) if oom_kills(path) is not None), "")
+    for path in map(os.path.normpath, candidates):
+        if (kills := oom_kills(path)) is not None:
+            return Counter(path, kills)
+    return Counter()
 
 
 def oom_kills(path: str) -> int | None:
     """Return how many processes the OOM killer has ended, None where the file is gone or does not count."""
     try:
-        with open(path, encoding="ascii") as file:
-            return parse_oom_kills(file.read())
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
+    try:
+        return parse_oom_kills(os.read(descriptor, 4096).decode("ascii", "replace"))
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)

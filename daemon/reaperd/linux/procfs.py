@@ -309,6 +309,13 @@ class ProcFS:
 
         return Namespaces(link("pid"), link("mnt"), link("time"))
 
+    def pid_namespace(self, pid: int) -> str:
+        """Return the pid namespace that ``pid`` lives in; "" where that is not told."""
+        try:
+            return os.readlink(f"{self.root}/{pid}/ns/pid")
+        except OSError:
+            return ""
+
     def boot_id(self) -> str:
         """Return the id of this boot (random(4))."""
         return self._read("sys/kernel/random/boot_id").decode().strip()
