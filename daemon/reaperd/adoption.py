@@ -11,6 +11,7 @@ from agent import wire
 from reaperd import report
 from reaperd.core import Core
 from reaperd.linux import pidfd
+from reaperd.linux.page import OpenPage
 from reaperd.linux.procfs import ProcessGone
 from reaperd.model import TEMP_DIRS, UNKNOWN_CAUSE, ProcessId, Session, SessionKey
 from reaperd.sweep import FoundPage, StampedProcess, Sweep
@@ -53,16 +54,17 @@ class Adoption:
             log.info("leader died unseen session=%s pid=%d", session.id, session.leader.pid)
             self._core.take_on(session, None, None)
             return
-        page_fd, gone = self._open_page(session)
+        opened, gone = self._open_page(session)
         gone = gone and not pidfd.has_exited(handle)
-        self._core.take_on(replace(session, ending=session.ending or gone), handle, page_fd)
+        self._core.take_on(replace(session, ending=session.ending or gone), handle, opened)
 
-    def _open_page(self, session: Session) -> tuple[int | None, bool]:
+    def _open_page(self, session: Session) -> tuple[OpenPage | None, bool]:
         """Return the page, and whether its leader no longer has it: it has unregistered meanwhile, or exec'ed."""
         if session.page_fd < 0:
             return None, False
         try:
-            return self._observer.open_page(session.leader.pid, session.page_fd, session.uid), False
+            page_fd = self._observer.open_page(session.leader.pid, session.page_fd, session.uid)
+            return OpenPage(page_fd), False
         except (FileNotFoundError, wire.WireError):
             return None, True
         except (ProcessGone, OSError):  # we cannot tell
@@ -116,7 +118,7 @@ class Adoption:
             session = self._observer.describe_leader(session)
             leader_pidfd = pidfd.open_pidfd(holder.stat.id, self._observer.proc)
             self._note(session, "its leader lives")
-            self._core.take_on(session, leader_pidfd, found.descriptor)
+            self._core.take_on(session, leader_pidfd, OpenPage(found.descriptor))
             return True
         if self._observer.could_be_orphan(holder.stat.id, leader):
             clean = bool(told.flags & (wire.CLOSING | wire.ENDED))
@@ -151,7 +153,7 @@ class Adoption:
             namespaces=self._observer.proc.namespaces(os.getpid()),
         )
         self._note(session, "its leader died unseen")
-        self._core.take_on(session, None, page_fd)
+        self._core.take_on(session, None, None if page_fd is None else OpenPage(page_fd))
 
     def _note(self, session: Session, how: str) -> None:
         log.info(

@@ -128,12 +128,12 @@ class Core:
 
     # -- taking sessions on ------------------------------------------------------------------
 
-    def take_on(self, session: Session, leader_pidfd: int | None, page_fd: int | None) -> None:
-        """Watch a session; without a pidfd its leader is dead already. The descriptors are ours, whatever comes of it."""
+    def take_on(self, session: Session, leader_pidfd: int | None, opened: OpenPage | None) -> None:
+        """Watch a session; without a pidfd its leader is dead already. What is open is ours, whatever comes of it."""
         if leader_pidfd is not None:
             self._leaders[session.key] = leader_pidfd
-        if page_fd is not None:
-            opened = self._pages[session.key] = OpenPage(page_fd)
+        if opened is not None:
+            self._pages[session.key] = opened
             session = replace(session, page_inode=opened.inode)
         self.observer.cover(session)
         self._roster.put(Entry(session))
@@ -144,10 +144,12 @@ class Core:
         self._poller.watch(leader_pidfd, functools.partial(self._leader_died, session.key))
         self._alarm.watch(leader_pidfd)
         self._read_page(session.key)
-        family = self.judge(self.entries[session.key].session, self.observer.look_below(session))
-        # Workers that stand elsewhere are found by the looks that follow.
-        self._apply(session.key, ledger.Looked(family, time.monotonic(), 0.0, complete=False))
-        self._kept.hold(session.key, self.entries[session.key].session.kept)
+        below = self.observer.look_below(session)
+        if below.processes or session.kept or session.seen:
+            family = self.judge(self.entries[session.key].session, below)
+            # Workers that stand elsewhere are found by the looks that follow.
+            self._apply(session.key, ledger.Looked(family, time.monotonic(), 0.0, complete=False))
+            self._kept.hold(session.key, self.entries[session.key].session.kept)
 
     def has_no_room_for(self, uid: int) -> bool:
         """Say whether ``uid`` has as many sessions as one user may have."""
@@ -729,12 +731,23 @@ class Core:
         self._unsaved.clear()
         self.store.commit()
 
+    def put_on_record(self, key: SessionKey) -> None:
+        """Put one session on record at once: whoever is told that it is taken on relies on it, however we end."""
+        with self._trying(key, "keep the record"):
+            self.store.save(self.entries[key].session)
+            self._unsaved.pop(key, None)
+        self.store.commit()
+
     def close(self) -> None:
         """Put everything on record and let go; what is being ended goes on being ended by the next daemon."""
         self.save()
         self._reclaimer.close()
         self.observer.marks.memory.close()
         self.store.close()
+        for handle in self._leaders.values():
+            os.close(handle)
+        for opened in self._pages.values():
+            opened.close()
 
 
 def count_stuck(entries: Iterable[Entry]) -> int:

@@ -17,7 +17,8 @@ from reaperd import __version__, report
 from reaperd.core import Core, count_stuck
 from reaperd.gate_link import GateLink, Peer, Return
 from reaperd.ledger import Entry
-from reaperd.linux import page, pidfd
+from reaperd.linux import pidfd
+from reaperd.linux.page import OpenPage
 from reaperd.linux.procfs import ProcessGone
 from reaperd.listing import Listing
 from reaperd.model import TEMP_DIRS, ProcessId, Role, Session, SessionKey
@@ -70,6 +71,7 @@ class Server:
         self._waiters: Waiters[Return] = Waiters()
         self._listing = Listing(core)
         self._started_at_s = time.monotonic()
+        self._afterwards: list[Callable[[], None]] = []  # what is to be done once the reply is on its way
         self._operations: dict[str, Callable[[Peer, dict[str, Any]], dict[str, Any]]] = {
             "register": self._register,
             "unregister": self._unregister,
@@ -132,6 +134,9 @@ class Server:
             peer.connection.close()
         if reply is not None:
             self._link.reply(to, reply)
+        afterwards, self._afterwards = self._afterwards, []
+        for tell in afterwards:
+            tell()
 
     def _perform(self, peer: Peer, to: Return, message: dict[str, Any]) -> bytes | None:
         operation = wire.text_field(message, "op", limit=64)
@@ -168,20 +173,27 @@ class Server:
                 )  # fmt: skip
                 if not self._is_new(session):
                     return self._registered(session_id)
-                descriptor = self._open_page(session)
-                if descriptor is not None:
-                    ours.callback(os.close, descriptor)
+                opened = self._open_page(session)
+                if opened is not None:
+                    ours.callback(opened.close)
                 session = self._core.observer.describe_leader(session)
                 if pidfd.has_exited(handle):  # what was read may be the next owner's of the pid
                     raise ProcessGone(str(peer.pid))
                 self._supersede(session)
                 ours.pop_all()  # the core's from here on, whatever take_on() does
-                log.info("registered session=%s name=%r pid=%d uid=%d", session_id, name, peer.pid, peer.uid)
-                self._core.record(report.session_event("registered", session))
-                self._core.take_on(session, handle, descriptor)
+                self._afterwards.append(functools.partial(self._tell_registered, session))
+                self._core.take_on(session, handle, opened)
+                self._core.put_on_record(session.key)
         except ProcessGone:
             raise wire.WireError("gone", "you have exited") from None
         return self._registered(session_id)
+
+    def _tell_registered(self, session: Session) -> None:
+        """Tell others of a new session: its leader need not wait for that."""
+        pid, uid = session.leader.pid, session.uid
+        with self._core.aside.trying(session.key, "tell of it"):
+            log.info("registered session=%s name=%r pid=%d uid=%d", session.id, session.name, pid, uid)
+            self._core.record(report.session_event("registered", session))
 
     def _registered(self, session_id: str) -> dict[str, Any]:
         return {"session": session_id, "max_workers": self.facts.max_workers}
@@ -212,21 +224,21 @@ class Server:
             )
         return True
 
-    def _open_page(self, session: Session) -> int | None:
+    def _open_page(self, session: Session) -> OpenPage | None:
         """Return the page of a session that has one: other languages need not make any."""
         if session.page_fd < 0:
             return None
         try:
-            descriptor = self._core.observer.open_page(session.leader.pid, session.page_fd, session.uid)
+            opened = OpenPage(self._core.observer.open_page(session.leader.pid, session.page_fd, session.uid))
         except OSError as error:
             raise wire.WireError("bad-page", f"cannot open the session page: {error.strerror}") from None
         try:
-            if page.read_page(descriptor).id != session.id:
+            if opened.read().id != session.id:
                 raise wire.WireError("bad-page", "the session page is another session's")
         except wire.WireError:
-            os.close(descriptor)
+            opened.close()
             raise
-        return descriptor
+        return opened
 
     def _supersede(self, session: Session) -> None:
         """End an older session of the same leader, whose end it could not tell us."""
@@ -245,6 +257,7 @@ class Server:
         if not entry.session.ending:
             log.info("unregistered session=%s name=%r pid=%d", entry.session.id, entry.session.name, peer.pid)
             self._core.unregister(entry.session.key)
+            self._core.put_on_record(entry.session.key)
         return {}
 
     def _stop(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""Answers to requests: what is done before a peer is told so, and what it need not wait for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import wire
+from agent.page import SessionPage
+from reaperd.core import Core
+from reaperd.gate_link import Peer, Return
+from reaperd.linux.alarm import Alarm
+from reaperd.linux.procfs import ProcFS
+from reaperd.observer import Observer
+from reaperd.policy import Policy
+from reaperd.poller import Poller
+from reaperd.reaper import Reaper
+from reaperd.server import Facts, Server
+from reaperd.store import Store
+
+ME = os.getpid()
+
+
+class Link:
+    """Notes each reply, and what another process could read of the database when it was sent."""
+
+    lives_lost = 0
+
+    def __init__(self, database: Path) -> None:
+        self._database = database
+        self.replies: list[dict[str, Any]] = []
+        self.on_record: list[dict[str, bool]] = []  # by id, whether it is ending
+        self.told: list[int] = []
+
+    def reply(self, to: Return, reply: bytes) -> None:
+        self.replies.append(wire.decode(reply))
+        with contextlib.closing(sqlite3.connect(self._database)) as database:
+            rows = database.execute("SELECT id, record FROM sessions")
+            self.on_record.append({id_: json.loads(record)["ending"] for id_, record in rows})
+        self.told.append(self.events())
+
+    def events(self) -> int:
+        with contextlib.closing(sqlite3.connect(self._database)) as database:
+            return int(database.execute("SELECT count(*) FROM events").fetchone()[0])
+
+
+class World:
+    """A server, asked by this process."""
+
+    def __init__(self, directory: Path) -> None:
+        proc, alarm = ProcFS(), Alarm()
+        observer = Observer(proc, alarm)
+        store = Store(str(directory), observer.boot_id)
+        self.core = Core(observer, Reaper(proc, frozenset()), store, Poller(), Policy(), alarm)
+        self.link = Link(directory / "reaper.db")
+        self.server = Server(self.core, self.link, Facts("user", "", "", 4, frozenset(), dry_run=False))  # type: ignore[arg-type]
+        self.ticks = proc.stat(ME).id.start_ticks
+        self.session = wire.format_session_id(ME, self.ticks, 1, 2)
+        self.page = SessionPage(self.session, "grid", self.ticks, observer.boot_id)
+        self.page.write_record(["/nowhere"])
+
+    def ask(self, operation: str, **more: Any) -> dict[str, Any]:
+        ours, theirs = socket.socketpair()
+        with ours:
+            peer = Peer(os.getuid(), os.getgid(), ME, theirs)
+            self.server.admit(peer, Return(1, b"", peer.uid), {"op": operation, **more})
+            self.server.take_turns()
+        return self.link.replies[-1]
+
+    def register(self) -> dict[str, Any]:
+        page_fd = self.page.fd
+        return self.ask("register", session=self.session, start_ticks=self.ticks, page_fd=page_fd)
+
+    def close(self) -> None:
+        self.page.close()
+        self.core.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with contextlib.closing(World(tmp_path)) as one:
+        yield one
+
+
+def test_a_session_is_on_record_before_its_leader_is_told_that_it_is_taken_on(world: World) -> None:
+    assert world.register()["ok"] is True
+    assert world.link.on_record == [{world.session: False}]
+
+
+def test_a_leader_does_not_wait_until_others_are_told_of_its_session(world: World) -> None:
+    world.register()
+    assert world.link.told == [0]
+    world.core.save()
+    assert world.link.events() == 1
+    (event,) = world.core.store.events()
+    assert (event["kind"], event["session"]) == ("registered", world.session)
+
+
+def test_a_session_is_told_of_once_however_often_its_leader_registers(world: World) -> None:
+    for _ in range(3):
+        assert world.register()["ok"] is True
+    assert [event["kind"] for event in world.core.store.events()] == ["registered"]
+
+
+def test_a_leader_whose_session_cannot_be_told_of_is_answered_and_so_is_the_next(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(event: dict[str, Any]) -> None:
+        raise ValueError(event["kind"])
+
+    monkeypatch.setattr(world.core, "record", fail)
+    assert world.register()["ok"] is True
+    assert "cannot tell of it" in caplog.text
+    assert world.ask("ping")["ok"] is True
+
+
+def test_the_end_of_a_session_is_on_record_before_its_leader_is_told_so(world: World) -> None:
+    world.register()
+    assert world.ask("unregister", session=world.session)["ok"] is True
+    assert world.link.on_record[-1] == {world.session: True}
+
+
+def test_a_page_of_another_session_is_refused_and_not_kept_open(world: World) -> None:
+    other = wire.format_session_id(ME, world.ticks, 1, 3)
+    opened = []
+    for _ in range(2):  # what is opened for good, the first request opens
+        reply = world.ask("register", session=other, start_ticks=world.ticks, page_fd=world.page.fd)
+        assert reply["kind"] == "bad-page"
+        opened.append(len(os.listdir("/proc/self/fd")))
+    assert opened[0] == opened[1]
+    assert world.link.on_record == [{}, {}]
