@@ -91,10 +91,7 @@ class SessionPage:
             self.fd = -1
 
     def _is_ours(self, descriptor: int) -> bool:
-        try:
-            return os.fstat(descriptor).st_ino == self._inode
-        except OSError:
-            return False
+        return _has_inode(descriptor, self._inode)
 
 
 # Mappings whose descriptors are the program's by now: were they collected, mmap would close those.
@@ -105,14 +102,19 @@ def _map(descriptor: int, size: int) -> tuple[mmap.mmap, int]:
     """Return a mapping, and the number of the duplicate that mmap keeps of ``descriptor`` before Python 3.13, else -1."""
     if sys.version_info >= (3, 13):
         return mmap.mmap(descriptor, size, trackfd=False), -1
+    os.close(likely := os.dup(descriptor))  # the lowest number that is free, unless another thread is quicker
     memory, inode = mmap.mmap(descriptor, size), os.fstat(descriptor).st_ino
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if int(name) != descriptor and os.fstat(int(name)).st_ino == inode:
-                return memory, int(name)
-        except OSError:  # the listing's own
-            continue
-    return memory, -1
+    if _has_inode(likely, inode):
+        return memory, likely
+    numbers = (int(name) for name in os.listdir("/proc/self/fd"))
+    return memory, next((one for one in numbers if one != descriptor and _has_inode(one, inode)), -1)
+
+
+def _has_inode(descriptor: int, inode: int) -> bool:
+    try:
+        return os.fstat(descriptor).st_ino == inode
+    except OSError:  # it is closed by now
+        return False
 
 
 class SparedMark:

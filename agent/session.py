@@ -95,6 +95,7 @@ def register(
         )
     with _process.lock:
         session = _process.session
+        paths: list[str] = []
         if session is not None and not session.leading:
             return session
         if session is None:
@@ -103,7 +104,8 @@ def register(
                 _process.session = inherited
                 return inherited
             try:
-                session = _stamp(name, sockets.candidate_sockets(socket))
+                paths = sockets.candidate_sockets(socket)
+                session = _stamp(name, paths)
             except (OSError, ValueError, AttributeError, wire.WireError) as error:
                 return _without_daemon(
                     Session("", name, os.getpid()),
@@ -112,7 +114,7 @@ def register(
                     stacklevel=4,
                 )
         if session.socket is None and (required or time.monotonic() >= _process.retry_at_s):
-            _announce(session, socket, float(timeout), required)
+            _announce(session, paths or sockets.candidate_sockets(socket), float(timeout), required)
         return session
 
 
@@ -186,7 +188,7 @@ def _first_listening(paths: list[str]) -> str:
     return paths[0]
 
 
-def _announce(session: Session, socket: str | None, timeout_s: float, required: bool) -> None:
+def _announce(session: Session, paths: list[str], timeout_s: float, required: bool) -> None:
     """Tell a daemon, the first that accepts; without one the marks must do until a daemon starts."""
     page = _process.page
     assert page is not None, "a session that leads has a page"
@@ -199,7 +201,7 @@ def _announce(session: Session, socket: str | None, timeout_s: float, required: 
         "temp_dirs": _temp_dirs(),
     }
     reasons = []
-    for path in sockets.candidate_sockets(socket):
+    for path in paths:
         try:
             reply = client.request(path, message, timeout_s=timeout_s)
         except client.Unreachable as error:

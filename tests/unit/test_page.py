@@ -9,6 +9,7 @@ import gc
 import mmap
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -198,6 +199,23 @@ def test_closing_a_page_closes_nothing_of_a_program_that_has_one_of_our_numbers(
             os._exit(0 if os.path.samestat(os.fstat(ours), os.fstat(null)) else 8)
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_the_duplicate_that_a_mapping_keeps_is_known_though_another_thread_took_the_number_it_should_have(
+    monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    if taken:
+        monkeypatch.setattr(os, "dup", lambda descriptor: fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 200))
+    one = SessionPage(ID, "grid", 42, "boot")
+    try:
+        if sys.version_info >= (3, 13):
+            assert one._duplicate < 0
+        else:
+            assert one._duplicate not in (one.fd, -1)
+            assert os.path.sameopenfile(one._duplicate, one.fd)
+    finally:
+        one.close()
 
 
 def test_a_spared_mark_is_seen_by_its_name_and_is_no_page() -> None:
