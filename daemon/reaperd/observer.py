@@ -605,11 +605,10 @@ class Observer:
         """Return who stands above ``pid`` now, init apart."""
         found: set[ProcessId] = set()
         with contextlib.suppress(ProcessGone):
-            pid = self.proc.stat(pid).ppid
+            _, pid = self.proc.parent(pid)
             while pid > 1 and len(found) < _MAX_ANCESTORS:
-                stat = self.proc.stat(pid)
-                found.add(stat.id)
-                pid = stat.ppid
+                id_, pid = self.proc.parent(pid)
+                found.add(id_)
         return frozenset(found)
 
     def descendants(self, leader: ProcessId) -> Iterator[int]:

@@ -34,6 +34,7 @@ from reaperd.linux.procfs import (
     parse_innermost_pid,
     parse_maps,
     parse_memfd_link,
+    parse_parent,
     parse_stat,
     parse_uid,
 )
@@ -166,6 +167,7 @@ def test_a_name_of_any_shape_changes_nothing_but_the_name() -> None:
         stat = parse_stat(stat_line(7, comm.encode(), state="R", ppid=3, start=99, threads=2))
         assert stat.comm == comm
         assert (stat.id, stat.state, stat.ppid, stat.threads) == (ProcessId(7, 99), "R", 3, 2), comm
+        assert parse_parent(stat_line(7, comm.encode(), ppid=3, start=99)) == (ProcessId(7, 99), 3), comm
 
 
 def test_a_name_that_is_no_utf8_is_read_with_a_replacement() -> None:
@@ -197,6 +199,14 @@ def test_what_is_no_stat_line_is_a_value_error() -> None:
     for data in broken:
         with pytest.raises(ValueError):  # noqa: PT011 (int() says why)
             pytest.fail(f"{data!r} was read as {parse_stat(data)}")
+
+
+def test_a_parent_is_read_from_nothing_but_a_stat_line() -> None:
+    short = b"7 (x) S " + b" ".join([b"1"] * 18)
+    for data in (b"", b"7", b"7 (x)", b"7 x S 1 2 3", short, b"x" + stat_line(), stat_line(ppid="x")):
+        with pytest.raises(ValueError):  # noqa: PT011 (int() says why)
+            pytest.fail(f"{data!r} was read as {parse_parent(data)}")
+    assert parse_parent(short + b" 9 1\n") == (ProcessId(7, 9), 1)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
