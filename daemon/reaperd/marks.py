@@ -13,13 +13,17 @@ MOST_DESCRIPTORS = 64  # of one process: its owner may open a million, and what 
 _MOST_PAGE_FDS = 8  # at which a page is looked for first; leaders have it at one of a few low numbers
 
 
+# Most processes have neither pages nor spared marks, and each empty set made anew would take 216 bytes of its own.
+_NONE: frozenset[str] = frozenset()
+
+
 class Marks(NamedTuple):
     """What tells whose a process is."""
 
     argv: tuple[str, ...] = ()
     lineage: tuple[str, ...] = ()
-    pages: frozenset[str] = frozenset()
-    spared: frozenset[str] = frozenset()
+    pages: frozenset[str] = _NONE
+    spared: frozenset[str] = _NONE
 
 
 class Pages:
@@ -115,4 +119,4 @@ class MarkReader:
             ) in (uid, None):
                 spared.add(name[len(wire.SPARED_PREFIX) :])
         lineage = wire.parse_lineage(memory.variables.get(wire.LINEAGE_VARIABLE, ""))
-        return Marks(memory.argv, lineage, frozenset(pages), frozenset(spared))
+        return Marks(memory.argv, lineage, frozenset(pages) or _NONE, frozenset(spared) or _NONE)
