@@ -264,6 +264,8 @@ class Core:
         Raises Interrupted where a leader dies meanwhile.
         """
         keys = self._living(None)
+        if keys:
+            self.observer.read_new(listing)
         self.aside.together(
             keys,
             lambda some: self._look_at(some, listing, changed_only=True),

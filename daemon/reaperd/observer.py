@@ -48,10 +48,12 @@ _RELIST_S, _MOST_RELISTS = (
 )  # a look that took longer lists once more: a worker may have forked meanwhile
 
 _BETWEEN_ALARMS = 16  # processes
+_MANY = 64  # processes, of those who are new at a scan; after so long with them whoever asks for something is answered
+_AT_A_TIME_S = 0.02
 
 
 class Interrupted(Exception):
-    """A leader has died while we looked at something else: that goes first."""
+    """Something goes first: a leader has died while we looked at something else, or others have waited for long enough."""
 
 
 class _Known(NamedTuple):
@@ -202,6 +204,21 @@ class Observer:
             frozenset(missed.unread),
             frozenset(missed.vanished),
         )
+
+    def read_new(self, listing: dict[int, int]) -> None:
+        """Read who is new in ``listing``, as a look at the living would; Interrupted where that takes long.
+
+        What was read until then need not be read by the next one.
+        """
+        until_s = time.monotonic() + _AT_A_TIME_S
+        self._unread = {}
+        new = self._list(listing)
+        for at in range(0, len(new), _MANY):
+            if self.is_interrupted() or (at > 0 and time.monotonic() >= until_s):
+                raise Interrupted
+            read = self._read_each(new[at : at + _MANY], hold=False)
+            self._read_memory(None)
+            self._cut_false_links(read)
 
     def _look_at_the_left(
         self,

@@ -22,6 +22,9 @@ from reaperd.observer import Interrupted, Observer
 # registers by message, or was found when its leader was new.
 _TURN_S = 0.001
 _BETWEEN_ALARMS = 64  # processes
+_AT_A_TIME_S = (
+    0.02  # for those who are new, of whom there can be thousands: then whoever asks for something is answered
+)
 
 
 class Holder(NamedTuple):
@@ -70,7 +73,8 @@ class Sweep:
     def run(self, listing: dict[int, int] | None = None) -> Iterator[FoundPage | StampedProcess]:
         """Yield what marks all processes carry; with a ``listing``, those who are new in it, and a part of the others in turn.
 
-        Raises Interrupted in the second case, where a leader dies meanwhile; the next sweep goes on from there.
+        Raises Interrupted in the second case, where a leader dies meanwhile or many are left that have not been read; the next
+        sweep goes on from there.
         """
         everyone = listing is None
         listing = self._proc.listing() if listing is None else listing
@@ -80,8 +84,10 @@ class Sweep:
         # A page tells more than a stamp, and a session is taken on but once.
         stamped: list[StampedProcess] = []
         interrupted = False
+        until_s = time.monotonic() + _AT_A_TIME_S
         for at in range(0, len(due), _BETWEEN_ALARMS):
-            interrupted = not everyone and self._observer.is_interrupted()
+            is_late = at > 0 and time.monotonic() >= until_s
+            interrupted = not everyone and (is_late or self._observer.is_interrupted())
             if interrupted:
                 break
             some = due[at : at + _BETWEEN_ALARMS]

@@ -19,7 +19,7 @@ from reaperd.core import Core
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcFS
 from reaperd.model import UNKNOWN_CAUSE, ProcessId, Session, SessionKey, Snapshot
-from reaperd.observer import Observer
+from reaperd.observer import Interrupted, Observer
 from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.reaper import Reaper
@@ -190,6 +190,7 @@ def test_a_session_on_record_that_cannot_be_taken_on_keeps_the_daemon_from_nothi
     end_s = time.monotonic() + SOON_S
     while bad not in world.core.entries:
         assert time.monotonic() < end_s
-        adoption.sweep(world.observer.proc.listing())
+        with contextlib.suppress(Interrupted):  # the host has many processes
+            adoption.sweep(world.observer.proc.listing())
     world.end_leaders()
     world.run_until_ended({BAD, GOOD})

@@ -38,6 +38,7 @@ from specimens import (
 
 from agent import wire
 from agent.page import SessionPage
+from reaperd import observer as observer_module
 from reaperd.linux import pidfd
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcessGone, ProcFS, Stat
@@ -992,6 +993,44 @@ def test_a_look_that_was_interrupted_has_put_no_half_read_process_on_record(page
         snapshot = look(observer, session(page))
         assert found(snapshot, pid).pages == {session(page).id}
         assert found(snapshot, program).lineage == (OTHER_ID,)
+    proc.close()
+    alarm._epoll.close()
+
+
+def test_who_is_new_is_read_some_at_a_time_and_what_was_read_is_not_read_again(
+    page: SessionPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observer_module, "_AT_A_TIME_S", 0.0)
+    monkeypatch.setattr(observer_module, "_MANY", 4)
+    proc = Mine()
+    observer = Observer(proc)
+    observer.cover(session(page))
+    with contextlib.ExitStack() as stack:
+        pids = {stack.enter_context(child()) for _ in range(10)} | {stack.enter_context(executed(**STAMPED))}
+        listing = proc.listing()
+        assert pids <= listing.keys()
+        for read in range(4, len(listing), 4):
+            with pytest.raises(Interrupted):
+                observer.read_new(listing)
+            assert read - 2 <= sum(bool(proc.stats[pid]) for pid in pids) <= read
+        observer.read_new(listing)
+        before = {pid: proc.stats[pid] for pid in pids}
+        assert all(before.values())
+        observer.read_new(listing)
+        assert {pid: proc.stats[pid] for pid in pids} == before
+        ours, theirs = (look(one, session(page)).processes for one in (observer, Observer(proc)))
+        assert {pid: ours[pid] for pid in pids} == {pid: theirs[pid] for pid in pids}
+
+
+def test_a_leaders_death_interrupts_the_reading_of_who_is_new(page: SessionPage) -> None:
+    alarm = Alarm()
+    proc = Alarming(alarm, 10**9)
+    observer = Observer(proc, alarm)
+    os.write(proc.writer, b"x")
+    with child() as pid:
+        with pytest.raises(Interrupted):
+            observer.read_new(proc.listing())
+        assert not proc.stats[pid]
     proc.close()
     alarm._epoll.close()
 

@@ -34,6 +34,7 @@ from specimens import (
 
 from agent import wire
 from agent.page import SessionPage
+from reaperd import sweep as sweep_module
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcessGone, ProcFS, Stat
 from reaperd.model import ProcessId
@@ -389,6 +390,25 @@ def test_a_leaders_death_interrupts_a_sweep_and_the_next_one_goes_on_from_there(
     swept(sweep, all_of_them=False)
     left = sorted(GONE - before)
     assert proc.order[: len(left)] == left
+
+
+def test_a_sweep_of_many_who_are_new_makes_way_now_and_then_and_comes_to_its_end(
+    crowd: tuple[Crowded, Observer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proc, observer = crowd
+    monkeypatch.setattr(sweep_module, "_AT_A_TIME_S", 0.0)
+    sweep = Sweep(observer)
+    times = 1
+    while True:
+        seen = len(proc.order)
+        try:
+            swept(sweep, all_of_them=False)
+            break
+        except Interrupted:
+            times += 1
+            assert seen < len(proc.order) <= seen + 64
+    assert set(proc.order) >= GONE
+    assert len(GONE) / 64 <= times <= len(GONE) / 64 + 2
 
 
 def test_nothing_interrupts_a_sweep_of_all(crowd: tuple[Crowded, Observer]) -> None:
