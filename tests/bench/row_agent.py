@@ -105,7 +105,7 @@ def measure_register(bench: Bench) -> Generator[Row]:
         for ours, where in (
             (
                 first,
-                "in a fresh process that imported nothing else: the call loads what it needs of the standard library",
+                "in a fresh process that imported nothing else: what the call needs, the import has loaded",
             ),
             (loaded, "in a fresh process that has imported pyzmq, as its counterpart has"),
         ):
