@@ -83,7 +83,10 @@ class Gate:
 
     def run(self) -> None:
         """Say that the gate is up, then pass messages until the core goes away."""
-        self._core.send(gate_frames.GATE_IS_UP)
+        try:
+            self._core.send(gate_frames.GATE_IS_UP)
+        except (BrokenPipeError, ConnectionResetError):
+            return
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._core, zmq.POLLIN)

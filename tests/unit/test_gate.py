@@ -188,3 +188,10 @@ def test_there_is_no_gate_where_there_is_nobody_to_be(tmp_path: Path) -> None:
     accounts.write_text("none\nnone:x:1\n")
     with pytest.raises(SystemExit, match="none of the users none"):
         find_user(("none",), str(accounts))
+
+
+def test_a_core_that_is_gone_before_the_gate_is_up_ends_the_gate_without_a_word() -> None:
+    core, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    core.close()
+    with ours, zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        Gate(router, ours, OVERFLOW).run()
