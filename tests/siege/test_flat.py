@@ -9,7 +9,7 @@ from chaos.flat import Measured, come_and_go, grew
 from chaos.stage import Stage
 from harness import Scratch
 
-WARM_UP, MEASURED = 200, 200
+WARM_UP, MEASURED = 400, 200
 # A session that is not forgotten takes more than 3 KiB; fresh pages of the allocator and of SQLite less than this in all.
 MOST_GROWTH_BYTES = 3 * 1024 * MEASURED
 
