@@ -71,7 +71,6 @@ class Server:
         self._waiters: Waiters[Return] = Waiters()
         self._listing = Listing(core)
         self._started_at_s = time.monotonic()
-        self._afterwards: list[Callable[[], None]] = []  # what is to be done once the reply is on its way
         self._operations: dict[str, Callable[[Peer, dict[str, Any]], dict[str, Any]]] = {
             "register": self._register,
             "unregister": self._unregister,
@@ -134,9 +133,6 @@ class Server:
             peer.connection.close()
         if reply is not None:
             self._link.reply(to, reply)
-        afterwards, self._afterwards = self._afterwards, []
-        for tell in afterwards:
-            tell()
 
     def _perform(self, peer: Peer, to: Return, message: dict[str, Any]) -> bytes | None:
         operation = wire.text_field(message, "op", limit=64)
@@ -180,20 +176,14 @@ class Server:
                 if pidfd.has_exited(handle):  # what was read may be the next owner's of the pid
                     raise ProcessGone(str(peer.pid))
                 self._supersede(session)
+                log.info("registered session=%s name=%r pid=%d uid=%d", session_id, name, peer.pid, peer.uid)
+                self._core.record(report.session_event("registered", session))
                 ours.pop_all()  # the core's from here on, whatever take_on() does
-                self._afterwards.append(functools.partial(self._tell_registered, session))
                 self._core.take_on(session, handle, opened)
                 self._core.put_on_record(session.key)
         except ProcessGone:
             raise wire.WireError("gone", "you have exited") from None
         return self._registered(session_id)
-
-    def _tell_registered(self, session: Session) -> None:
-        """Tell others of a new session: its leader need not wait for that."""
-        pid, uid = session.leader.pid, session.uid
-        with self._core.aside.trying(session.key, "tell of it"):
-            log.info("registered session=%s name=%r pid=%d uid=%d", session.id, session.name, pid, uid)
-            self._core.record(report.session_event("registered", session))
 
     def _registered(self, session_id: str) -> dict[str, Any]:
         return {"session": session_id, "max_workers": self.facts.max_workers}

@@ -1,4 +1,4 @@
-"""Answers to requests: what is done before a peer is told so, and what it need not wait for."""
+"""Answers to requests: what is done before a peer is told so."""
 
 from __future__ import annotations
 
@@ -95,11 +95,9 @@ def test_a_session_is_on_record_before_its_leader_is_told_that_it_is_taken_on(wo
     assert world.link.on_record == [{world.session: False}]
 
 
-def test_a_leader_does_not_wait_until_others_are_told_of_its_session(world: World) -> None:
+def test_that_a_session_is_taken_on_is_in_the_history_before_its_leader_is_told_so(world: World) -> None:
     world.register()
-    assert world.link.told == [0]
-    world.core.save()
-    assert world.link.events() == 1
+    assert world.link.told == [1]
     (event,) = world.core.store.events()
     assert (event["kind"], event["session"]) == ("registered", world.session)
 
@@ -108,18 +106,6 @@ def test_a_session_is_told_of_once_however_often_its_leader_registers(world: Wor
     for _ in range(3):
         assert world.register()["ok"] is True
     assert [event["kind"] for event in world.core.store.events()] == ["registered"]
-
-
-def test_a_leader_whose_session_cannot_be_told_of_is_answered_and_so_is_the_next(
-    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(event: dict[str, Any]) -> None:
-        raise ValueError(event["kind"])
-
-    monkeypatch.setattr(world.core, "record", fail)
-    assert world.register()["ok"] is True
-    assert "cannot tell of it" in caplog.text
-    assert world.ask("ping")["ok"] is True
 
 
 def test_the_end_of_a_session_is_on_record_before_its_leader_is_told_so(world: World) -> None:
