@@ -138,9 +138,9 @@ def test_folders_deeper_than_anything_needs_cost_neither_a_stack_nor_what_lies_b
         folder.mkdir()
         chain(folder / "deep", 3000)
         size = write(folder / "a") + write(folder / "z")
-        before = len(os.listdir("/proc/self/fd"))
+        before = set(os.listdir("/proc/self/fd"))
         assert remove(Path(shm.SHM), folder.name) == size
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert set(os.listdir("/proc/self/fd")) <= before  # the garbage of other tests may go meanwhile
         assert os.listdir(folder) == ["deep"]
     finally:
         unchain(folder)
