@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from reaperd import __version__
@@ -142,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _with_dry_run(config: Config) -> Config:
-    return replace(config, kill=replace(config.kill, dry_run=True))
+    return config._replace(kill=config.kill._replace(dry_run=True))
 
 
 class _JsonLines(logging.Formatter):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from dataclasses import replace
 
 from agent import wire
 from reaperd import report
@@ -56,7 +55,7 @@ class Adoption:
             return
         opened, gone = self._open_page(session)
         gone = gone and not pidfd.has_exited(handle)
-        self._core.take_on(replace(session, ending=session.ending or gone), handle, opened)
+        self._core.take_on(session._replace(ending=session.ending or gone), handle, opened)
 
     def _open_page(self, session: Session) -> tuple[OpenPage | None, bool]:
         """Return the page, and whether its leader no longer has it: it has unregistered meanwhile, or exec'ed."""
@@ -123,8 +122,8 @@ class Adoption:
         if self._observer.could_be_orphan(holder.stat.id, leader):
             clean = bool(told.flags & (wire.CLOSING | wire.ENDED))
             spared = frozenset(ProcessId(*pair) for pair in told.spared)
-            session = replace(
-                session, leader=leader, spared=spared, cause=replace(UNKNOWN_CAUSE, clean=clean)
+            session = session._replace(
+                leader=leader, spared=spared, cause=UNKNOWN_CAUSE._replace(clean=clean)
             )
             self._adopt_dead(session, self._observer.cgroup_path(holder.stat.id.pid), found.descriptor)
             return True
@@ -147,8 +146,7 @@ class Adoption:
         known = (
             wire.place_of(self._socket_path, cgroup, session.uid) == wire.SessionId.parse(session.id).place
         )
-        session = replace(
-            session,
+        session = session._replace(
             cgroup=cgroup if known else None,
             namespaces=self._observer.proc.namespaces(os.getpid()),
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 
 from reaperd.linux import pidfd
 from reaperd.linux.procfs import ProcessGone
@@ -32,5 +31,5 @@ def read_cause(session: Session, leader: int, observer: Observer, vanished: Call
     if cause.kind is CauseKind.SIGNAL and cause.code == 9 and session.oom_kills is not None:
         kills = observer.oom_kills_in(session)
         if kills is not None and kills - session.oom_kills > vanished():
-            return replace(cause, kind=CauseKind.OOM)
+            return cause._replace(kind=CauseKind.OOM)
     return cause

@@ -2,7 +2,7 @@
 
 The rules of this file:
 
-1. A setting is one dataclass field. Its TOML key, its kind of value with the range, its default and whether
+1. A setting is one field of a table's class. Its TOML key, its kind of value with the range, its default and whether
    its feature is built stand there and nowhere else: parsing, suggestions, ``render_config`` and
    ``without_effect`` all read the fields.
 2. A field's name carries the unit (``grace_s``), its TOML key does not (``grace``).
@@ -14,8 +14,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from reaperd.config_values import (
     ADDRESS,
@@ -79,143 +78,132 @@ def _key_to_come(key: str, kind: Kind, *, secret: bool = False) -> dict[str, Any
     return {**_key(key, kind, secret=secret), "built": False}
 
 
-@dataclass(frozen=True, slots=True)
-class ExtraSignature:
+class ExtraSignature(NamedTuple):
     """A framework of the administrator's own, known by the ``tokens`` in its workers' argv."""
 
-    name: str = field(metadata=_key("name", TEXT))
-    tokens: tuple[str, ...] = field(metadata=_key("tokens", list_of(TEXT, "texts", may_be_empty=False)))
-    role: SignatureRole = field(default="worker", metadata=_key("role", one_of(SignatureRole)))
+    name: Annotated[str, _key("name", TEXT)]
+    tokens: Annotated[tuple[str, ...], _key("tokens", list_of(TEXT, "texts", may_be_empty=False))]
+    role: Annotated[SignatureRole, _key("role", one_of(SignatureRole))] = "worker"
 
 
 _SIGNATURE = Kind(
     lambda value: ExtraSignature(**_parse_table(_settings_of(ExtraSignature), value)),
-    lambda signature: f"{{ {', '.join(_render_table(signature))} }}",
+    lambda signature: f"{{ {', '.join(_render_table(_settings_of(ExtraSignature), signature))} }}",
 )
 _DURATION = duration(more_than=0)
 _GRACE = duration(at_least=0)  # none at all is a choice
 
 
-@dataclass(frozen=True, slots=True)
-class DaemonConfig:
+class DaemonConfig(NamedTuple):
     """The daemon's log."""
 
-    log_level: LogLevel = field(default="info", metadata=_key("log_level", one_of(LogLevel)))
-    log_format: LogFormat = field(default="text", metadata=_key("log_format", one_of(LogFormat)))
+    log_level: Annotated[LogLevel, _key("log_level", one_of(LogLevel))] = "info"
+    log_format: Annotated[LogFormat, _key("log_format", one_of(LogFormat))] = "text"
 
 
-@dataclass(frozen=True, slots=True)
-class ScanConfig:
+class ScanConfig(NamedTuple):
     """How often the daemon looks around, and, to come, what is done about orphans that nobody registered."""
 
-    enabled: bool = field(default=True, metadata=_key_to_come("enabled", SWITCH))
-    interval_s: float = field(default=30.0, metadata=_key("interval", _DURATION))
-    orphan_age_limit_s: float = field(default=300.0, metadata=_key_to_come("orphan_age_limit", _GRACE))
-    cpu_threshold_percent: float = field(default=50.0, metadata=_key_to_come("cpu_threshold", PERCENT))
-    cpu_window_s: float = field(default=30.0, metadata=_key_to_come("cpu_window", _DURATION))
-    memory_threshold_bytes: int = field(default=64 * 1024**2, metadata=_key_to_come("memory_threshold", SIZE))
-    action: Action = field(default="kill", metadata=_key_to_come("action", one_of(Action)))
-    quarantine_for_s: float = field(default=600.0, metadata=_key_to_come("quarantine_for", _DURATION))
-    extra_signatures: tuple[ExtraSignature, ...] = field(
-        default=(), metadata=_key_to_come("extra_signatures", list_of(_SIGNATURE, "tables"))
-    )
+    enabled: Annotated[bool, _key_to_come("enabled", SWITCH)] = True
+    interval_s: Annotated[float, _key("interval", _DURATION)] = 30.0
+    orphan_age_limit_s: Annotated[float, _key_to_come("orphan_age_limit", _GRACE)] = 300.0
+    cpu_threshold_percent: Annotated[float, _key_to_come("cpu_threshold", PERCENT)] = 50.0
+    cpu_window_s: Annotated[float, _key_to_come("cpu_window", _DURATION)] = 30.0
+    memory_threshold_bytes: Annotated[int, _key_to_come("memory_threshold", SIZE)] = 64 * 1024**2
+    action: Annotated[Action, _key_to_come("action", one_of(Action))] = "kill"
+    quarantine_for_s: Annotated[float, _key_to_come("quarantine_for", _DURATION)] = 600.0
+    extra_signatures: Annotated[
+        tuple[ExtraSignature, ...], _key_to_come("extra_signatures", list_of(_SIGNATURE, "tables"))
+    ] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class KillConfig:
+class KillConfig(NamedTuple):
     """How what a dead leader left is ended, and what is cleared away after it."""
 
-    grace_s: float = field(default=5.0, metadata=_key("grace", _GRACE))
-    exit_grace_s: float = field(default=10.0, metadata=_key("exit_grace", _GRACE))
-    tracker_grace_s: float = field(default=10.0, metadata=_key("tracker_grace", _GRACE))
-    reclaim_shm: bool = field(default=True, metadata=_key("reclaim_shm", SWITCH))
-    dry_run: bool = field(default=False, metadata=_key("dry_run", SWITCH))
+    grace_s: Annotated[float, _key("grace", _GRACE)] = 5.0
+    exit_grace_s: Annotated[float, _key("exit_grace", _GRACE)] = 10.0
+    tracker_grace_s: Annotated[float, _key("tracker_grace", _GRACE)] = 10.0
+    reclaim_shm: Annotated[bool, _key("reclaim_shm", SWITCH)] = True
+    dry_run: Annotated[bool, _key("dry_run", SWITCH)] = False
 
 
-@dataclass(frozen=True, slots=True)
-class SessionsConfig:
+class SessionsConfig(NamedTuple):
     """What a session may have; ``max_workers`` is told to the script, which is not made to keep to it."""
 
-    max_workers: int = field(default=4, metadata=_key("max_workers", COUNT))
-    max_per_uid: int = field(default=1000, metadata=_key("max_per_uid", COUNT))
-    isolate: bool = field(default=False, metadata=_key_to_come("isolate", SWITCH))
+    max_workers: Annotated[int, _key("max_workers", COUNT)] = 4
+    max_per_uid: Annotated[int, _key("max_per_uid", COUNT)] = 1000
+    isolate: Annotated[bool, _key_to_come("isolate", SWITCH)] = False
 
 
-@dataclass(frozen=True, slots=True)
-class LimitsConfig:
+class LimitsConfig(NamedTuple):
     """``None`` is no limit; a CPU limit of 200.0 percent is two whole cores."""
 
-    worker_memory_bytes: int | None = field(
-        default=None, metadata=_key_to_come("worker_memory", MEMORY_LIMIT)
-    )
-    session_memory_bytes: int | None = field(
-        default=None, metadata=_key_to_come("session_memory", MEMORY_LIMIT)
-    )
-    worker_cpu_percent: float | None = field(default=None, metadata=_key_to_come("worker_cpu", CPU_LIMIT))
-    session_cpu_percent: float | None = field(default=None, metadata=_key_to_come("session_cpu", CPU_LIMIT))
-    on_breach: OnBreach = field(default="kill-worker", metadata=_key_to_come("on_breach", one_of(OnBreach)))
+    worker_memory_bytes: Annotated[int | None, _key_to_come("worker_memory", MEMORY_LIMIT)] = None
+    session_memory_bytes: Annotated[int | None, _key_to_come("session_memory", MEMORY_LIMIT)] = None
+    worker_cpu_percent: Annotated[float | None, _key_to_come("worker_cpu", CPU_LIMIT)] = None
+    session_cpu_percent: Annotated[float | None, _key_to_come("session_cpu", CPU_LIMIT)] = None
+    on_breach: Annotated[OnBreach, _key_to_come("on_breach", one_of(OnBreach))] = "kill-worker"
 
 
-@dataclass(frozen=True, slots=True)
-class ProtectConfig:
+class ProtectConfig(NamedTuple):
     """Who is never signalled: by login name, by process name, by systemd unit."""
 
-    users: tuple[str, ...] = field(default=(), metadata=_key("users", TEXTS))
-    names: tuple[str, ...] = field(default=(), metadata=_key("names", TEXTS))
-    units: tuple[str, ...] = field(default=(), metadata=_key("units", TEXTS))
+    users: Annotated[tuple[str, ...], _key("users", TEXTS)] = ()
+    names: Annotated[tuple[str, ...], _key("names", TEXTS)] = ()
+    units: Annotated[tuple[str, ...], _key("units", TEXTS)] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class AccessConfig:
+class AccessConfig(NamedTuple):
     """Who may see and stop what is another user's, besides root."""
 
-    admins: tuple[str, ...] = field(default=("root",), metadata=_key("admins", TEXTS))
+    admins: Annotated[tuple[str, ...], _key("admins", TEXTS)] = ("root",)
 
 
-@dataclass(frozen=True, slots=True)
-class MetricsConfig:
+class MetricsConfig(NamedTuple):
     """Where figures for Prometheus are served."""
 
-    enabled: bool = field(default=False, metadata=_key_to_come("enabled", SWITCH))
-    listen: Address = field(default=Address("127.0.0.1", 9478), metadata=_key_to_come("listen", ADDRESS))
+    enabled: Annotated[bool, _key_to_come("enabled", SWITCH)] = False
+    listen: Annotated[Address, _key_to_come("listen", ADDRESS)] = Address("127.0.0.1", 9478)
 
 
-@dataclass(frozen=True, slots=True)
-class AlertsConfig:
+class AlertsConfig(NamedTuple):
     """The URLs carry passwords and tokens, so they are kept out of ``repr`` as well."""
 
-    urls: tuple[str, ...] = field(default=(), repr=False, metadata=_key_to_come("urls", TEXTS, secret=True))
-    on: tuple[EventKind, ...] = field(
-        default=("reaped", "stuck", "quarantined", "breach"),
-        metadata=_key_to_come("on", list_of(one_of(EventKind), "kinds of event")),
+    urls: Annotated[tuple[str, ...], _key_to_come("urls", TEXTS, secret=True)] = ()
+    on: Annotated[tuple[EventKind, ...], _key_to_come("on", list_of(one_of(EventKind), "kinds of event"))] = (
+        "reaped",
+        "stuck",
+        "quarantined",
+        "breach",
     )
 
+    def __repr__(self) -> str:
+        return f"AlertsConfig(on={self.on!r})"
 
-@dataclass(frozen=True, slots=True)
-class HistoryConfig:
+
+class HistoryConfig(NamedTuple):
     """How long events are kept."""
 
-    keep_s: float = field(default=90 * 86_400.0, metadata=_key("keep", _DURATION))
+    keep_s: Annotated[float, _key("keep", _DURATION)] = 90 * 86_400.0
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(NamedTuple):
     """One field for each table of ``reaper.toml``; ``Config()`` is what an empty file means."""
 
-    daemon: DaemonConfig = field(default_factory=DaemonConfig)
-    scan: ScanConfig = field(default_factory=ScanConfig)
-    kill: KillConfig = field(default_factory=KillConfig)
-    sessions: SessionsConfig = field(default_factory=SessionsConfig)
-    limits: LimitsConfig = field(default_factory=LimitsConfig)
-    protect: ProtectConfig = field(default_factory=ProtectConfig)
-    access: AccessConfig = field(default_factory=AccessConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    alerts: AlertsConfig = field(default_factory=AlertsConfig)
-    history: HistoryConfig = field(default_factory=HistoryConfig)
+    daemon: DaemonConfig = DaemonConfig()
+    scan: ScanConfig = ScanConfig()
+    kill: KillConfig = KillConfig()
+    sessions: SessionsConfig = SessionsConfig()
+    limits: LimitsConfig = LimitsConfig()
+    protect: ProtectConfig = ProtectConfig()
+    access: AccessConfig = AccessConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    alerts: AlertsConfig = AlertsConfig()
+    history: HistoryConfig = HistoryConfig()
 
 
 class Setting(NamedTuple):
-    """What the metadata of a dataclass field says, and the field's own name; ``required`` where it has no default."""
+    """What the annotation of a field says, and the field's own name; ``required`` where it has no default."""
 
     field: str
     required: bool
@@ -226,12 +214,13 @@ class Setting(NamedTuple):
 
 
 def _settings_of(table: Any) -> dict[str, Setting]:
-    found = (Setting(f.name, f.default is MISSING, **f.metadata) for f in fields(table))
+    hints = get_type_hints(table, include_extras=True)
+    found = (Setting(f, f not in table._field_defaults, **hints[f].__metadata__[0]) for f in table._fields)
     return {setting.key: setting for setting in found}
 
 
 SETTINGS: Mapping[str, Mapping[str, Setting]] = {
-    table.name: _settings_of(table.default_factory) for table in fields(Config)
+    name: _settings_of(type(table)) for name, table in Config()._asdict().items()
 }  # table -> key -> setting, in the order of the file
 
 
@@ -254,7 +243,7 @@ def parse_config(sources: Sequence[tuple[str, str]]) -> Config:
         raise ConfigError(faults)
     defaults = Config()
     return Config(
-        **{table: replace(getattr(defaults, table), **changed) for table, changed in values.items()}
+        **{table: getattr(defaults, table)._replace(**changed) for table, changed in values.items()}
     )
 
 
@@ -367,15 +356,15 @@ def render_config(config: Config, *, show_secrets: bool = True) -> str:
     Without ``show_secrets`` the alert URLs become ``"(hidden)"``: for people who may see only the rest.
     """
     tables = [
-        "\n".join([f"[{table}]", *_render_table(getattr(config, table), show_secrets=show_secrets)])
-        for table in SETTINGS
+        "\n".join([f"[{table}]", *_render_table(settings, getattr(config, table), show_secrets=show_secrets)])
+        for table, settings in SETTINGS.items()
     ]
     return "\n\n".join(tables) + "\n"
 
 
-def _render_table(table: Any, *, show_secrets: bool = True) -> list[str]:
+def _render_table(settings: Mapping[str, Setting], table: Any, *, show_secrets: bool = True) -> list[str]:
     lines = []
-    for setting in _settings_of(table).values():
+    for setting in settings.values():
         value = getattr(table, setting.field)
         hidden = setting.secret and not show_secrets and value
         lines.append(f"{setting.key} = " + ('["(hidden)"]' if hidden else setting.kind.render(value)))

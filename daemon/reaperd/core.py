@@ -13,7 +13,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from agent import wire
@@ -134,7 +133,7 @@ class Core:
             self._leaders[session.key] = leader_pidfd
         if opened is not None:
             self._pages[session.key] = opened
-            session = replace(session, page_inode=opened.inode)
+            session = session._replace(page_inode=opened.inode)
         self.observer.cover(session)
         self._roster.put(Entry(session))
         self._unsaved[session.key] = None
@@ -194,7 +193,7 @@ class Core:
         # Where the kernel does not tell, what the leader said at its end must do.
         told = cause.kind in (CauseKind.EXIT, CauseKind.UNKNOWN)
         if told and (flags & (wire.CLOSING | wire.ENDED) or session.ending):
-            cause = replace(cause, clean=True)
+            cause = cause._replace(clean=True)
         self._note_exit(
             session.leader
         )  # it may be somebody's target, too: it was to be stopped, or is a worker itself

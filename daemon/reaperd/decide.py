@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from reaperd import lineage
 from reaperd.escalation import NEXT, SIGNAL, Event, Stage
@@ -27,15 +27,13 @@ class Depth(enum.Enum):
     EVERYONE = "everyone"  # and whoever was nobody's: it may be another program by now
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(NamedTuple):
     """See again who belongs to the session."""
 
     depth: Depth
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(NamedTuple):
     """Send a signal to one process; its new stage is over at ``due_s``."""
 
     member: Member
@@ -45,17 +43,14 @@ class Send:
     due_s: float
 
 
-@dataclass(frozen=True, slots=True)
 class Reclaim:
     """Free what the dead held in /dev/shm and in temporary directories."""
 
 
-@dataclass(frozen=True, slots=True)
 class Conclude:
     """Write the session's last event; nothing more is done for it, save for stuck processes."""
 
 
-@dataclass(frozen=True, slots=True)
 class Forget:
     """Take the session off the record."""
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 from reaperd.escalation import NEXT, Event, Stage
 from reaperd.model import Cause, Family, Freed, Member, ProcessId, Role, Session
@@ -32,7 +32,6 @@ GROWTH_LIMIT = 2
 # A worker that was asked to end may start a few commands to end well; so many at once are a fork bomb.
 MOST_NEWCOMERS = 32
 DONE = (Stage.GONE, Stage.STUCK)
-_NOTHING: Mapping[ProcessId, Target] = MappingProxyType({})
 
 
 class Phase(enum.Enum):
@@ -45,8 +44,7 @@ class Phase(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """A process that is being ended."""
 
     member: Member
@@ -71,8 +69,7 @@ class Target:
         return self.member.role is Role.TRACKER
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One session on record. All times are monotonic seconds."""
 
     session: Session
@@ -87,8 +84,8 @@ class Entry:
     saw_everyone: bool = False  # the last look did
     growth: int = 0
     changed_at_s: float = 0.0  # when a worker was last found or seen to end
-    targets: Mapping[ProcessId, Target] = field(default_factory=lambda: _NOTHING)
-    left_alone: Mapping[ProcessId, str] = field(default_factory=dict)
+    targets: Mapping[ProcessId, Target] = MappingProxyType({})
+    left_alone: Mapping[ProcessId, str] = MappingProxyType({})
     workers: int = 0  # when last looked at; while the leader lives
     idle_looks: int = (
         0  # in a row, at all who could be one, that found no worker of a session that its leader has ended
@@ -141,8 +138,7 @@ class Entry:
 # -- what happens ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class LeaderDied:
+class LeaderDied(NamedTuple):
     """A leader's pidfd became readable."""
 
     cause: Cause
@@ -150,8 +146,7 @@ class LeaderDied:
     signal_from_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Looked:
+class Looked(NamedTuple):
     """Somebody looked who belongs to the session."""
 
     family: Family
@@ -163,15 +158,13 @@ class Looked:
     everyone: bool = True  # False: who was nobody's before was not looked at again
 
 
-@dataclass(frozen=True, slots=True)
-class Exited:
+class Exited(NamedTuple):
     """Members' pidfds became readable; when each was seen to be."""
 
     processes: Mapping[ProcessId, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Signalled:
+class Signalled(NamedTuple):
     """A signal was sent to one process, or refused."""
 
     process: ProcessId
@@ -181,43 +174,37 @@ class Signalled:
     denied: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class SignalsSent:
+class SignalsSent(NamedTuple):
     """Signals went out, many at once: a session can have thousands of workers."""
 
     signals: tuple[Signalled, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class LookFailed:
+class LookFailed(NamedTuple):
     """Nobody could look: descriptors ran out."""
 
     at_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class MembersLost:
+class MembersLost(NamedTuple):
     """Members that only descent tells have ended: their pids may be somebody else's."""
 
     processes: frozenset[ProcessId]
 
 
-@dataclass(frozen=True, slots=True)
-class OomCounted:
+class OomCounted(NamedTuple):
     """The OOM counter was read while the leader lived: whoever was killed so far, it was not the leader."""
 
     kills: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class CauseTold:
+class CauseTold(NamedTuple):
     """The kernel told late why the leader died."""
 
     cause: Cause
 
 
-@dataclass(frozen=True, slots=True)
-class StopAsked:
+class StopAsked(NamedTuple):
     """Somebody wants the leader ended."""
 
     leader: Member
@@ -225,38 +212,32 @@ class StopAsked:
     by_uid: int = 0
 
 
-@dataclass(frozen=True, slots=True)
 class Unregistered:
     """The leader ended its session and lives on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Spared:
+class Spared(NamedTuple):
     """The leader named processes that it started under ``spared()``."""
 
     processes: frozenset[ProcessId]
 
 
-@dataclass(frozen=True, slots=True)
-class Reclaimed:
+class Reclaimed(NamedTuple):
     """What the dead held in /dev/shm and in temporary directories is freed, or freeing it was given up."""
 
     freed: Freed
 
 
-@dataclass(frozen=True, slots=True)
 class ReclaimStarted:
     """A helper has begun to free what the dead held."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShmMeasured:
+class ShmMeasured(NamedTuple):
     """How many bytes in /dev/shm the session held when its leader died."""
 
     held_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
 class Concluded:
     """The session's last event was written."""
 
@@ -290,8 +271,8 @@ def apply(entry: Entry, happening: Happening) -> Entry:  # noqa: PLR0912
             return _looked(entry, happening)
         case LookFailed():
             again_s = happening.at_s + SPACING_S[-1]
-            return replace(
-                entry, quiet_looks=0, saw_everyone=False, look_due_s=again_s, blind_until_s=again_s
+            return entry._replace(
+                quiet_looks=0, saw_everyone=False, look_due_s=again_s, blind_until_s=again_s
             )
         case Exited():
             return _exited(entry, happening)
@@ -299,33 +280,32 @@ def apply(entry: Entry, happening: Happening) -> Entry:  # noqa: PLR0912
             return _signals_sent(entry, happening)
         case StopAsked():
             target = Target(happening.leader, Stage.FOUND, happening.at_s)
-            return replace(entry, leader_target=target, stopped_by_uid=happening.by_uid)
+            return entry._replace(leader_target=target, stopped_by_uid=happening.by_uid)
         case Unregistered():
-            return replace(entry, session=replace(session, ending=True))
+            return entry._replace(session=session._replace(ending=True))
         case Spared():
-            return replace(entry, session=replace(session, spared=session.spared | happening.processes))
+            return entry._replace(session=session._replace(spared=session.spared | happening.processes))
         case MembersLost():
-            return replace(entry, session=session.keeping(session.kept - happening.processes))
+            return entry._replace(session=session.keeping(session.kept - happening.processes))
         case OomCounted():
-            return replace(entry, session=replace(session, oom_kills=happening.kills))
+            return entry._replace(session=session._replace(oom_kills=happening.kills))
         case CauseTold():
-            return replace(entry, session=replace(session, cause=happening.cause))
+            return entry._replace(session=session._replace(cause=happening.cause))
         case ShmMeasured():
-            return replace(entry, shm_held_bytes=max(entry.shm_held_bytes, happening.held_bytes))
+            return entry._replace(shm_held_bytes=max(entry.shm_held_bytes, happening.held_bytes))
         case ReclaimStarted():
-            return replace(entry, reclaim_asked=True)
+            return entry._replace(reclaim_asked=True)
         case Reclaimed():
-            return replace(entry, reclaimed=happening.freed)
+            return entry._replace(reclaimed=happening.freed)
         case Concluded():
-            return replace(entry, concluded=True)
+            return entry._replace(concluded=True)
 
 
 def _leader_died(entry: Entry, died: LeaderDied) -> Entry:
     if entry.died_at_s is not None:
         return entry
-    return replace(
-        entry,
-        session=replace(entry.session, cause=died.cause),
+    return entry._replace(
+        session=entry.session._replace(cause=died.cause),
         died_at_s=died.at_s,
         signal_from_s=died.signal_from_s,
         look_due_s=died.at_s,
@@ -341,10 +321,9 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
         workers = sum(member.role is Role.WORKER for member in members.values())
         session = entry.session.keeping(unmarked)
         if members.keys() != session.seen:
-            session = replace(session, seen=frozenset(members))
+            session = session._replace(seen=frozenset(members))
         idle = session.ending and not workers and looked.complete
-        return replace(
-            entry,
+        return entry._replace(
             session=session,
             left_alone=looked.family.left_alone,
             workers=workers,
@@ -358,8 +337,7 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
     found = _new_targets(entry, new, looked.at_s, crowded=len(new_workers) >= MOST_NEWCOMERS)
     targets.update((target.member.process.id, target) for target in found)
     quiet = 0 if new_workers or not looked.complete or looked.ahead else entry.quiet_looks + 1
-    changed = replace(
-        entry,
+    changed = entry._replace(
         session=entry.session.keeping(entry.session.kept | _living(members, targets)),
         targets=targets,
         left_alone={**entry.left_alone, **_excused(entry, looked), **looked.family.left_alone},
@@ -373,9 +351,9 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
     )
     if looked.ahead:  # those who were told end now; where others were left to the look, nobody waits for that
         due_s = _on_grid(looked.at_s + SPACING_S[0]) if looked.complete else entry.look_due_s
-        return replace(changed, look_due_s=due_s)
+        return changed._replace(look_due_s=due_s)
     if changed.workers_done:
-        return replace(changed, look_due_s=None)
+        return changed._replace(look_due_s=None)
     distant = (
         quiet - changed.quiet_looks_wanted + QUIET_LOOKS
     )  # below 0: after growth the first looks are close
@@ -383,7 +361,7 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
     # A look that takes long on a crowded machine must not become all that we do, unless somebody forks all the time.
     share = 2 if changed.growth else 5
     due_s = looked.at_s + max(spacing, share * looked.took_s)
-    return replace(changed, look_due_s=due_s if spacing == CLOSE_S else _on_grid(due_s))
+    return changed._replace(look_due_s=due_s if spacing == CLOSE_S else _on_grid(due_s))
 
 
 def _on_grid(at_s: float) -> float:
@@ -400,7 +378,7 @@ def _judged_again(target: Target, looked: Looked) -> Target:
     listed = target.member.process.id in looked.family.members
     if target.excused == (not listed) or not (listed or looked.complete):
         return target
-    return replace(target, excused=not listed)
+    return target._replace(excused=not listed)
 
 
 def _excused(entry: Entry, looked: Looked) -> Mapping[ProcessId, str]:
@@ -442,20 +420,19 @@ def _exited(entry: Entry, exited: Exited) -> Entry:
         target = entry.targets.get(id_)
         if target is not None:
             stage = NEXT[target.stage, Event.EXITED]
-            gone[id_] = replace(target, stage=stage, gone_at_s=target.gone_at_s or at_s)
+            gone[id_] = target._replace(stage=stage, gone_at_s=target.gone_at_s or at_s)
     if not gone:
         return entry
     # A look that came between its end and the news of it took it for one that was to be left alone.
     left_alone = {id_: reason for id_, reason in entry.left_alone.items() if id_ not in gone}
     session = entry.session.keeping(entry.session.kept - gone.keys())
-    changed = replace(entry, session=session, targets={**entry.targets, **gone}, left_alone=left_alone)
+    changed = entry._replace(session=session, targets={**entry.targets, **gone}, left_alone=left_alone)
     if all(target.tracker for target in gone.values()):
         return changed
     # A worker may have forked in its last moment: begin to look again.
     last_s = max(exited.processes[id_] for id_ in gone)
     due = last_s + CLOSE_S if entry.growth else _on_grid(last_s + SPACING_S[0])
-    return replace(
-        changed,
+    return changed._replace(
         quiet_looks=0,
         changed_at_s=last_s,
         look_due_s=due if entry.look_due_s is None else min(due, entry.look_due_s),
@@ -470,13 +447,12 @@ def _signals_sent(entry: Entry, sent: SignalsSent) -> Entry:
             leader_target = _advance(leader_target, one)
         elif target is not None and target.stage is not Stage.GONE:
             targets[one.process] = _advance(target, one)
-    return replace(entry, targets=targets, leader_target=leader_target)
+    return entry._replace(targets=targets, leader_target=leader_target)
 
 
 def _advance(target: Target, signalled: Signalled) -> Target:
     stage = NEXT[target.stage, signalled.event]
-    return replace(
-        target,
+    return target._replace(
         stage=stage,
         due_s=signalled.due_s,
         retries=target.retries + (stage is Stage.STUCK),

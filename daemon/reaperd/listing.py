@@ -10,7 +10,6 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from reaperd import pages, report
@@ -39,14 +38,15 @@ class Pace:
         self._due_s = now_s + max(_FRESH_S, _SHARE * (now_s - began_s))
 
 
-@dataclass(slots=True)
 class _Told:
     """A session's record as text, made of ``entry`` and ``progress``; the second for who may see the command line."""
 
-    entry: Entry
-    progress: pages.Progress | None
-    public: bytes | None = None
-    private: bytes | None = None
+    __slots__ = ("entry", "private", "progress", "public")
+
+    def __init__(self, entry: Entry, progress: pages.Progress | None) -> None:
+        self.entry, self.progress = entry, progress
+        self.public: bytes | None = None
+        self.private: bytes | None = None
 
 
 class Listing:

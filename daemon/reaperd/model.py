@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 _Key = TypeVar("_Key", int, str)
@@ -36,8 +35,7 @@ class Role(enum.Enum):
     TRACKER = "tracker"
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(NamedTuple):
     """One process as it was found."""
 
     id: ProcessId
@@ -55,20 +53,30 @@ class Process:
     cpu_ticks: int = 0
 
 
-@dataclass(frozen=True)
 class Snapshot:
     """The processes that mattered at one instant, by pid; the indices make judging a session cost what the session has."""
 
-    processes: Mapping[int, Process] = field(default_factory=dict)
-    adopters: frozenset[ProcessId] = frozenset()  # those of the sessions' adopters that still live
-    stale: frozenset[int] = frozenset()  # pids of those who were read earlier than for this look
-    unread: frozenset[int] = frozenset()  # uids of those who let nobody read their marks
-    vanished: frozenset[int] = frozenset()  # uids of those who were gone before they could be read
+    def __init__(
+        self,
+        processes: Mapping[int, Process],
+        adopters: frozenset[ProcessId] = frozenset(),
+        *,
+        stale: frozenset[int] = frozenset(),
+        unread: frozenset[int] = frozenset(),
+        vanished: frozenset[int] = frozenset(),
+    ) -> None:
+        self.processes = processes
+        self.adopters = adopters  # those of the sessions' adopters that still live
+        self.stale = stale  # pids of those who were read earlier than for this look
+        self.unread = unread  # uids of those who let nobody read their marks
+        self.vanished = vanished  # uids of those who were gone before they could be read
 
     def without(self, pids: set[int]) -> Snapshot:
         """Return the snapshot as if ``pids`` were not there."""
         processes = {pid: process for pid, process in self.processes.items() if pid not in pids}
-        return replace(self, processes=processes)
+        return Snapshot(
+            processes, self.adopters, stale=self.stale, unread=self.unread, vanished=self.vanished
+        )
 
     @functools.cached_property
     def children(self) -> Mapping[int, Sequence[Process]]:
@@ -97,8 +105,7 @@ def _index(pairs: Iterable[tuple[_Key, Process]]) -> Mapping[_Key, Sequence[Proc
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Namespaces:
+class Namespaces(NamedTuple):
     """Where a leader lives, as the links in /proc/PID/ns read; empty where they could not be read."""
 
     pid: str = ""
@@ -115,8 +122,7 @@ class CauseKind(enum.Enum):
     UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class Cause:
+class Cause(NamedTuple):
     """Why a leader is dead; ``code`` is its exit code or the signal's number, None where unknown."""
 
     kind: CauseKind
@@ -137,8 +143,7 @@ TEMP_DIRS = ("/tmp",)  # noqa: S108 - where temporary files go where nobody says
 UNKNOWN_CAUSE = Cause(CauseKind.UNKNOWN)
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
+class Session(NamedTuple):
     """What one leader started, as it was found at registration or adoption."""
 
     id: str
@@ -182,11 +187,10 @@ class Session:
 
     def keeping(self, members: frozenset[ProcessId]) -> Session:
         """Return the session with ``members`` as those that only descent tells."""
-        return self if members == self.kept else replace(self, kept=members)
+        return self if members == self.kept else self._replace(kept=members)
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A process of a session, and how that is known, in words that a person can check."""
 
     process: Process
@@ -196,8 +200,7 @@ class Member:
     marked: bool  # carries a mark of its own; else only descent tells
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(NamedTuple):
     """Who belongs to a session at one instant, and who looks like it but is left alone, with the reason."""
 
     members: Mapping[ProcessId, Member]
@@ -211,8 +214,7 @@ class Usage(NamedTuple):
     rss_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Freed:
+class Freed(NamedTuple):
     """Memory given back to the machine, in bytes."""
 
     rss_bytes: int = 0

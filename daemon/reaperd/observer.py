@@ -14,7 +14,6 @@ import os
 import resource
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from agent import wire
@@ -200,9 +199,9 @@ class Observer:
         return Snapshot(
             dict(self._processes),
             frozenset(id_ for id_ in adopters if self._is_known(id_) or self.is_alive(id_)),
-            frozenset(self._processes.keys() - read),
-            frozenset(missed.unread),
-            frozenset(missed.vanished),
+            stale=frozenset(self._processes.keys() - read),
+            unread=frozenset(missed.unread),
+            vanished=frozenset(missed.vanished),
         )
 
     def read_new(self, listing: dict[int, int]) -> None:
@@ -487,7 +486,7 @@ class Observer:
             now = (stat.ppid, stat.comm, stat.rss_bytes, stat.cpu_ticks)
             if now != (process.ppid, process.comm, process.rss_bytes, process.cpu_ticks):
                 ppid, comm, rss_bytes, cpu_ticks = now
-                process = replace(process, ppid=ppid, comm=comm, rss_bytes=rss_bytes, cpu_ticks=cpu_ticks)
+                process = process._replace(ppid=ppid, comm=comm, rss_bytes=rss_bytes, cpu_ticks=cpu_ticks)
         settled = known.settled or _is_settled(stat)
         if process is known.process and settled == known.settled:
             return known
@@ -586,7 +585,7 @@ class Observer:
             if process.ppid not in same:
                 same[process.ppid] = self._is_unchanged(process.ppid)
             if not same[process.ppid]:
-                self._processes[pid] = replace(process, ppid=0)
+                self._processes[pid] = process._replace(ppid=0)
                 self.changes += 1
 
     def _is_unchanged(self, pid: int) -> bool:
@@ -702,8 +701,7 @@ class Observer:
         pid = session.leader.pid
         cgroups, namespaces = self.proc.cgroup(pid), self.proc.namespaces(pid)
         counter = self._oom_counters.find(cgroups)
-        return replace(
-            session,
+        return session._replace(
             cgroup=wire.parse_cgroup(cgroups),
             adopters=(adopters := self.ancestors(pid)),
             init=self._init_among(adopters, namespaces.pid),
@@ -830,12 +828,12 @@ def _is_alike(one: Process | None, other: Process) -> bool:
     """Say whether nothing has changed but what a process takes of the machine."""
     if one is None or one is other:
         return one is other
-    return replace(one, rss_bytes=other.rss_bytes, cpu_ticks=other.cpu_ticks) == other
+    return one._replace(rss_bytes=other.rss_bytes, cpu_ticks=other.cpu_ticks) == other
 
 
 def _marked(process: Process, marks: Marks) -> Process:
     argv, lineage, pages, spared = marks
-    return replace(process, argv=argv, lineage=lineage, pages=pages, spared=spared)
+    return process._replace(argv=argv, lineage=lineage, pages=pages, spared=spared)
 
 
 def _is_settled(stat: Stat) -> bool:

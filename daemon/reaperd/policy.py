@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from reaperd.model import Process, ProcessId
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(NamedTuple):
     """How a dead leader's session is ended, and who is never touched."""
 
     grace_s: float = 5.0  # from SIGTERM to SIGKILL

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from reaperd.linux import helper, shm
 from reaperd.linux.procfs import ProcessGone, ProcFS, parse_uid
@@ -23,8 +23,7 @@ _READING_S = 5.0  # of what processes have mapped
 _CLOCK_STEP_S = 1.0  # clocks are set now and then, and file systems count in ticks
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """What to free: names that carry the leader's pid, and ``mapped`` names in /dev/shm that only members had mapped."""
 
     session: Session

@@ -9,7 +9,6 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from agent import wire
@@ -38,8 +37,7 @@ _MOST_FOLDERS = 4
 _NOBODY = ProcessId(0, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """What the server tells of the daemon itself."""
 
     mode: str
@@ -198,7 +196,7 @@ class Server:
             raise wire.WireError("bad-session", "start_ticks: that is not when you started")
         if peer.pid <= 1 or leader in self._core.policy.untouchable:
             raise wire.WireError("not-allowed", "the daemon, its ancestors and init cannot be sessions")
-        return replace(session, leader=leader)
+        return session._replace(leader=leader)
 
     def _is_new(self, session: Session) -> bool:
         """Say whether the session is to be taken on; registering twice is granted, another's session is refused."""
@@ -366,12 +364,12 @@ class Server:
     def _answer_waiters(self, now_s: float) -> None:
         """Answer who waits for what has happened: each thing is written down once, whoever is told."""
         written: dict[tuple[int, ...], bytes] = {}
-        for answer in self._waiters.take(now_s):
-            told = answer.news[:_MOST_EVENTS]
+        for to, all_news in self._waiters.take(now_s):
+            told = all_news[:_MOST_EVENTS]
             key = tuple(news.seq for news in told)
             if key not in written:
                 written[key] = self._told([{"seq": news.seq, **news.event} for news in told])
-            self._link.reply(answer.to, written[key])
+            self._link.reply(to, written[key])
 
 
 def _spent_s() -> float:

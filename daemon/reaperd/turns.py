@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
 _MOST_ACCOUNTS = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """How much of the core's time a user may take: ``per_s`` of each second, and so much that was not used before."""
 
     per_s: float
@@ -28,8 +26,7 @@ ORDINARY = Share(0.2, 1.0)
 GENEROUS = Share(0.8, 5.0)
 
 
-@dataclass(slots=True)
-class _Account:
+class _Account(NamedTuple):
     """What a user has left; less than nothing after a request that cost more."""
 
     left_s: float

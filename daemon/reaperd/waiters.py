@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -12,8 +11,7 @@ T = TypeVar("T")
 MOST_OF_ONE, MOST_OF_ALL = 64, 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """Which events somebody asks for."""
 
     after: int  # the number of the last one that it has seen
@@ -39,22 +37,13 @@ class News(NamedTuple):
     event: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
 class Waiter(Generic[T]):
     """A peer with a question, that is answered at ``to``."""
 
-    to: T
-    uid: int
-    question: Question
-    until_s: float
+    __slots__ = ("question", "to", "uid", "until_s")
 
-
-@dataclass(frozen=True, slots=True)
-class Answer(Generic[T]):
-    """The news for one who waited, none where its time is over."""
-
-    to: T
-    news: tuple[News, ...]
+    def __init__(self, to: T, uid: int, question: Question, until_s: float) -> None:
+        self.to, self.uid, self.question, self.until_s = to, uid, question, until_s
 
 
 # What tells who may be meant by an event: most wait for other sessions' and other users'.
@@ -94,10 +83,10 @@ class Waiters(Generic[T]):
         """Return when somebody may have waited long enough."""
         return self._next_s
 
-    def take(self, now_s: float) -> list[Answer[T]]:
-        """Return what those are told who have waited for what has happened, or long enough."""
+    def take(self, now_s: float) -> list[tuple[T, tuple[News, ...]]]:
+        """Return whom to answer with which news: for what they waited, or none where they have waited long enough."""
         news, self._news = self._news, []
-        answers: list[Answer[T]] = []
+        answers: list[tuple[T, tuple[News, ...]]] = []
         for key, told in self._news_by_key(news).items():
             answers += self._tell(key, told, now_s)
         if self._next_s is not None and self._next_s <= now_s:
@@ -119,7 +108,7 @@ class Waiters(Generic[T]):
                 found.setdefault(key, []).append(one)
         return found
 
-    def _tell(self, key: _Key, news: list[News], now_s: float) -> Iterator[Answer[T]]:
+    def _tell(self, key: _Key, news: list[News], now_s: float) -> Iterator[tuple[T, tuple[News, ...]]]:
         left = []
         for waiter in self._waiting.pop(key, ()):
             told = tuple(filter(waiter.question.covers, news))
@@ -127,7 +116,7 @@ class Waiters(Generic[T]):
                 self._of[waiter.uid] -= 1
                 if not self._of[waiter.uid]:
                     del self._of[waiter.uid]
-                yield Answer(waiter.to, told)
+                yield waiter.to, told
             else:
                 left.append(waiter)
         if left:

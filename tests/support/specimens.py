@@ -12,7 +12,6 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,9 +224,9 @@ class Mine(ProcFS):
 def session(page: SessionPage | None = None, **facts: Any) -> Session:
     """Return a session that this process leads."""
     if page is None:
-        return replace(Session("none", "", UID, os.getgid(), id_of(ME), ""), **facts)
+        return Session("none", "", UID, os.getgid(), id_of(ME), "")._replace(**facts)
     one = Session(page._identity[0], "", UID, os.getgid(), id_of(ME), "")
-    return replace(one, **{"page_fd": page.fd, "page_inode": os.fstat(page.fd).st_ino, **facts})
+    return one._replace(**{"page_fd": page.fd, "page_inode": os.fstat(page.fd).st_ino, **facts})
 
 
 def dead_session(page: SessionPage | None = None, **facts: Any) -> Session:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -612,7 +611,7 @@ def test_every_default_obeys_its_own_rule():
 
 
 def test_a_config_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         Config().kill.grace_s = 0  # type: ignore[misc]
     assert hash(Config()) == hash(parse(""))
 

@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,9 @@ class FaultyObserver(Observer):
     def look(self, sessions: Any, **options: Any) -> Snapshot:
         self._fail_for(sessions)
         self.looks += 1
-        return replace(super().look(sessions, **options), vanished=self.vanished)
+        snapshot = super().look(sessions, **options)
+        snapshot.vanished = self.vanished
+        return snapshot
 
     def cover(self, session: Session) -> None:
         self._fail_for([session])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -89,6 +89,10 @@ class Fake:
     def member(self) -> Member:
         role = Role.TRACKER if self.tracker else Role.WORKER
         return Member(Process(ProcessId(self.pid, 2000), self.ppid, 1000), role, "loky", ("evidence",), True)
+
+
+def kinds(actions: list[decide.Action]) -> list[type]:
+    return [type(action) for action in actions]
 
 
 def worker(pid: int, **facts: Any) -> Fake:
@@ -223,7 +227,7 @@ def test_a_worker_that_does_not_go_is_killed_after_the_grace() -> None:
 
 
 def test_no_grace_at_all_still_asks_first() -> None:
-    reap = Reap([worker(201, ended_by=KILL_ENDS)], replace(POLICY, grace_s=0.0)).run()
+    reap = Reap([worker(201, ended_by=KILL_ENDS)], POLICY._replace(grace_s=0.0)).run()
     assert reap.sent_to(201) == [(0.0, SIGTERM), (LATE_GRACE_S, SIGKILL)]
 
 
@@ -349,7 +353,7 @@ def test_what_is_due_on_evidence_that_is_not_fresh_is_looked_into_first_and_what
     asked = apply(entry, signalled(ProcessId(201, 2000), Event.DUE, SIGTERM, 6.0))
     assert decide.decide(asked, POLICY, 5.0) == []
     assert decide.decide(asked, POLICY, 6.0) == [Look(Depth.MEMBERS)]
-    (send,) = decide.decide(apply(asked, replace(found, at_s=6.0)), POLICY, 6.0)
+    (send,) = decide.decide(apply(asked, found._replace(at_s=6.0)), POLICY, 6.0)
     assert isinstance(send, Send)
     assert send.signal == SIGKILL
 
@@ -404,7 +408,7 @@ def test_a_tracker_is_left_alone_while_a_worker_lives_and_killed_its_grace_after
 
 
 def test_a_tracker_is_left_alone_for_as_long_as_a_worker_has_to_end() -> None:
-    reap = Reap([worker(201, ended_by=KILL_ENDS), tracker(202)], replace(POLICY, grace_s=60.0)).run()
+    reap = Reap([worker(201, ended_by=KILL_ENDS), tracker(202)], POLICY._replace(grace_s=60.0)).run()
     assert reap.sent_to(201) == [(0.0, SIGTERM), (60.0, SIGKILL)]
     assert reap.sent_to(202) == [(pytest.approx(70.0, abs=0.01), SIGKILL)]
 
@@ -479,14 +483,14 @@ def test_a_session_is_not_concluded_before_what_it_held_is_reclaimed() -> None:
     entry = Reap([]).entry
     for number in range(QUIET_LOOKS):
         entry = apply(entry, Looked(Family({}, {}), number, 0.0))
-    assert decide.decide(entry, POLICY, 10.0) == [Reclaim()]
+    assert kinds(decide.decide(entry, POLICY, 10.0)) == [Reclaim]
     entry = apply(entry, ReclaimStarted())
     assert decide.decide(entry, POLICY, 10.0) == []
-    assert decide.decide(apply(entry, Reclaimed(Freed())), POLICY, 10.0) == [Conclude()]
+    assert kinds(decide.decide(apply(entry, Reclaimed(Freed())), POLICY, 10.0)) == [Conclude]
 
 
 def test_a_reap_takes_few_turns_however_long_it_lasts() -> None:
-    reap = Reap([worker(201, ended_by=KILL_ENDS)], replace(POLICY, grace_s=600.0)).run()
+    reap = Reap([worker(201, ended_by=KILL_ENDS)], POLICY._replace(grace_s=600.0)).run()
     assert len(reap.looks) < 600.0 / 0.5 + 20
     assert reap.now_s >= 600.0
 
@@ -507,7 +511,7 @@ def test_a_signal_on_fresh_evidence_goes_out_before_a_look_that_is_due_again() -
 @pytest.mark.parametrize("clean", [False, True])
 def test_a_dry_run_tells_once_and_signals_and_reclaims_nothing(clean: bool) -> None:
     processes = [worker(201, ended_by=KILL_ENDS), worker(202, found_from_s=0.001), tracker(203)]
-    reap = Reap(processes, replace(POLICY, dry_run=True), clean=clean).run()
+    reap = Reap(processes, POLICY._replace(dry_run=True), clean=clean).run()
     assert reap.signals == []
     assert reap.reclaimed == 0
     assert reap.concluded_at_s == [POLICY.exit_grace_s if clean else 0.0], "it tells when it would have begun"
@@ -519,14 +523,14 @@ def test_a_dry_run_tells_once_and_signals_and_reclaims_nothing(clean: bool) -> N
 def test_dry_run_switched_on_in_the_middle_of_a_reap_ends_it_without_another_signal() -> None:
     reap = Reap([worker(201, ended_by=KILL_ENDS), tracker(202)]).run(until_s=1.0)
     before = list(reap.signals)
-    reap.policy = replace(POLICY, dry_run=True)
+    reap.policy = POLICY._replace(dry_run=True)
     reap.run()
     assert reap.signals == before
     assert reap.forgotten
 
 
 def test_a_dry_run_after_a_clean_exit_tells_what_ended_by_itself_as_soon_as_it_has() -> None:
-    reap = Reap([worker(201, ends_itself_at_s=3.0)], replace(POLICY, dry_run=True), clean=True).run()
+    reap = Reap([worker(201, ends_itself_at_s=3.0)], POLICY._replace(dry_run=True), clean=True).run()
     assert reap.stage(201) is Stage.GONE
     assert 3.0 <= reap.concluded_at_s[0] < 4.0
     assert reap.forgotten
@@ -547,8 +551,8 @@ def test_a_session_that_its_leader_ended_is_concluded_once_it_has_no_worker_left
     busy = apply(unregistered(), seen(1.0, worker(201)))
     assert decide.decide(busy, POLICY, 1e9) == []
     idle = apply(apply(busy, seen(2.0, tracker(202))), seen(3.0, tracker(202)))
-    assert decide.decide(idle, POLICY, 3.0) == [Conclude()]
-    assert decide.decide(apply(idle, Concluded()), POLICY, 3.0) == [Forget()]
+    assert kinds(decide.decide(idle, POLICY, 3.0)) == [Conclude]
+    assert kinds(decide.decide(apply(idle, Concluded()), POLICY, 3.0)) == [Forget]
 
 
 @pytest.mark.parametrize(
@@ -566,7 +570,7 @@ def test_a_session_that_its_leader_ended_is_not_concluded_before_whole_looks_fou
     entry = apply(Entry(Session("s", "", 1000, 1000, LEADER, "")), seen(1.0))
     entry = apply(apply(entry, seen(2.0)), Unregistered())
     for at_s, facts in enumerate(looks, 3):
-        entry = apply(entry, replace(seen(at_s), **facts))
+        entry = apply(entry, seen(at_s)._replace(**facts))
     assert decide.decide(entry, POLICY, 1e9) == []
 
 
@@ -618,7 +622,7 @@ def test_judging_asks_the_policy_who_is_protected() -> None:
     one = Process(ProcessId(201, 2000), 1, 1000, comm="keeper", pages=frozenset(("s",)), forked=True)
     session, snapshot = Session("s", "", 1000, 1000, LEADER, ""), Snapshot({201: one})
     assert decide.judge(session, snapshot, POLICY).members
-    family = decide.judge(session, snapshot, replace(POLICY, protected_names=frozenset(("keeper",))))
+    family = decide.judge(session, snapshot, POLICY._replace(protected_names=frozenset(("keeper",))))
     assert not family.members
 
 
@@ -640,7 +644,7 @@ _HAPPENINGS = st.one_of(
 def test_in_any_order_no_tracker_is_signalled_before_the_workers_are_done_and_nobody_gone_ever(
     happenings: list[tuple[str, Any]], exit_grace_s: float, dry_run: bool
 ) -> None:
-    policy = replace(POLICY, dry_run=dry_run)
+    policy = POLICY._replace(dry_run=dry_run)
     entry = Entry(Session("s", "", 1000, 1000, LEADER, ""))
     entry = apply(entry, LeaderDied(Cause(CauseKind.SIGNAL, 9), 0.0, exit_grace_s))
     now_s, concluded = 0.0, 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -223,7 +222,7 @@ def test_where_somebody_re_forked_many_close_looks_must_find_nobody() -> None:
 
 
 def test_who_was_nobody_s_is_looked_at_once_more_before_all_are_done() -> None:
-    entry = dead(*(replace(looked(10.0 + number), everyone=False) for number in range(QUIET_LOOKS)))
+    entry = dead(*(looked(10.0 + number)._replace(everyone=False) for number in range(QUIET_LOOKS)))
     assert not entry.workers_done
     assert entry.look_due_s is not None
     assert after(entry, looked(11.0)).workers_done
@@ -353,15 +352,15 @@ def test_whoever_does_not_belong_to_the_session_any_more_is_excused_until_it_doe
 
 def test_a_look_that_could_not_see_all_excuses_nobody() -> None:
     one, two = member(201), member(202)
-    entry = dead(looked(10.0, one, two), replace(looked(10.1, one), complete=False))
+    entry = dead(looked(10.0, one, two), looked(10.1, one)._replace(complete=False))
     assert not target(entry, 202).excused
 
 
 def test_the_excused_stay_so_when_a_look_that_could_not_see_all_does_not_find_them_either() -> None:
     one, two = member(201), member(202)
     excused = dead(looked(10.0, one, two), looked(10.1, one))
-    assert target(after(excused, replace(looked(10.2, one), complete=False)), 202).excused
-    assert not target(after(excused, replace(looked(10.2, one, two), complete=False)), 202).excused
+    assert target(after(excused, looked(10.2, one)._replace(complete=False)), 202).excused
+    assert not target(after(excused, looked(10.2, one, two)._replace(complete=False)), 202).excused
 
 
 def test_an_excused_tracker_is_not_awaited() -> None:
@@ -394,7 +393,7 @@ def test_nothing_is_due_of_the_excused() -> None:
 
 
 def test_a_look_that_could_not_see_all_is_never_quiet() -> None:
-    entry = dead(looked(10.0), looked(10.1), replace(looked(10.2), complete=False))
+    entry = dead(looked(10.0), looked(10.1), looked(10.2)._replace(complete=False))
     assert entry.quiet_looks == 0
     assert entry.look_due_s is not None
     assert dead(*(looked(10.0 + number) for number in range(QUIET_LOOKS))).look_due_s is None
@@ -466,9 +465,8 @@ def test_a_stuck_worker_that_ends_after_all_is_looked_into_again() -> None:
 
 def test_a_signal_takes_its_target_a_stage_further_and_is_put_down() -> None:
     entry = dead(looked(10.0, member(201)), sent(201, signal=15, due_s=15.0))
-    assert target(entry, 201) == replace(
-        target(dead(looked(10.0, member(201))), 201), stage=Stage.ASKED, due_s=15.0, signals=(15,)
-    )
+    before = target(dead(looked(10.0, member(201))), 201)
+    assert target(entry, 201) == before._replace(stage=Stage.ASKED, due_s=15.0, signals=(15,))
     assert target(after(entry, sent(201, signal=9)), 201).signals == (15, 9)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -516,7 +515,7 @@ def test_whatever_the_snapshot_no_member_is_one_without_a_reason_or_against_a_ru
     snapshot: tuple[str | None, list[Process]], of: Session, policy: Policy, living: frozenset[ProcessId]
 ) -> None:
     cgroup, processes = snapshot
-    of = replace(of, cgroup=cgroup)
+    of = of._replace(cgroup=cgroup)
     found = family(*processes, of=of, policy=policy, living=living)
     parents = {of.leader.pid, *(id_.pid for id_ in found.members)}
     adopting = {1, *(id_.pid for id_ in of.adopters & living)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -114,7 +114,7 @@ def test_a_session_that_comes_changes_or_goes_shows_at_once(core: Core) -> None:
     core.put(session("c", pid=9))
     assert [(one["id"], len(one["workers"])) for one in ps(of)] == [("a", 1), ("b", 1), ("c", 0)]
     key = session("a").key
-    core.entries[key] = Entry(replace(session("a"), ending=True))
+    core.entries[key] = Entry(session("a")._replace(ending=True))
     assert [one["state"] for one in ps(of)] == ["ending", "running", "running"]
     del core.entries[key]
     assert [one["id"] for one in ps(of)] == ["b", "c"]

@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +222,7 @@ def test_the_page_of_another_users_session_with_the_same_id_is_no_mark(page: Ses
             drop_mappings(page)
 
         mine = session(page)
-        squatter = replace(mine, uid=NOBODY, gid=NOBODY, page_fd=theirs, page_inode=inode_of(theirs))
+        squatter = mine._replace(uid=NOBODY, gid=NOBODY, page_fd=theirs, page_inode=inode_of(theirs))
         with child(drop_our_page) as pid:
             told = found(Observer(Mine()).look([mine, squatter], hold=False), pid)
             assert told.pages == frozenset()

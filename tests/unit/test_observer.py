@@ -8,7 +8,6 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +322,7 @@ def test_a_member_that_is_to_be_signalled_is_read_again_though_it_is_the_same_pr
 ) -> None:
     proc = Mine(older_s=LONG_AGO_S)
     observer, one = Observer(proc), aged(proc)
-    one = replace(session(page), leader=one.leader)
+    one = session(page)._replace(leader=one.leader)
     with cued(page.close) as (pid, close):
         member = proc.stat(pid).id
         assert found(look(observer, one), pid).pages == {one.id}
@@ -631,7 +630,7 @@ def test_one_of_another_user_adopts_too(observer: Observer) -> None:
     look(observer, theirs)
     with child() as pid:
         adopters = frozenset((id_of(pid),))
-        assert look(observer, replace(theirs, adopters=adopters), hold=True).adopters == adopters
+        assert look(observer, theirs._replace(adopters=adopters), hold=True).adopters == adopters
 
 
 def test_a_member_counts_though_it_was_never_looked_at_before(observer: Observer) -> None:
@@ -1288,8 +1287,8 @@ def test_start_times_are_compared_within_a_time_namespace(observer: Observer) ->
 def test_a_session_shares_our_namespaces_only_where_both_are_the_same(observer: Observer) -> None:
     ours = ProcFS().namespaces(ME)
     assert observer.shares_our_namespaces(session(namespaces=ours))
-    assert not observer.shares_our_namespaces(session(namespaces=replace(ours, mnt="mnt:[1]")))
-    assert not observer.shares_our_namespaces(session(namespaces=replace(ours, pid="pid:[1]")))
+    assert not observer.shares_our_namespaces(session(namespaces=ours._replace(mnt="mnt:[1]")))
+    assert not observer.shares_our_namespaces(session(namespaces=ours._replace(pid="pid:[1]")))
     assert not observer.shares_our_namespaces(session())
 
 
@@ -1315,14 +1314,14 @@ def test_the_usage_of_a_busy_process_is_told_in_percent_of_a_core(observer: Obse
     assert observer.usage(one).rss_bytes == 4096
     assert observer.usage(one).cpu_percent == 0
     age_ticks = time.clock_gettime(time.CLOCK_BOOTTIME) * 100 - one.id.start_ticks
-    assert observer.usage(replace(one, cpu_ticks=int(age_ticks))).cpu_percent == pytest.approx(100, rel=0.2)
+    assert observer.usage(one._replace(cpu_ticks=int(age_ticks))).cpu_percent == pytest.approx(100, rel=0.2)
 
 
 def test_the_usage_since_the_last_scan_counts_no_earlier_work(observer: Observer) -> None:
     one = Process(ProcessId(ME, 1), 1, UID, cpu_ticks=100)  # started with the machine
     observer.note_usage([one])
     assert observer._cpu[one.id][1] == 100
-    observer.note_usage([replace(one, cpu_ticks=900)])
+    observer.note_usage([one._replace(cpu_ticks=900)])
     assert observer._cpu[one.id][1] == 100, "the last scan is too young to measure by"
     observer.note_usage([])
     assert observer._cpu == {}

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Dead:
     ) -> reclaim.Claim:
         session = Session("s", "", UID, os.getgid(), self.leader, "", temp_dirs=(str(self.folder),))
         until_epoch_s = time.time() if until_s is None else until_s
-        return reclaim.Claim(replace(session, **facts), frozenset(mapped), until_epoch_s)
+        return reclaim.Claim(session._replace(**facts), frozenset(mapped), until_epoch_s)
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_one_helper_serves_many_sessions_of_a_user(dead: Dead, tmp_path: Path) -
     dead.left()
     other.left()
     assert (
-        freed(dead.claim(), replace(other.claim(), session=replace(other.claim().session, id="t")))
+        freed(dead.claim(), other.claim()._replace(session=other.claim().session._replace(id="t")))
         == 2 * PAGE
     )
     assert list(tmp_path.iterdir()) == []

@@ -28,7 +28,7 @@ def ask(
 
 
 def told(of: Waiters[str], now_s: float = 0.0) -> dict[str, list[int]]:
-    return {answer.to: [one.seq for one in answer.news] for answer in of.take(now_s)}
+    return {to: [one.seq for one in news] for to, news in of.take(now_s)}
 
 
 def test_who_waits_is_told_what_happens_next_and_then_waits_no_more() -> None:

@@ -17,7 +17,6 @@ import stat
 import struct
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -117,8 +116,7 @@ def stat_here(directory: int, path: str) -> Found | None:
     return None if found is None or place is None or found[1] != place[1] else found[0]
 
 
-@dataclass(slots=True)
-class _Level:
+class _Level(NamedTuple):
     """A folder in the middle of a walk."""
 
     directory: int
@@ -152,7 +150,7 @@ def _walk(directory: int, names: list[str], uid: int, *, levels: int) -> Iterato
                 with contextlib.suppress(OSError):  # it is gone, or cannot be read
                     inner = _open_here(level.directory, name)
                     stack.append(_Level(inner, [], (level.directory, name, found)))
-                    stack[-1].left = _names_in(inner, _MOST_IN_A_FOLDER)[0]
+                    stack[-1].left.extend(_names_in(inner, _MOST_IN_A_FOLDER)[0])
     finally:
         for level in stack:
             if level.itself is not None:
