@@ -565,7 +565,7 @@ class Core:
                 del members[id_]
             else:
                 self._hold(id_)
-        return Family(members, family.left_alone)
+        return family._replace(members=members)
 
     def _hold(self, id_: ProcessId) -> None:
         handle = self.observer.claim(id_)

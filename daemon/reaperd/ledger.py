@@ -319,7 +319,7 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
     if entry.died_at_s is None:
         unmarked = frozenset(id_ for id_, member in members.items() if not member.marked)
         workers = sum(member.role is Role.WORKER for member in members.values())
-        session = entry.session.keeping(unmarked)
+        session = entry.session.keeping(unmarked).adopted_by(looked.family.subreapers)
         if members.keys() != session.seen:
             session = session._replace(seen=frozenset(members))
         idle = session.ending and not workers and looked.complete
@@ -338,7 +338,9 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
     targets.update((target.member.process.id, target) for target in found)
     quiet = 0 if new_workers or not looked.complete or looked.ahead else entry.quiet_looks + 1
     changed = entry._replace(
-        session=entry.session.keeping(entry.session.kept | _living(members, targets)),
+        session=entry.session.keeping(entry.session.kept | _living(members, targets)).adopted_by(
+            looked.family.subreapers
+        ),
         targets=targets,
         left_alone={**entry.left_alone, **_excused(entry, looked), **looked.family.left_alone},
         looks=entry.looks + (not looked.ahead),

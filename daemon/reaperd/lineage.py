@@ -48,10 +48,12 @@ class _Search:
         self.left_alone: dict[ProcessId, str] = {}
         self.spared: dict[ProcessId, str] = {}  # spared or below such, with the reason
         self.bars: dict[ProcessId, _Bar | None] = {}  # of those that were asked for
+        self.subreapers: frozenset[ProcessId] = frozenset()
         self.stamped: dict[ProcessId, Process] = {}  # carry the stamp, and wait for their parent to be known
 
     def run(self) -> Family:
         self._spare()
+        self.subreapers = self.session.subreapers | self._seen_adopting()
         for process in self._conspicuous():
             self._judge_alone(process)
         if (
@@ -67,7 +69,7 @@ class _Search:
                     f"carries the session's stamp, but its parent {process.ppid} is neither a member nor one that"
                     " adopted it"
                 )
-        return Family(self.members, self.left_alone)
+        return Family(self.members, self.left_alone, self.subreapers)
 
     def _conspicuous(self) -> Iterable[Process]:
         """Return those that carry a mark of the session, or were found to be members before."""
@@ -83,19 +85,24 @@ class _Search:
     def _children(self, pid: int) -> list[Process]:
         return [process for process in self.snapshot.children.get(pid, ()) if self._may_belong(process)]
 
-    def _adopters(self) -> set[int]:
-        """Return init, and the leader's ancestors that have adopted a process which was a member before.
+    def _seen_adopting(self) -> frozenset[ProcessId]:
+        """Return the leader's ancestors that have adopted a process which was a member before.
 
         /proc does not tell who is a subreaper, and an ancestor may have started a job of its own with a copied stamp.
         """
         session = self.session
-        living = {id_.pid for id_ in session.adopters & self.snapshot.adopters}
+        living = {id_.pid: id_ for id_ in session.adopters & self.snapshot.adopters}
         if not living:
-            return {1}
-        inits = {1, session.init.pid} if session.init in self.snapshot.adopters and session.init else {1}
+            return frozenset()
         forked = [p for p in self.snapshot.marked.get(session.id, ()) if session.id in p.pages]
         known = (*filter(self._may_belong, forked), *self._present(session.kept | session.seen))
-        return inits | {process.ppid for process in known if process.ppid in living}
+        return frozenset(living[process.ppid] for process in known if process.ppid in living)
+
+    def _adopters(self) -> set[int]:
+        """Return init, and whoever else is known to adopt what the leader leaves."""
+        session = self.session
+        proven = self.subreapers if session.init is None else {*self.subreapers, session.init}
+        return {1, *(id_.pid for id_ in proven & self.snapshot.adopters)}
 
     def _may_belong(self, process: Process) -> bool:
         session = self.session

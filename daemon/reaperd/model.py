@@ -161,6 +161,8 @@ class Session(NamedTuple):
     cgroup: str | None = "/"
     # The leader's ancestors: one that is a subreaper inherits what it leaves.
     adopters: frozenset[ProcessId] = frozenset()
+    # Those of them that are known to be ones: they were seen to have adopted a member.
+    subreapers: frozenset[ProcessId] = frozenset()
     # The one of them that is the init of the leader's pid namespace: it adopts what nobody else does.
     init: ProcessId | None = None
     namespaces: Namespaces = Namespaces()
@@ -189,6 +191,12 @@ class Session(NamedTuple):
         """Return the session with ``members`` as those that only descent tells."""
         return self if members == self.kept else self._replace(kept=members)
 
+    def adopted_by(self, subreapers: frozenset[ProcessId]) -> Session:
+        """Return the session with ``subreapers`` among those that are known to adopt what its leader leaves."""
+        return (
+            self if subreapers <= self.subreapers else self._replace(subreapers=self.subreapers | subreapers)
+        )
+
 
 class Member(NamedTuple):
     """A process of a session, and how that is known, in words that a person can check."""
@@ -205,6 +213,8 @@ class Family(NamedTuple):
 
     members: Mapping[ProcessId, Member]
     left_alone: Mapping[ProcessId, str]
+    # Which of the leader's ancestors were seen to have adopted a member.
+    subreapers: frozenset[ProcessId] = frozenset()
 
 
 class Usage(NamedTuple):

@@ -198,7 +198,7 @@ class Observer:
         self._cut_false_links(read)
         return Snapshot(
             dict(self._processes),
-            frozenset(id_ for id_ in adopters if self._is_known(id_) or self.is_alive(id_)),
+            self._living_of(adopters),
             stale=frozenset(self._processes.keys() - read),
             unread=frozenset(missed.unread),
             vanished=frozenset(missed.vanished),
@@ -307,6 +307,7 @@ class Observer:
         last_pid = self.proc.last_pid()
         new = self._list()
         adopters = {id_ for session in sessions for id_ in session.adopters}
+        living = self._living_of(adopters)
         trees: dict[int, list[int]] = {}
         for pid, top in self._left_to({1, *self._pids_of(adopters, new)}, uids, new).items():
             trees.setdefault(top, []).append(pid)
@@ -315,12 +316,14 @@ class Observer:
         for tree in trees.values():
             batch.append(tree)
             if sum(map(len, batch)) >= most:
-                yield self._read_ahead(batch, uids, last_pid)
+                yield self._read_ahead(batch, uids, last_pid, living)
                 batch, most = [], 2 * most
         if batch:
-            yield self._read_ahead(batch, uids, last_pid)
+            yield self._read_ahead(batch, uids, last_pid, living)
 
-    def _read_ahead(self, trees: list[list[int]], uids: set[int], last_pid: int) -> Snapshot:
+    def _read_ahead(
+        self, trees: list[list[int]], uids: set[int], last_pid: int, adopters: frozenset[ProcessId]
+    ) -> Snapshot:
         self._unread = {}
         whole = True
         read = self._read_each((pid for tree in trees for pid in tree), hold=True)
@@ -335,7 +338,7 @@ class Observer:
         self._unread = {}
         self._cut_false_links(read)
         told = {pid: self._processes[pid] for pid in read if pid in self._processes}
-        return Snapshot(told, unread=frozenset() if whole else frozenset(uids))
+        return Snapshot(told, adopters, unread=frozenset() if whole else frozenset(uids))
 
     def _has_grown(self, tree: list[int]) -> bool:
         known = set(tree)
@@ -405,6 +408,9 @@ class Observer:
         del self._known[pid]
         self._unsettled.discard(pid)
         self.changes += self._processes.pop(pid, None) is not None
+
+    def _living_of(self, ids: Iterable[ProcessId]) -> frozenset[ProcessId]:
+        return frozenset(id_ for id_ in ids if self._is_known(id_) or self.is_alive(id_))
 
     def _is_known(self, id_: ProcessId) -> bool:
         known = self._known.get(id_.pid)

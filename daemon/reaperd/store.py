@@ -342,6 +342,7 @@ def _record(session: Session) -> dict[str, Any]:
         "page_inode": session.page_inode,
         "cgroup": session.cgroup,
         "adopters": sorted(session.adopters),
+        "subreapers": sorted(session.subreapers),
         "init": session.init,
         "namespaces": [session.namespaces.pid, session.namespaces.mnt, session.namespaces.time],
         "oom_counter": session.oom_counter,
@@ -368,6 +369,7 @@ def _session(record: dict[str, Any]) -> Session:
         page_inode=record["page_inode"],
         cgroup=record["cgroup"],
         adopters=frozenset(ProcessId(*pair) for pair in record["adopters"]),
+        subreapers=frozenset(ProcessId(*pair) for pair in record["subreapers"]),
         init=None if record["init"] is None else ProcessId(*record["init"]),
         namespaces=Namespaces(*record["namespaces"]),
         oom_counter=record["oom_counter"],
@@ -380,7 +382,15 @@ def _session(record: dict[str, Any]) -> Session:
         ending=record["ending"],
     )
     init = () if session.init is None else (session.init,)
-    ids = (session.leader, *session.adopters, *init, *session.kept, *session.seen, *session.spared)
+    ids = (
+        session.leader,
+        *session.adopters,
+        *session.subreapers,
+        *init,
+        *session.kept,
+        *session.seen,
+        *session.spared,
+    )
     numbers = (session.uid, session.gid, session.page_fd, *(number for id_ in ids for number in id_))
     if not all(type(number) is int and -1 <= number < _MORE_THAN_ANY for number in numbers):
         raise ValueError("a uid, a gid, a descriptor, a pid or a start time is none")

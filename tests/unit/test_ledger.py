@@ -221,6 +221,15 @@ def test_where_somebody_re_forked_many_close_looks_must_find_nobody() -> None:
     assert entry.workers_done
 
 
+@pytest.mark.parametrize("entry", [living(), dead()], ids=["living", "dead"])
+def test_who_was_seen_to_adopt_members_is_remembered(entry: Entry) -> None:
+    one, other = ProcessId(50, 10), ProcessId(51, 11)
+    for subreapers in ({one}, set(), {other}):
+        found = looked(11.0)
+        entry = after(entry, found._replace(family=found.family._replace(subreapers=frozenset(subreapers))))
+    assert entry.session.subreapers == {one, other}
+
+
 def test_who_was_nobody_s_is_looked_at_once_more_before_all_are_done() -> None:
     entry = dead(*(looked(10.0 + number)._replace(everyone=False) for number in range(QUIET_LOOKS)))
     assert not entry.workers_done

@@ -278,6 +278,16 @@ def test_in_the_root_cgroup_an_ancestor_that_adopted_one_of_the_session_adopted_
     assert f"adopted by pid {SHELL.pid}" in evidence(found, 201)
 
 
+def test_an_ancestor_that_was_seen_to_adopt_one_who_is_gone_by_now_adopts_still() -> None:
+    stamped = process(201, SHELL.pid, **STAMP, **AT_ROOT)
+    adopted = process(202, SHELL.pid, **PAGE, **AT_ROOT)
+    seen = at_root(adopted).subreapers
+    assert seen == {SHELL}
+    assert pids(at_root(stamped, subreapers=seen)) == {201}
+    assert not pids(family(stamped, of=session(cgroup="/", subreapers=seen), living=frozenset()))
+    assert at_root(stamped).subreapers == frozenset()
+
+
 def test_in_the_root_cgroup_a_job_that_an_ancestor_itself_started_with_a_copied_stamp_is_left_alone() -> None:
     found = at_root(
         process(201, SHELL.pid, **STAMP, **AT_ROOT),

@@ -856,7 +856,9 @@ def test_of_many_some_are_told_at_a_time_and_each_once(observer: Observer, page:
     look(observer, session(page))
     with contextlib.ExitStack() as stack:
         pids = {stack.enter_context(child()) for _ in range(80)}
-        told = [snapshot.processes.keys() for snapshot in ahead(observer, one)]
+        snapshots = ahead(observer, one)
+        assert {snapshot.adopters for snapshot in snapshots} == {one.adopters}
+        told = [snapshot.processes.keys() for snapshot in snapshots]
         assert len(told) >= 2
         assert sum(map(len, told)) == len(pids)
         assert set().union(*told) == pids
