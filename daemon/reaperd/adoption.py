@@ -25,7 +25,7 @@ class Adoption:
     def __init__(self, core: Core, socket_path: str) -> None:
         self._core = core
         self._observer = core.observer
-        self._sweep = Sweep(core.observer)
+        self._sweep = Sweep(core.observer, self._is_known)
         self._socket_path = socket_path
         self._on_record: list[Session] = []  # that nobody could take on yet
 
@@ -69,42 +69,42 @@ class Adoption:
         except (ProcessGone, OSError):  # we cannot tell
             return None, False
 
-    def sweep(self, listing: dict[int, int] | None = None) -> None:
+    def sweep(self, listing: dict[int, int] | None = None) -> bool:
         """Look for marks of sessions that are not on record: on everybody, or on who is new in ``listing``.
 
-        Raises Interrupted in the second case, where a leader dies meanwhile.
+        True when a session was taken on. Raises Interrupted in the second case, where a leader dies meanwhile.
         """
         self._recover_those_left()
-        aside = self._core.aside
+        aside, before = self._core.aside, len(self._core.entries)
         for found in self._sweep.run(listing):
             with contextlib.ExitStack() as ours:
                 if isinstance(found, FoundPage):
                     ours.callback(os.close, found.descriptor)
-                session_id = found.page.id if isinstance(found, FoundPage) else found.session
-                key = SessionKey(found.holder.uid, session_id)
-                if self._is_known(key) or self._core.has_no_room_for(key.uid):
+                # It may have been taken on since the sweep has asked.
+                if self._is_known(found.key) or self._core.has_no_room_for(found.key.uid):
                     continue
-                if aside.until_s(key) is not None:
+                if aside.until_s(found.key) is not None:
                     continue
                 # OSError: descriptors or processes ran out; the marks will be found again.
-                with aside.trying(key, "adopt the members"), contextlib.suppress(ProcessGone, OSError):
-                    if not isinstance(found, FoundPage):
+                with aside.trying(found.key, "adopt the members"), contextlib.suppress(ProcessGone, OSError):
+                    if isinstance(found, FoundPage):
+                        self._adopt_by_page(found)
+                    else:
                         self._adopt_by_environment(found)
-                    elif self._adopt_by_page(found):
-                        ours.pop_all()
+        return len(self._core.entries) > before
 
     def _is_known(self, key: SessionKey) -> bool:
         on_record = any(session.key == key for session in self._on_record)
         return on_record or key in self._core.entries or self._core.is_settled(key)
 
-    def _adopt_by_page(self, found: FoundPage) -> bool:
-        """Take on the session of a page; True when the page's descriptor went along."""
+    def _adopt_by_page(self, found: FoundPage) -> None:
+        """Take on the session of a page, if it is one of ours."""
         told, holder = found.page, found.holder
         if self._socket_path not in told.sockets or told.boot_id != self._observer.boot_id:
-            return False
+            return
         leader = ProcessId(told.pid, told.start_ticks)
         if told.start_ticks != wire.SessionId.parse(told.id).start_ticks:
-            return False
+            return
         session = Session(
             told.id, told.name, holder.uid, holder.gid, holder.stat.id, now_utc(), told.page_fd,
             temp_dirs=(*holder.folders, *TEMP_DIRS),
@@ -113,21 +113,22 @@ class Adoption:
             holder.stat.id, told.start_ticks
         ):
             if self._core.led_by(holder.stat.id):
-                return False
+                return
             session = self._observer.describe_leader(session)
             leader_pidfd = pidfd.open_pidfd(holder.stat.id, self._observer.proc)
             self._note(session, "its leader lives")
-            self._core.take_on(session, leader_pidfd, OpenPage(found.descriptor))
-            return True
+            self._core.take_on(session, leader_pidfd, OpenPage(os.dup(found.descriptor)))
+            return
         if self._observer.could_be_orphan(holder.stat.id, leader):
             clean = bool(told.flags & (wire.CLOSING | wire.ENDED))
             spared = frozenset(ProcessId(*pair) for pair in told.spared)
             session = session._replace(
                 leader=leader, spared=spared, cause=UNKNOWN_CAUSE._replace(clean=clean)
             )
-            self._adopt_dead(session, self._observer.cgroup_path(holder.stat.id.pid), found.descriptor)
-            return True
-        return False
+            self._adopt_dead(
+                session, self._observer.cgroup_path(holder.stat.id.pid), os.dup(found.descriptor)
+            )
+        return
 
     def _adopt_by_environment(self, found: StampedProcess) -> None:
         """Take on a session whose dead leader only the environment of an exec'ed worker names."""

@@ -63,7 +63,8 @@ class Sight(NamedTuple):
     """Who was seen to belong to a dead leader's session."""
 
     family: Family
-    whole: bool  # all who may be members let themselves be read
+    unread: frozenset[int]  # pids of those who let nobody read them
+    whole: bool  # none of them may be a member
     calm: bool = (
         True  # nobody who may have been one was gone before it could be read, as who re-forks all the time is
     )
@@ -129,12 +130,18 @@ class Core:
 
     def take_on(self, session: Session, leader_pidfd: int | None, opened: OpenPage | None) -> None:
         """Watch a session; without a pidfd its leader is dead already. What is open is ours, whatever comes of it."""
+        with contextlib.ExitStack() as ours:
+            if leader_pidfd is not None:
+                ours.callback(os.close, leader_pidfd)
+            if opened is not None:
+                ours.callback(opened.close)
+                session = session._replace(page_inode=opened.inode)
+            self.observer.cover(session)
+            ours.pop_all()
         if leader_pidfd is not None:
             self._leaders[session.key] = leader_pidfd
         if opened is not None:
             self._pages[session.key] = opened
-            session = session._replace(page_inode=opened.inode)
-        self.observer.cover(session)
         self._roster.put(Entry(session))
         self._unsaved[session.key] = None
         if leader_pidfd is None:
@@ -303,15 +310,16 @@ class Core:
                 continue  # its pid, too, may be another's
             self._lose_dead(key, reused)
             if not (changed_only and self._is_unchanged(key)):
-                families[key] = self._judge_living(key, snapshot)
+                families[key] = self._judge_living(key, snapshot, for_scan=changed_only)
             self._refresh_oom(key, oom_kills)
         return families
 
-    def _judge_living(self, key: SessionKey, snapshot: Snapshot) -> Family:
+    def _judge_living(self, key: SessionKey, snapshot: Snapshot, *, for_scan: bool) -> Family:
+        """Take in who belongs to a living leader's session; scans alone are far enough apart to say that nobody does."""
         session = self.entries[key].session
         family = self.judge(session, snapshot)
-        whole = session.uid not in snapshot.unread
-        self._apply(key, ledger.Looked(family, time.monotonic(), 0.0, complete=whole))
+        whole = session.uid not in {*snapshot.unread.values(), *snapshot.vanished}
+        self._apply(key, ledger.Looked(family, time.monotonic(), 0.0, complete=whole and for_scan))
         session = self.entries[key].session
         self._kept.hold(key, session.kept)
         if whole:
@@ -504,10 +512,15 @@ class Core:
                 with self._trying(key, "look ahead", tell_exhaustion=True):
                     family = self.judge(self.entries[key].session, snapshot)
                     if family.members:
-                        sight = Sight(family, whole)
+                        sight = Sight(family, frozenset(), whole)
                         self._take_in(key, sight, time.monotonic(), 0.0, decide.Depth.NEWCOMERS, ahead=True)
                         told.add(key)
-        return told if whole else set()
+        return {key for key in told if whole and self._are_all_targets(key)}
+
+    def _are_all_targets(self, key: SessionKey) -> bool:
+        """Say whether all that were known before are being ended: what others start while we wait may have no mark."""
+        session, targets = self.entries[key].session, self.entries[key].targets
+        return targets.keys() >= {*session.kept, *session.seen}
 
     def _judge_dead(self, entry: Entry, snapshot: Snapshot) -> Sight:
         """Judge a dead leader's session; whoever got a dead member's pid in the tick in which that one started is no member."""
@@ -518,7 +531,12 @@ class Core:
         }
         family = self.judge(entry.session, snapshot.without(reused) if reused else snapshot)
         uid = entry.session.uid
-        return Sight(family, uid not in snapshot.unread, uid not in snapshot.vanished)
+        return Sight(
+            family,
+            frozenset(snapshot.unread),
+            uid not in snapshot.unread.values(),
+            uid not in snapshot.vanished,
+        )
 
     def _take_in(
         self,
@@ -541,6 +559,7 @@ class Core:
             looked_at_s,
             took_s,
             complete=complete,
+            unread=seen.unread,
             afresh=depth is not decide.Depth.NEWCOMERS,
             ahead=ahead,
             everyone=depth is decide.Depth.EVERYONE,
@@ -725,19 +744,20 @@ class Core:
 
     def save(self) -> None:
         """Put on record what has changed: before we wait, and after all that others wait for."""
-        for key in self._unsaved:
+        unsaved, self._unsaved = self._unsaved, {}
+        for key in unsaved:
             if key in self.entries:
                 with self._trying(key, "keep the record"):
                     self.store.save(self.entries[key].session)
-        self._unsaved.clear()
-        self.store.commit()
+        if not self.store.commit():
+            self._unsaved = unsaved | self._unsaved
 
     def put_on_record(self, key: SessionKey) -> None:
         """Put one session on record at once: whoever is told that it is taken on relies on it, however we end."""
         with self._trying(key, "keep the record"):
             self.store.save(self.entries[key].session)
+        if self.store.commit():
             self._unsaved.pop(key, None)
-        self.store.commit()
 
     def close(self) -> None:
         """Put everything on record and let go; what is being ended goes on being ended by the next daemon."""

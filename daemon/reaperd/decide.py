@@ -95,6 +95,8 @@ def _tell(entry: Entry, now_s: float) -> list[Action]:
     """Say what would be done, when it would be done: after a clean exit workers may yet end by themselves."""
     if entry.concluded:
         return [Forget()]
+    if not entry.looks:
+        return []
     living = any(target.stage is not Stage.GONE for target in entry.targets.values())
     return [] if living and now_s < entry.signal_from_s else [Conclude()]
 

@@ -152,7 +152,12 @@ class Looked(NamedTuple):
     family: Family
     at_s: float
     took_s: float
-    complete: bool = True  # False: there may be more members than these: somebody was not looked at
+    complete: bool = (
+        True  # False: there may be more members than these: somebody was not looked at, or was gone before
+    )
+    unread: frozenset[int] = (
+        frozenset()
+    )  # pids of those who let nobody read their marks: what they are is not known
     afresh: bool = True  # False: who was found before was not looked at again
     ahead: bool = False  # True: only some were looked at, before the look that counts
     everyone: bool = True  # False: who was nobody's before was not looked at again
@@ -377,8 +382,9 @@ def _living(members: Iterable[ProcessId], targets: Mapping[ProcessId, Target]) -
 
 def _judged_again(target: Target, looked: Looked) -> Target:
     """Excuse a process that became another user's, was spared or protected meanwhile; one that has ended tells so itself."""
-    listed = target.member.process.id in looked.family.members
-    if target.excused == (not listed) or not (listed or looked.complete):
+    id_ = target.member.process.id
+    listed = id_ in looked.family.members
+    if target.excused == (not listed) or (not listed and id_.pid in looked.unread):
         return target
     return target._replace(excused=not listed)
 
@@ -388,7 +394,7 @@ def _excused(entry: Entry, looked: Looked) -> Mapping[ProcessId, str]:
         id_: "does not belong to the session any more"
         for id_, target in entry.targets.items()
         if looked.afresh
-        and looked.complete
+        and id_.pid not in looked.unread
         and target.stage is not Stage.GONE
         and id_ not in looked.family.members
     }

@@ -176,7 +176,8 @@ class Daemon:
             self._scan_due_s = now_s + self._config.scan.interval_s
             try:
                 listing = self._core.observer.proc.listing()
-                self._adoption.sweep(listing)
+                if self._adoption.sweep(listing):  # what was found below them may be younger
+                    listing = self._core.observer.proc.listing()
                 self._core.scan(listing)
             except Interrupted:
                 self._scan_due_s = now_s
@@ -205,6 +206,9 @@ class Daemon:
                 self._signals.update(reader.recv(4096))
 
         signal.set_wakeup_fd(writer.fileno())
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # ignored, as whoever starts us may have it, nobody can be waited for
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # The wake-up socket may be full: the number is noted here, too.
             signal.signal(number, lambda number, _: self._signals.add(number))

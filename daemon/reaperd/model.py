@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 _Key = TypeVar("_Key", int, str)
@@ -62,13 +63,13 @@ class Snapshot:
         adopters: frozenset[ProcessId] = frozenset(),
         *,
         stale: frozenset[int] = frozenset(),
-        unread: frozenset[int] = frozenset(),
+        unread: Mapping[int, int] = MappingProxyType({}),
         vanished: frozenset[int] = frozenset(),
     ) -> None:
         self.processes = processes
         self.adopters = adopters  # those of the sessions' adopters that still live
         self.stale = stale  # pids of those who were read earlier than for this look
-        self.unread = unread  # uids of those who let nobody read their marks
+        self.unread = unread  # pids of those who let nobody read their marks, and of which uid they are
         self.vanished = vanished  # uids of those who were gone before they could be read
 
     def without(self, pids: set[int]) -> Snapshot:

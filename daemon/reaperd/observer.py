@@ -47,6 +47,7 @@ _RELIST_S, _MOST_RELISTS = (
 )  # a look that took longer lists once more: a worker may have forked meanwhile
 
 _BETWEEN_ALARMS = 16  # processes
+_MOST_INTERRUPTIONS = 10  # of looks at everybody, in a row
 _MANY = 64  # processes, of those who are new at a scan; after so long with them whoever asks for something is answered
 _AT_A_TIME_S = 0.02
 
@@ -76,10 +77,10 @@ class _Unread(NamedTuple):
 
 
 class _Missed(NamedTuple):
-    """Of which uids somebody could not be read: lets nobody do so, or was gone before."""
+    """Who could not be read: lets nobody do so, or was gone before."""
 
-    unread: set[int]
-    vanished: set[int]
+    unread: dict[int, int]  # uids by pid
+    vanished: set[int]  # uids
 
 
 class Observer:
@@ -102,6 +103,8 @@ class Observer:
         self._processes: dict[int, Process] = {}  # of those known
         self._unread: dict[int, _Unread] = {}
         self._turn: list[int] = []
+        self._at_a_time_s = _AT_A_TIME_S
+        self._interruptions = 0  # in a row, of looks at everybody
         self.changes = 0  # how often anything has changed by which it is told who belongs to a session
         self._covered: dict[SessionKey, Session] = {}
         self._oldest: dict[int, int] = {}  # the start ticks of each uid's first leader
@@ -200,7 +203,7 @@ class Observer:
             dict(self._processes),
             self._living_of(adopters),
             stale=frozenset(self._processes.keys() - read),
-            unread=frozenset(missed.unread),
+            unread=missed.unread,
             vanished=frozenset(missed.vanished),
         )
 
@@ -209,15 +212,19 @@ class Observer:
 
         What was read until then need not be read by the next one.
         """
-        until_s = time.monotonic() + _AT_A_TIME_S
+        until_s = time.monotonic() + self._at_a_time_s
         self._unread = {}
         new = self._list(listing)
         for at in range(0, len(new), _MANY):
-            if self.is_interrupted() or (at > 0 and time.monotonic() >= until_s):
+            if self.is_interrupted():
+                raise Interrupted
+            if at > 0 and time.monotonic() >= until_s:
+                self._at_a_time_s *= 2  # as many more may be new the next time
                 raise Interrupted
             read = self._read_each(new[at : at + _MANY], hold=False)
-            self._read_memory(None)
+            self._read_memory(self._alarm)
             self._cut_false_links(read)
+        self._at_a_time_s = _AT_A_TIME_S
 
     def _look_at_the_left(
         self,
@@ -247,7 +254,8 @@ class Observer:
         if hurried:
             off = self._put_off({session.id for session in sessions}, named)
         missed = self._read_memory(None)
-        return read - off, _Missed(missed.unread | (uids if off else set()), missed.vanished | vanished)
+        unread = missed.unread | {pid: uid for uid in uids for pid in off}
+        return read - off, _Missed(unread, missed.vanished | vanished)
 
     def _look_at_all(
         self, new: list[int], named: set[int], *, hold: bool, everyone: bool
@@ -256,15 +264,20 @@ class Observer:
         if self._uncovered:
             self._uncover_users()
         due = named.union(new, self._unsettled, self._passed_over(everyone=everyone))
+        # Where leaders die all the time, one look at everybody must come to its end now and then.
+        alarm = self._alarm if not everyone or self._interruptions < _MOST_INTERRUPTIONS else None
         # Of the living, only what another program can change is taken as read.
         afresh = named if hold else frozenset[int]()
-        read = self._read_each(sorted(due, reverse=True), hold=hold, afresh=afresh, alarm=self._alarm)
+        read = self._read_each(sorted(due, reverse=True), hold=hold, afresh=afresh, alarm=alarm)
         if not hold:
             self._read_in_turn()
-        missed = self._read_memory(self._alarm)
-        if self.is_interrupted():
+        missed = self._read_memory(alarm)
+        if alarm is not None and alarm.rings():
             self._lowered = True
+            self._interruptions += everyone
             raise Interrupted
+        if everyone:
+            self._interruptions = 0
         return read, missed
 
     def _put_off(self, sessions: set[str], named: set[int]) -> set[int]:
@@ -301,7 +314,7 @@ class Observer:
 
         Of each one all is there that stands below it, so who is in one snapshot can be signalled before the next is
         taken: a pool ends while the rest of it is read. Whom nothing tells so quickly is left to ``look()``: then there
-        are uids in ``unread``.
+        is somebody in ``unread``.
         """
         uids = {session.uid for session in sessions}
         last_pid = self.proc.last_pid()
@@ -325,20 +338,20 @@ class Observer:
         self, trees: list[list[int]], uids: set[int], last_pid: int, adopters: frozenset[ProcessId]
     ) -> Snapshot:
         self._unread = {}
-        whole = True
+        unread: dict[int, int] = {}
         read = self._read_each((pid for tree in trees for pid in tree), hold=True)
         # Nobody is to be signalled before the children that it has by now are known, too.
         may_have_grown = self.proc.last_pid() != last_pid
         for tree in trees:
             if (may_have_grown and self._has_grown(tree)) or not self._unread.keys().isdisjoint(tree):
-                whole = False
+                unread.update((pid, uid) for uid in uids for pid in tree)
                 for pid in tree:
                     self._leave(pid)
                 read.difference_update(tree)
         self._unread = {}
         self._cut_false_links(read)
         told = {pid: self._processes[pid] for pid in read if pid in self._processes}
-        return Snapshot(told, adopters, unread=frozenset() if whole else frozenset(uids))
+        return Snapshot(told, adopters, unread=unread)
 
     def _has_grown(self, tree: list[int]) -> bool:
         known = set(tree)
@@ -553,7 +566,7 @@ class Observer:
         """
         unread, self._unread = self._unread, {}
         memories = self.marks.memory.read([one.wish for one in unread.values()], alarm) if unread else {}
-        missed = _Missed(set(), set())
+        missed = _Missed({}, set())
         for pid, one in unread.items():
             known, process, now = one.known, one.known.process, self._known.get(pid)
             if now is None or process is None or now.id != known.id:
@@ -567,7 +580,10 @@ class Observer:
                 process = _marked(process, marks)
             else:
                 if known.uid is not None and not process.pages:
-                    (missed.unread if self.is_alive(process.id) else missed.vanished).add(known.uid)
+                    if self.is_alive(process.id):
+                        missed.unread[pid] = known.uid
+                    else:
+                        missed.vanished.add(known.uid)
                 continue
             self._known[pid] = known._replace(process=process, inode=now.inode)
             self._processes[pid] = process

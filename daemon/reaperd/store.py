@@ -73,6 +73,7 @@ class Store:
     ) -> None:
         self._boot_id = boot_id
         self._ailing = False
+        self._lost = False  # something was, since the last commit
         self._database = self._open(os.path.join(directory, "reaper.db"))
         self._most_of_one_uid, self._most_of_all = most_of_one_uid, most_of_all
         self._sizes: dict[int | None, Size] = {}  # of the history, by uid
@@ -114,11 +115,13 @@ class Store:
             raise
         return database
 
-    def commit(self) -> None:
-        """Make what was written last, if anything was."""
+    def commit(self) -> bool:
+        """Make what was written last, if anything was; False where some of it is lost, on a full disk for one."""
         if self._database.in_transaction:
             with self._fault_is_no_failure():
                 self._database.execute("COMMIT")
+        lost, self._lost = self._lost, False
+        return not lost
 
     def close(self) -> None:
         """Close the file."""
@@ -313,7 +316,7 @@ class Store:
         except sqlite3.Error as error:  # a full disk, a lock, a file that somebody overwrote
             if not self._ailing:
                 log.warning("cannot use the state database: %s; going on without", error)
-            self._ailing = True
+            self._ailing = self._lost = True
             with contextlib.suppress(sqlite3.Error):
                 self._database.rollback()
 
@@ -369,7 +372,7 @@ def _session(record: dict[str, Any]) -> Session:
         page_inode=record["page_inode"],
         cgroup=record["cgroup"],
         adopters=frozenset(ProcessId(*pair) for pair in record["adopters"]),
-        subreapers=frozenset(ProcessId(*pair) for pair in record["subreapers"]),
+        subreapers=frozenset(ProcessId(*pair) for pair in record.get("subreapers", ())),
         init=None if record["init"] is None else ProcessId(*record["init"]),
         namespaces=Namespaces(*record["namespaces"]),
         oom_counter=record["oom_counter"],

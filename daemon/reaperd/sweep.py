@@ -16,11 +16,13 @@ from reaperd.linux import page
 from reaperd.linux.procfs import PF_KTHREAD, ProcessGone, Stat, parse_gid, parse_memfd_link, parse_uid
 from reaperd.marks import MOST_DESCRIPTORS
 from reaperd.memory import OUR_PAGES, Memory, Wish
+from reaperd.model import SessionKey
 from reaperd.observer import Interrupted, Observer
 
 # Of the processes that are no longer new, a sweep looks at as many as fit into so long, in turn: nearly every session
 # registers by message, or was found when its leader was new.
 _TURN_S = 0.001
+_MOST_CHANGED = 8  # of them, to be read in full
 _BETWEEN_ALARMS = 64  # processes
 _AT_A_TIME_S = (
     0.02  # for those who are new, of whom there can be thousands: then whoever asks for something is answered
@@ -41,7 +43,12 @@ class FoundPage(NamedTuple):
 
     page: pages.Page
     holder: Holder
-    descriptor: int  # ours, to be closed by whoever takes the page on
+    descriptor: int  # to be closed by whoever asked for it
+
+    @property
+    def key(self) -> SessionKey:
+        """The session's."""
+        return SessionKey(self.holder.uid, self.page.id)
 
 
 class StampedProcess(NamedTuple):
@@ -51,24 +58,33 @@ class StampedProcess(NamedTuple):
     holder: Holder
     cgroup: str
 
+    @property
+    def key(self) -> SessionKey:
+        """The session's."""
+        return SessionKey(self.holder.uid, self.session)
+
 
 class _Seen(NamedTuple):
     """A process that was looked at."""
 
     inode: int  # of /proc/PID
-    image: int = 0  # as in Stat
+    # As in Stat; None: it could not be read, or has marks of a session that is neither on record nor over.
+    image: int | None = None
     has_memory: bool = True  # False: a zombie or a kernel thread
 
 
 class Sweep:
     """Remembers whom it has seen."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, is_known: Callable[[SessionKey], bool] = lambda _: False) -> None:
+        """``is_known`` says whether a session is on record, or over: its marks tell nothing new."""
         self._observer = observer
+        self._is_known = is_known
         self._proc = observer.proc
         self._aside = Aside()
         self._known: dict[int, _Seen] = {}  # by pid
         self._turn: list[int] = []
+        self._at_a_time_s = _AT_A_TIME_S
 
     def run(self, listing: dict[int, int] | None = None) -> Iterator[FoundPage | StampedProcess]:
         """Yield what marks all processes carry; with a ``listing``, those who are new in it, and a part of the others in turn.
@@ -84,14 +100,18 @@ class Sweep:
         # A page tells more than a stamp, and a session is taken on but once.
         stamped: list[StampedProcess] = []
         interrupted = False
-        until_s = time.monotonic() + _AT_A_TIME_S
+        until_s = time.monotonic() + self._at_a_time_s
         for at in range(0, len(due), _BETWEEN_ALARMS):
             is_late = at > 0 and time.monotonic() >= until_s
             interrupted = not everyone and (is_late or self._observer.is_interrupted())
             if interrupted:
+                # As many more may be new the next time.
+                self._at_a_time_s *= 2 if is_late else 1
                 break
             some = due[at : at + _BETWEEN_ALARMS]
             yield from self._pages_of(some, listing, stamped)
+        else:
+            self._at_a_time_s = _AT_A_TIME_S
         if not everyone and not interrupted:
             yield from self._pages_of(self._changed_in_turn(), listing, stamped)
         yield from stamped
@@ -103,8 +123,8 @@ class Sweep:
         until_s = time.monotonic() + _TURN_S
         if not self._turn:
             self._turn = list(self._known)
-        changed = []
-        while self._turn and time.monotonic() < until_s:
+        changed: list[int] = []
+        while self._turn and len(changed) < _MOST_CHANGED and time.monotonic() < until_s:
             pid = self._turn.pop()
             seen = self._known.get(pid)
             if seen is not None and seen.has_memory:
@@ -132,33 +152,32 @@ class Sweep:
         """Yield the pages that ``pids`` have, and put those with stamps aside."""
         wishes: dict[int, Wish] = {}
         for pid in pids:
-            self._known[pid] = _Seen(listing[pid])
             try:
                 stat = self._proc.stat(pid)
-                has_memory = not stat.dead and not stat.flags & PF_KTHREAD
-                self._known[pid] = _Seen(listing[pid], stat.image, has_memory)
-                if has_memory:
-                    wishes[pid] = Wish(
-                        stat,
-                        self._proc.living_task(stat),
-                        environ=True,
-                        maps=OUR_PAGES,
-                    )
+                if stat.dead or stat.flags & PF_KTHREAD:
+                    self._known[pid] = _Seen(listing[pid], has_memory=False)
+                else:
+                    task = self._proc.living_task(stat)
+                    wishes[pid] = Wish(stat, task, environ=True, maps=OUR_PAGES)
             except (ProcessGone, ValueError):
-                continue
+                self._known[pid] = _Seen(listing[pid])
         memories = self._observer.marks.memory.read(wishes.values()) if wishes else {}
         for pid, wish in wishes.items():
-            who = wish.stat.id
+            who, image = wish.stat.id, None
             if self._aside.until_s(who) is None:
                 with (
                     self._aside.trying(who, "read the marks", tell_exhaustion=True),
                     contextlib.suppress(ProcessGone, PermissionError, ValueError),
                 ):
+                    image = wish.stat.image if pid in memories else None
                     for found in self._found_on(wish, memories.get(pid, Memory())):
                         if isinstance(found, FoundPage):
                             yield found
                         else:
                             stamped.append(found)
+                        if not self._is_known(found.key):
+                            image = None
+            self._known[pid] = _Seen(listing[pid], image)
 
     def _found_on(self, wish: Wish, memory: Memory) -> Iterator[FoundPage | StampedProcess]:
         pid = wish.stat.id.pid
@@ -176,7 +195,7 @@ class Sweep:
         holder = Holder(wish.stat, uid, gid, tuple(filter(os.path.isabs, folders)))
         spared = wire.parse_lineage(memory.variables.get(wire.SPARED_VARIABLE, ""))
         for session_id in stamps:
-            if session_id not in spared:
+            if session_id not in spared and not self._is_known(SessionKey(uid, session_id)):
                 yield StampedProcess(session_id, holder, self._observer.cgroup_path(pid))
         for number in numbers:
             yield from self._open(holder, partial(self._observer.open_page, pid, number, uid))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from reaperd import aside, core, ledger
+from agent.page import SessionPage
+from reaperd import aside, core, decide, ledger
 from reaperd.adoption import Adoption
 from reaperd.core import Core
 from reaperd.linux.alarm import Alarm
+from reaperd.linux.page import OpenPage
 from reaperd.linux.procfs import ProcFS
-from reaperd.model import UNKNOWN_CAUSE, ProcessId, Session, SessionKey, Snapshot
+from reaperd.model import UNKNOWN_CAUSE, Family, ProcessId, Session, SessionKey, Snapshot
 from reaperd.observer import Interrupted, Observer
 from reaperd.policy import Policy
 from reaperd.poller import Poller
@@ -146,6 +149,59 @@ def test_living_sessions_are_looked_at_though_one_of_them_cannot_be(world: World
     assert set(world.core.look_at_living()) == {keys[GOOD]}
     world.observer.fault = None
     assert set(world.core.look_at_living()) == {keys[GOOD]}, "it is set aside"
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_first_look_waits_only_where_all_that_were_known_before_are_being_ended(
+    world: World, page: SessionPage, known: bool
+) -> None:
+    """What another one starts meanwhile may carry no mark, and have no living relative when it is looked at."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writer, b"%d\n" % (os.fork() or os.getpid()))
+        signal.pause()
+    os.close(writer)
+    with open(reader, "rb") as file:
+        worker = max(int(file.readline()), int(file.readline()))
+    id_ = world.observer.proc.stat(pid).id
+    session = Session(page._identity[0], "", os.getuid(), os.getgid(), id_, "", page.fd)
+    world.core.take_on(world.observer.describe_leader(session), os.pidfd_open(pid), OpenPage(os.dup(page.fd)))
+    if known:
+        entry, other = world.core.entries[session.key], world.observer.proc.stat(os.getpid()).id
+        world.core._roster.put(entry._replace(session=entry.session._replace(seen=frozenset((other,)))))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    world.poller.wait(SOON_S)
+    told = world.core._look_ahead([session.key])
+    world.observer.release()
+    assert {one.pid for one in world.core.entries[session.key].targets} == {worker}
+    assert told == (set() if known else {session.key})
+    world.run_until(lambda: bool(world.store.events()))
+
+
+def test_what_could_not_be_put_on_record_is_put_there_later(world: World, tmp_path: Path) -> None:
+    session = world.leader(GOOD)
+    with contextlib.closing(sqlite3.connect(tmp_path / "reaper.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        world.take_on(session)
+        world.core.put_on_record(session.key)
+        world.core.save()
+        assert world.store.sessions() == []
+        other.execute("ROLLBACK")
+        world.core.save()
+    assert [one.key for one in world.store.sessions()] == [session.key]
+
+
+def test_a_dry_run_says_nothing_before_a_look_has_seen_all(world: World) -> None:
+    world.core.policy = Policy(dry_run=True)
+    session = world.leader(GOOD)
+    world.take_on(session)
+    world.end_leaders()
+    world.poller.wait(SOON_S)
+    entry = world.core.entries[session.key]
+    ahead = ledger.apply(entry, ledger.Looked(Family({}, {}), entry.died_at_s or 0.0, 0.0, ahead=True))
+    assert decide.decide(ahead, world.core.policy, entry.died_at_s or 0.0) == []
 
 
 def test_while_processes_vanish_before_they_can_be_read_a_session_is_not_over(world: World) -> None:

@@ -359,16 +359,24 @@ def test_whoever_does_not_belong_to_the_session_any_more_is_excused_until_it_doe
     assert not target(after(entry, looked(10.2, one)), 201).excused
 
 
-def test_a_look_that_could_not_see_all_excuses_nobody() -> None:
+def test_who_lets_nobody_read_what_it_is_now_is_not_excused() -> None:
     one, two = member(201), member(202)
-    entry = dead(looked(10.0, one, two), looked(10.1, one)._replace(complete=False))
+    entry = dead(looked(10.0, one, two), looked(10.1, one)._replace(complete=False, unread=frozenset((202,))))
     assert not target(entry, 202).excused
 
 
-def test_the_excused_stay_so_when_a_look_that_could_not_see_all_does_not_find_them_either() -> None:
+def test_who_belongs_no_more_is_excused_though_somebody_else_could_not_be_read() -> None:
+    one, two = member(201), member(202)
+    for missed in ({}, {"unread": frozenset((201,))}):
+        entry = dead(looked(10.0, one, two), looked(10.1, one)._replace(complete=False, **missed))
+        assert target(entry, 202).excused
+        assert 202 in {id_.pid for id_ in entry.left_alone}
+
+
+def test_the_excused_stay_so_when_they_cannot_be_read_and_not_when_they_belong_again() -> None:
     one, two = member(201), member(202)
     excused = dead(looked(10.0, one, two), looked(10.1, one))
-    assert target(after(excused, looked(10.2, one)._replace(complete=False)), 202).excused
+    assert target(after(excused, looked(10.2, one)._replace(unread=frozenset((202,)))), 202).excused
     assert not target(after(excused, looked(10.2, one, two)._replace(complete=False)), 202).excused
 
 

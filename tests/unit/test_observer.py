@@ -498,11 +498,11 @@ def test_whose_memory_could_not_be_read_in_time_is_read_at_a_later_look() -> Non
         proc.refusing = {pid}
         first = look(observer, one)
         assert found(first, pid).lineage == (), "it is there all the same"
-        assert first.unread == {UID}
+        assert set(first.unread.values()) == {UID}
         proc.refusing = set()
         second = look(observer, one)
         assert found(second, pid).lineage == (OTHER_ID,)
-        assert second.unread == frozenset()
+        assert not second.unread
 
 
 def test_who_lets_nobody_read_any_more_has_the_marks_that_the_same_program_had() -> None:
@@ -515,7 +515,7 @@ def test_who_lets_nobody_read_any_more_has_the_marks_that_the_same_program_had()
             snapshot = look(observer, one, hold=True, again=[proc.stat(pid).id, proc.stat(other).id])
             assert found(snapshot, pid).lineage == (OTHER_ID,)
             assert found(snapshot, pid).argv == ("cat",)
-            assert snapshot.unread == frozenset()
+            assert not snapshot.unread
             assert pid not in snapshot.stale
     observer.release()
 
@@ -530,7 +530,7 @@ def test_who_lets_nobody_read_any_more_has_no_marks_of_the_program_that_it_was()
         proc.refusing = {pid}
         snapshot = look(observer, one, hold=True, again=[proc.stat(pid).id])
         assert (found(snapshot, pid).lineage, found(snapshot, pid).forked) == ((), False)
-        assert snapshot.unread == {UID}
+        assert set(snapshot.unread.values()) == {UID}
         assert before.lineage == (OTHER_ID,)
     observer.release()
 
@@ -746,11 +746,11 @@ def test_a_hurried_look_leaves_those_to_the_next_whose_pages_do_not_tell_where_o
         assert found(first, forked).pages == {one.id}
         assert seen(first, program) is None
         assert pidfds_of(program) == 0
-        assert first.unread == {UID}, "they are to be looked at yet"
+        assert set(first.unread.values()) == {UID}, "they are to be looked at yet"
         second = look(observer, one, hold=True)
         assert found(second, program).lineage == (OTHER_ID,)
         assert pidfds_of(program) == 1
-        assert second.unread == frozenset()
+        assert not second.unread
 
 
 def test_a_hurried_look_reads_whoever_stands_below_one_that_is_to_be_signalled(page: SessionPage) -> None:
@@ -777,7 +777,7 @@ def test_a_hurried_look_reads_whoever_stands_below_one_that_is_to_be_signalled(p
         snapshot = look(observer, one, hold=True, hurried=True)
         assert found(snapshot, pid).pages == {one.id}
         assert (found(snapshot, program).ppid, found(snapshot, program).lineage) == (pid, (OTHER_ID,))
-        assert snapshot.unread == frozenset()
+        assert not snapshot.unread
         observer.release()
 
 
@@ -1032,6 +1032,23 @@ def test_a_leaders_death_interrupts_the_reading_of_who_is_new(page: SessionPage)
         with pytest.raises(Interrupted):
             observer.read_new(proc.listing())
         assert not proc.stats[pid]
+    proc.close()
+    alarm._epoll.close()
+
+
+def test_a_look_at_everybody_is_interrupted_so_often_and_then_comes_to_its_end(page: SessionPage) -> None:
+    alarm = Alarm()
+    proc = Alarming(alarm, 10**9)
+    observer, one = Observer(proc, alarm), dead_session(page)
+    os.write(proc.writer, b"x")
+    with child() as pid:
+        for _ in range(2):
+            for _ in range(10):
+                with pytest.raises(Interrupted):
+                    look(observer, one, hold=True, everyone=True)
+                observer.release()
+            assert found(look(observer, one, hold=True, everyone=True), pid).pages == {session(page).id}
+            observer.release()
     proc.close()
     alarm._epoll.close()
 

@@ -37,7 +37,7 @@ from agent.page import SessionPage
 from reaperd import sweep as sweep_module
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcessGone, ProcFS, Stat
-from reaperd.model import ProcessId
+from reaperd.model import ProcessId, SessionKey
 from reaperd.observer import Interrupted, Observer
 from reaperd.sweep import FoundPage, StampedProcess, Sweep
 
@@ -295,20 +295,50 @@ def test_who_is_known_is_looked_at_in_turn() -> None:
 
 
 def test_a_page_that_was_made_since_is_found_in_turn_and_one_that_is_known_is_not_found_again() -> None:
-    observer = Observer(Mine(slow_s=0.003))
-    sweep, pages = Sweep(observer), []
+    observer, known = Observer(Mine(slow_s=0.003)), set()
+    sweep, pages = Sweep(observer, known.__contains__), []
     assert swept(sweep, all_of_them=False) == []
     with contextlib.closing(SessionPage(OTHER_ID, "late", 1, observer.boot_id)) as late:
         late.write_record(["/run/reaper/reaper.sock"])
-        for _ in range(200):
-            if pages := swept(sweep, all_of_them=False):
-                break
-        assert holders(pages) == {ME}
-        one = session(late)
-        observer.cover(one)
-        observer.proc.reads.clear()
-        for _ in range(10):
-            assert swept(sweep, all_of_them=False) == []
+        for _ in range(2):  # as long as nobody has taken it on
+            pages = next(filter(None, (swept(sweep, all_of_them=False) for _ in range(200))))
+            assert holders(pages) == {ME}
+        known.add(pages[0].key)
+        observer.cover(session(late))
+        for _ in range(20):  # it is opened once more, and then it is known
+            swept(sweep, all_of_them=False)
+        assert [swept(sweep, all_of_them=False) for _ in range(20)] == [[]] * 20
+
+
+def test_a_stamp_is_found_again_in_turn_until_its_session_is_known() -> None:
+    known: set[SessionKey] = set()
+    sweep = Sweep(Observer(Mine(slow_s=0.003)), known.__contains__)
+    with executed(**{wire.LINEAGE_VARIABLE: OTHER_ID}) as pid:
+        assert stamps_of(swept(sweep, all_of_them=True)) == [OTHER_ID]
+        again = next(filter(None, (swept(sweep, all_of_them=False) for _ in range(200))))
+        assert holders(again) == {pid}
+        known.add(again[0].key)
+        assert [swept(sweep, all_of_them=False) for _ in range(20)] == [[]] * 20
+
+
+def test_a_process_whose_memory_could_not_be_read_is_read_again_in_turn() -> None:
+    class Busy(Mine):
+        """A /proc in which nobody's environment can be read yet."""
+
+        busy = True
+
+        def environ(self, pid: int, task: int) -> bytes | None:
+            if self.busy:
+                raise ProcessGone
+            return super().environ(pid, task)
+
+    proc = Busy(slow_s=0.003)
+    observer = Observer(proc)
+    sweep = Sweep(observer)
+    with executed(**{wire.LINEAGE_VARIABLE: OTHER_ID}) as pid:
+        assert swept(sweep, all_of_them=True) == []
+        proc.busy = False
+        assert holders(next(filter(None, (swept(sweep, all_of_them=False) for _ in range(200))))) == {pid}
 
 
 def test_a_turn_takes_no_longer_than_it_should_however_many_are_known() -> None:

@@ -184,12 +184,13 @@ class Answerer:
                     poller.unregister(self._questions)
             if self._done in ready:
                 os.eventfd_read(self._done)
-            *more, rest = (rest + _drain(self._running.reader)).split(b"\n")
+            data = _drain(self._running.reader)
+            *more, rest = (rest + data).split(b"\n")
             lines += more
             if alarm is not None and alarm.fileno() in ready:
                 break
             # On a crowded machine it may only not have had its turn.
-            if self._running.pidfd in ready or (not ready and not more and _waits(self._running.pid)):
+            if self._running.pidfd in ready or (not ready and not data and _waits(self._running.pid)):
                 break
         return lines
 
