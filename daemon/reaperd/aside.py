@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
+from reaperd.census import Interrupted
 from reaperd.model import SessionKey
-from reaperd.observer import Interrupted
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from agent import wire
 from reaperd import decide, ledger, pages, report
 from reaperd.aside import Aside
 from reaperd.causes import read_cause
+from reaperd.census import Interrupted
 from reaperd.escalation import Stage
 from reaperd.kept import Kept
 from reaperd.ledger import Entry, Happening
@@ -39,7 +40,7 @@ from reaperd.model import (
     SessionKey,
     Snapshot,
 )
-from reaperd.observer import Interrupted, Observer
+from reaperd.observer import Observer
 from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.reaper import Outcome, Reaper
@@ -122,7 +123,7 @@ class Core:
 
     def _heed(self, policy: Policy) -> None:
         self._policy = policy
-        self.observer.reads_cgroups = bool(policy.protected_units)
+        self.observer.census.reader.reads_cgroups = bool(policy.protected_units)
         self._judged.clear()
         self._roster.touch()
 
@@ -136,7 +137,7 @@ class Core:
             if opened is not None:
                 ours.callback(opened.close)
                 session = session._replace(page_inode=opened.inode)
-            self.observer.cover(session)
+            self.observer.census.cover(session)
             ours.pop_all()
         if leader_pidfd is not None:
             self._leaders[session.key] = leader_pidfd
@@ -150,7 +151,7 @@ class Core:
         self._poller.watch(leader_pidfd, functools.partial(self._leader_died, session.key))
         self._alarm.watch(leader_pidfd)
         self._read_page(session.key)
-        below = self.observer.look_below(session)
+        below = self.observer.census.look_below(session)
         if below.processes or session.kept or session.seen:
             family = self.judge(self.entries[session.key].session, below)
             # Workers that stand elsewhere are found by the looks that follow.
@@ -180,7 +181,7 @@ class Core:
     def stop_leader(self, key: SessionKey, by_uid: int) -> None:
         """Ask the leader to end, and make it end after the grace period."""
         session = self.entries[key].session
-        process = self.observer.leader(session)
+        process = self.observer.census.leader(session)
         if process is None:
             return
         handle = os.dup(self._leaders[key])
@@ -214,7 +215,7 @@ class Core:
 
     def _read_cause(self, session: Session, handle: int) -> Cause:
         def vanished() -> int:
-            return sum(1 for id_ in session.seen if not self.observer.is_alive(id_))
+            return sum(1 for id_ in session.seen if not self.observer.proc.is_alive(id_))
 
         return read_cause(session, handle, self.observer, vanished)
 
@@ -271,15 +272,15 @@ class Core:
         """
         keys = self._living(None)
         if keys:
-            self.observer.read_new(listing)
+            self.observer.census.read_new(listing)
         self.aside.together(
             keys,
             lambda some: self._look_at(some, listing, changed_only=True),
             "look at the members",
         )
-        self.observer.note_usage_of(
-            id_ for key in keys if key in self.entries for id_ in self.entries[key].session.seen
-        )
+        seen = (id_ for key in keys if key in self.entries for id_ in self.entries[key].session.seen)
+        processes = (self.observer.census.known.processes.get(id_.pid) for id_ in seen)
+        self.observer.usage.note(process for process in processes if process is not None)
         if all(entry.died_at_s is None for entry in self.entries.values()):
             self.observer.marks.memory.close()  # nobody needs it before the next scan
 
@@ -300,9 +301,9 @@ class Core:
             self._read_page(key)
         sessions = [self.entries[key].session for key in keys]
         members = [id_ for session in sessions for id_ in (session.leader, *session.seen, *session.kept)]
-        snapshot = self.observer.look(sessions, hold=False, again=members, listing=listing)
+        snapshot = self.observer.census.look(sessions, hold=False, again=members, listing=listing)
         # Whose pidfd says that it is dead, and who is there all the same, is another process with the same pid and tick.
-        reused = frozenset(filter(self.observer.is_alive, self._kept.dead()))
+        reused = frozenset(filter(self.observer.proc.is_alive, self._kept.dead()))
         families = {}
         oom_kills: dict[str, int | None] = {}
         for key in keys:
@@ -323,14 +324,14 @@ class Core:
         session = self.entries[key].session
         self._kept.hold(key, session.kept)
         if whole:
-            self._judged[key] = self.observer.changes, session
+            self._judged[key] = self.observer.census.known.changes, session
         return family
 
     def _is_unchanged(self, key: SessionKey) -> bool:
         """Say whether judging a session anew can tell nothing that it did not tell the last time."""
         changes, session = self._judged.get(key, (-1, None))
         now = self.entries[key].session
-        return changes == self.observer.changes and session is now and not now.ending
+        return changes == self.observer.census.known.changes and session is now and not now.ending
 
     def _refresh_oom(self, key: SessionKey, read: dict[str, int | None]) -> None:
         """Take the counter as it stands while the leader lives: whoever was killed so far, it was not the leader.
@@ -463,7 +464,7 @@ class Core:
             for key in depths:
                 self._apply(key, ledger.LookFailed(time.monotonic()))
         finally:
-            self.observer.release()
+            self.observer.census.handles.release()
 
     def _see(self, depths: dict[SessionKey, decide.Depth]) -> dict[SessionKey, Sight]:
         """Look, until nobody new is a member on the word of what was read for an earlier look."""
@@ -483,7 +484,7 @@ class Core:
         hurried = not any(entry.looks for entry in entries)
         sights: dict[SessionKey, Sight] = {}
         for _ in range(_MOST_ROUNDS):
-            snapshot = self.observer.look(
+            snapshot = self.observer.census.look(
                 sessions, hold=True, members=members, again=again, everyone=everyone, hurried=hurried
             )
             sights = {entry.session.key: self._judge_dead(entry, snapshot) for entry in entries}
@@ -506,7 +507,7 @@ class Core:
         """
         told: set[SessionKey] = set()
         whole = True
-        for snapshot in self.observer.look_ahead([self.entries[key].session for key in keys]):
+        for snapshot in self.observer.census.look_ahead([self.entries[key].session for key in keys]):
             whole = whole and not snapshot.unread
             for key in keys:
                 with self._trying(key, "look ahead", tell_exhaustion=True):
@@ -527,7 +528,9 @@ class Core:
         reused = {
             id_.pid
             for id_ in entry.targets
-            if id_.pid in snapshot.children and self._reaper.has_ended(id_) and self.observer.is_alive(id_)
+            if id_.pid in snapshot.children
+            and self._reaper.has_ended(id_)
+            and self.observer.proc.is_alive(id_)
         }
         family = self.judge(entry.session, snapshot.without(reused) if reused else snapshot)
         uid = entry.session.uid
@@ -587,7 +590,7 @@ class Core:
         return family._replace(members=members)
 
     def _hold(self, id_: ProcessId) -> None:
-        handle = self.observer.claim(id_)
+        handle = self.observer.census.handles.claim(id_)
         if handle is None:
             handle = self._kept.copy_handle(id_)
         handle = self._reaper.take(id_, handle)
@@ -620,7 +623,7 @@ class Core:
     def _signal(self, key: SessionKey, send: decide.Send) -> Outcome:
         entry, id_ = self.entries[key], send.member.process.id
         # A leader is in no family that is looked at again: it may have become another user's since.
-        if id_ == entry.session.leader and self.observer.leader(entry.session) is None:
+        if id_ == entry.session.leader and self.observer.census.leader(entry.session) is None:
             return Outcome.DENIED
         return self._reaper.send(id_, send.signal)
 
@@ -694,7 +697,7 @@ class Core:
         opened = self._pages.pop(key, None)
         if opened is not None:
             opened.close()
-        self.observer.uncover(key)
+        self.observer.census.uncover(key)
         self._kept.hold(key, frozenset())
         self._unsaved.pop(key, None)
         self.aside.forget(key)

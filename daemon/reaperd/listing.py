@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from reaperd import pages, report
+from reaperd.census import Interrupted
 from reaperd.core import Core
 from reaperd.ledger import Entry
 from reaperd.model import Family, ProcessId, Session, SessionKey
-from reaperd.observer import Interrupted
 
 _FRESH_S = 0.1
 _SHARE = 10  # what took long is not repeated before ten times as long has passed
@@ -120,7 +120,7 @@ class Listing:
             members = family.members if family is not None else {}
         else:
             members = {id_: t.member for id_, t in entry.targets.items() if t.gone_at_s is None}
-        usage = {id_: self._core.observer.usage(member.process) for id_, member in members.items()}
+        usage = {id_: self._core.observer.usage.of(member.process) for id_, member in members.items()}
         return encode_part(
             report.session_record(entry, members, usage, leader_cmdline=cmdline, progress=progress)
         )

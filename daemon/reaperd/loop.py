@@ -17,15 +17,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from agent import sockets
-from reaperd import __version__, report
+from reaperd import __version__, kinship, report
 from reaperd.adoption import Adoption
+from reaperd.census import Interrupted
 from reaperd.config import Config, ConfigError, render_config, without_effect
 from reaperd.core import Core
 from reaperd.gate_link import GateLink, Peer, Return
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcFS
 from reaperd.linux.systemd import Notifier
-from reaperd.observer import Interrupted, Observer
+from reaperd.observer import Observer
 from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.reaper import Reaper
@@ -88,7 +89,7 @@ class Daemon:
         alarm = Alarm()
         observer = Observer(proc, alarm)
         observer.marks.memory.keeps_helper = True
-        self._untouchable = frozenset((proc.stat(os.getpid()).id, *observer.ancestors(os.getpid())))
+        self._untouchable = frozenset((proc.stat(os.getpid()).id, *kinship.ancestors(proc, os.getpid())))
         self._reaper = Reaper(proc, self._untouchable)
         self._store = Store(self._state_dir, observer.boot_id)
         self._core = Core(

@@ -12,12 +12,13 @@ from typing import NamedTuple
 from agent import wire
 from reaperd import pages
 from reaperd.aside import Aside
+from reaperd.census import Interrupted
 from reaperd.linux import page
 from reaperd.linux.procfs import PF_KTHREAD, ProcessGone, Stat, parse_gid, parse_memfd_link, parse_uid
 from reaperd.marks import MOST_DESCRIPTORS
 from reaperd.memory import OUR_PAGES, Memory, Wish
 from reaperd.model import SessionKey
-from reaperd.observer import Interrupted, Observer
+from reaperd.observer import Observer
 
 # Of the processes that are no longer new, a sweep looks at as many as fit into so long, in turn: nearly every session
 # registers by message, or was found when its leader was new.
@@ -103,7 +104,7 @@ class Sweep:
         until_s = time.monotonic() + self._at_a_time_s
         for at in range(0, len(due), _BETWEEN_ALARMS):
             is_late = at > 0 and time.monotonic() >= until_s
-            interrupted = not everyone and (is_late or self._observer.is_interrupted())
+            interrupted = not everyone and (is_late or self._observer.census.is_interrupted())
             if interrupted:
                 # As many more may be new the next time.
                 self._at_a_time_s *= 2 if is_late else 1

@@ -9,6 +9,7 @@ from specimens import ME, Mine, count_descriptors
 
 from agent import wire
 from agent.page import SessionPage
+from reaperd.census import Census
 from reaperd.linux.procfs import ProcFS
 from reaperd.observer import Observer
 
@@ -19,8 +20,13 @@ def observer() -> Iterator[Observer]:
     before = count_descriptors()
     one = Observer(Mine())
     yield one
-    one.release()
+    one.census.handles.release()
     assert count_descriptors() == before
+
+
+@pytest.fixture
+def census(observer: Observer) -> Census:
+    return observer.census
 
 
 @pytest.fixture

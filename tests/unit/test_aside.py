@@ -10,8 +10,8 @@ import pytest
 
 from reaperd import aside
 from reaperd.aside import Aside
+from reaperd.census import Interrupted
 from reaperd.model import ProcessId, SessionKey
-from reaperd.observer import Interrupted
 
 ONE, TWO, THREE = (SessionKey(1000, name) for name in ("one", "two", "three"))
 

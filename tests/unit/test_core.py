@@ -16,12 +16,13 @@ import pytest
 from agent.page import SessionPage
 from reaperd import aside, core, decide, ledger
 from reaperd.adoption import Adoption
+from reaperd.census import Census, Interrupted
 from reaperd.core import Core
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.page import OpenPage
 from reaperd.linux.procfs import ProcFS
 from reaperd.model import UNKNOWN_CAUSE, Family, ProcessId, Session, SessionKey, Snapshot
-from reaperd.observer import Interrupted, Observer
+from reaperd.observer import Observer
 from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.reaper import Reaper
@@ -31,7 +32,7 @@ SOON_S = 10.0
 BAD, GOOD = "bad", "good"
 
 
-class FaultyObserver(Observer):
+class FaultyCensus(Census):
     """Raises what nobody has foreseen, for one session."""
 
     fault: type[Exception] | None = None
@@ -59,7 +60,8 @@ class World:
 
     def __init__(self, directory: Path) -> None:
         proc, alarm = ProcFS(), Alarm()
-        self.observer = FaultyObserver(proc, alarm)
+        self.observer = Observer(proc)
+        self.census = self.observer.census = FaultyCensus(proc, self.observer.marks, alarm)
         self.poller = Poller()
         self.store = Store(str(directory), self.observer.boot_id)
         self.core = Core(self.observer, Reaper(proc, frozenset()), self.store, self.poller, Policy(), alarm)
@@ -115,18 +117,18 @@ def test_a_session_that_cannot_be_looked_at_keeps_nobody_else_from_being_reaped(
     monkeypatch.setattr(aside, "_FIRST_PAUSE_S", 0.3)
     for name in (BAD, GOOD):
         world.take_on(world.leader(name))
-    world.observer.fault = RecursionError
+    world.census.fault = RecursionError
     world.end_leaders()
     world.run_until_ended({GOOD})
     assert world.ended() == {GOOD}
     assert "RecursionError" in caplog.text
-    world.observer.fault = None
+    world.census.fault = None
     world.run_until_ended({BAD, GOOD})
 
 
 def test_a_session_that_is_set_aside_does_not_keep_the_core_busy(world: World) -> None:
     world.take_on(world.leader(BAD))
-    world.observer.fault = RecursionError
+    world.census.fault = RecursionError
     world.end_leaders()
     world.poller.wait(SOON_S)
     rounds = 0
@@ -145,9 +147,9 @@ def test_living_sessions_are_looked_at_though_one_of_them_cannot_be(world: World
         world.take_on(session)
         keys[name] = session.key
     assert set(world.core.look_at_living()) == set(keys.values())
-    world.observer.fault = ZeroDivisionError
+    world.census.fault = ZeroDivisionError
     assert set(world.core.look_at_living()) == {keys[GOOD]}
-    world.observer.fault = None
+    world.census.fault = None
     assert set(world.core.look_at_living()) == {keys[GOOD]}, "it is set aside"
 
 
@@ -174,7 +176,7 @@ def test_the_first_look_waits_only_where_all_that_were_known_before_are_being_en
     os.waitpid(pid, 0)
     world.poller.wait(SOON_S)
     told = world.core._look_ahead([session.key])
-    world.observer.release()
+    world.census.handles.release()
     assert {one.pid for one in world.core.entries[session.key].targets} == {worker}
     assert told == (set() if known else {session.key})
     world.run_until(lambda: bool(world.store.events()))
@@ -206,11 +208,11 @@ def test_a_dry_run_says_nothing_before_a_look_has_seen_all(world: World) -> None
 
 def test_while_processes_vanish_before_they_can_be_read_a_session_is_not_over(world: World) -> None:
     world.take_on(world.leader(GOOD))
-    world.observer.vanished = frozenset((os.getuid(),))
+    world.census.vanished = frozenset((os.getuid(),))
     world.end_leaders()
-    world.run_until(lambda: world.observer.looks >= 3 * ledger.QUIET_LOOKS)
+    world.run_until(lambda: world.census.looks >= 3 * ledger.QUIET_LOOKS)
     assert world.ended() == set()
-    world.observer.vanished = frozenset()
+    world.census.vanished = frozenset()
     world.run_until_ended({GOOD})
 
 
@@ -238,12 +240,12 @@ def test_a_session_on_record_that_cannot_be_taken_on_keeps_the_daemon_from_nothi
     sessions = [world.leader(name) for name in (BAD, GOOD)]
     for session in sessions:
         world.store.save(session)
-    world.observer.fault = ValueError
+    world.census.fault = ValueError
     adoption = Adoption(world.core, "/nowhere")
     adoption.recover()
     bad, good = (SessionKey(session.uid, session.id) for session in sessions)
     assert set(world.core.entries) == {good}
-    world.observer.fault = None
+    world.census.fault = None
     end_s = time.monotonic() + SOON_S
     while bad not in world.core.entries:
         assert time.monotonic() < end_s

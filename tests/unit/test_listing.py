@@ -11,10 +11,10 @@ import pytest
 
 from agent import wire
 from reaperd import listing, pages
+from reaperd.census import Interrupted
 from reaperd.ledger import Entry
 from reaperd.listing import Listing, Pace
 from reaperd.model import Family, Member, Process, ProcessId, Role, Session, SessionKey, Usage
-from reaperd.observer import Interrupted
 
 WORKER = Process(ProcessId(70, 1), 7, 1000, "worker")
 
@@ -24,17 +24,22 @@ def session(name: str, uid: int = 1000, pid: int = 7) -> Session:
 
 
 @dataclass
+class UsageMeter:
+    used: int = 0
+
+    def of(self, process: Process) -> Usage:
+        self.used += 1
+        return Usage(50.0, 4096)
+
+
+@dataclass
 class Observer:
     asked: list[ProcessId] = field(default_factory=list)
-    used: int = 0
+    usage: UsageMeter = field(default_factory=UsageMeter)
 
     def cmdlines(self, ids: Any) -> dict[int, list[str]]:
         self.asked += ids
         return {id_.pid: ["python", f"{id_.pid}.py"] for id_ in ids if id_.pid != 9}
-
-    def usage(self, process: Process) -> Usage:
-        self.used += 1
-        return Usage(50.0, 4096)
 
 
 @dataclass
@@ -98,7 +103,7 @@ def test_everybody_is_told_of_all_sessions_and_sees_its_own_command_lines(core: 
         assert [one["workers"][0]["pid"] for one in told] == [70, 70]
     assert core.looks == 1
     assert sorted(core.observer.asked) == [ProcessId(7, 1), ProcessId(8, 1)], "each is read once"
-    assert core.observer.used == 4, "each is written once with its command line, and once without"
+    assert core.observer.usage.used == 4, "each is written once with its command line, and once without"
 
 
 def test_a_command_line_that_cannot_be_read_is_none_and_not_asked_for_again(core: Core) -> None:

@@ -40,9 +40,9 @@ def as_seen(one: Session, pid: int, *, hurried: bool = False) -> Process:
     """Return what an observer that covers ``one`` alone makes of ``pid``."""
     observer = Observer(Mine())
     try:
-        return found(observer.look([one], hold=hurried, everyone=hurried), pid)
+        return found(observer.census.look([one], hold=hurried, everyone=hurried), pid)
     finally:
-        observer.release()
+        observer.census.handles.release()
 
 
 @contextlib.contextmanager
@@ -123,7 +123,7 @@ def test_the_page_of_another_session_under_the_number_of_the_page_hides_nothing(
         with child(put_another) as pid:
             observer = Observer(Mine())
             both = [session(page), session(id=OTHER_ID, page_fd=other, page_inode=inode_of(other))]
-            assert found(observer.look(both, hold=False), pid).pages == {session(page).id, OTHER_ID}
+            assert found(observer.census.look(both, hold=False), pid).pages == {session(page).id, OTHER_ID}
             # Of the one that nobody has registered the other is no sign.
             assert as_seen(session(page), pid).pages == {session(page).id}
 
@@ -131,31 +131,34 @@ def test_the_page_of_another_session_under_the_number_of_the_page_hides_nothing(
 def test_a_child_of_two_sessions_carries_both_pages(page: SessionPage) -> None:
     with memfd(wire.PAGE_PREFIX + OTHER_ID) as other, child() as pid:
         both = [session(page), session(id=OTHER_ID, page_fd=other, page_inode=inode_of(other))]
-        assert found(Observer(Mine()).look(both, hold=False), pid).pages == {session(page).id, OTHER_ID}
+        assert found(Observer(Mine()).census.look(both, hold=False), pid).pages == {
+            session(page).id,
+            OTHER_ID,
+        }
 
 
 def test_a_known_page_is_enough_where_nobody_is_to_wait_and_the_rest_is_read_later(page: SessionPage) -> None:
     proc = Mine()
     observer = Observer(proc)
     with child() as pid:
-        one = found(observer.look([session(page)], hold=True, everyone=True), pid)
+        one = found(observer.census.look([session(page)], hold=True, everyone=True), pid)
         assert (one.pages, one.cgroup) == ({session(page).id}, None)
         read = proc.reads[pid]
-        later = found(observer.look([session(page)], hold=False), pid)
+        later = found(observer.census.look([session(page)], hold=False), pid)
         assert proc.reads[pid] > read
         assert later.cgroup == observer.cgroup_path(pid)
-    observer.release()
+    observer.census.handles.release()
 
 
 def test_where_units_are_protected_the_cgroup_is_read_even_of_those_whose_page_tells_enough(
     page: SessionPage,
 ) -> None:
     observer = Observer(Mine())
-    observer.reads_cgroups = True
+    observer.census.reader.reads_cgroups = True
     with child() as pid:
-        one = found(observer.look([session(page)], hold=True, everyone=True), pid)
+        one = found(observer.census.look([session(page)], hold=True, everyone=True), pid)
         assert one.cgroup == observer.cgroup_path(pid)
-    observer.release()
+    observer.census.handles.release()
 
 
 # -- what tells a page from what only looks like one ------------------------------------------------
@@ -224,7 +227,7 @@ def test_the_page_of_another_users_session_with_the_same_id_is_no_mark(page: Ses
         mine = session(page)
         squatter = mine._replace(uid=NOBODY, gid=NOBODY, page_fd=theirs, page_inode=inode_of(theirs))
         with child(drop_our_page) as pid:
-            told = found(Observer(Mine()).look([mine, squatter], hold=False), pid)
+            told = found(Observer(Mine()).census.look([mine, squatter], hold=False), pid)
             assert told.pages == frozenset()
 
 
@@ -388,13 +391,13 @@ def test_nothing_that_lies_in_memory_is_read_by_the_core_itself(page: SessionPag
     with child(page.close) as pid, executed() as program:
         one = session(page)
         for facts in ({"hold": False}, {"hold": True, "everyone": True}):
-            assert {pid, program} <= observer.look([one], **facts).processes.keys()  # type: ignore[arg-type]
-        observer.look_below(one)
-        observer.leader(one)
+            assert {pid, program} <= observer.census.look([one], **facts).processes.keys()  # type: ignore[arg-type]
+        observer.census.look_below(one)
+        observer.census.leader(one)
         observer.describe_leader(one)
         assert observer.cmdlines([id_of(program)]).get(program, ["cat"]) == ["cat"]
         observer.shm_mapped([id_of(pid)])
-    observer.release()
+    observer.census.handles.release()
 
 
 def test_a_process_whose_memory_cannot_be_read_holds_nobody_up_and_is_there_all_the_same(
@@ -415,7 +418,7 @@ def test_a_process_whose_memory_cannot_be_read_holds_nobody_up_and_is_there_all_
     with child() as pid, executed(**{wire.LINEAGE_VARIABLE: OTHER_ID}) as program:
         proc.at = pid
         begin_s = time.monotonic()
-        snapshot = observer.look([session(page)], hold=False)
+        snapshot = observer.census.look([session(page)], hold=False)
         assert time.monotonic() - begin_s < SOON_S / 2
         one = found(snapshot, pid)
         assert (one.pages, one.lineage, one.spared) == ({session(page).id}, (), frozenset())

@@ -35,10 +35,11 @@ from specimens import (
 from agent import wire
 from agent.page import SessionPage
 from reaperd import sweep as sweep_module
+from reaperd.census import Interrupted
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcessGone, ProcFS, Stat
 from reaperd.model import ProcessId, SessionKey
-from reaperd.observer import Interrupted, Observer
+from reaperd.observer import Observer
 from reaperd.sweep import FoundPage, StampedProcess, Sweep
 
 ALL_SEALS = 0x1 | 0x2 | 0x4 | 0x10
@@ -304,7 +305,7 @@ def test_a_page_that_was_made_since_is_found_in_turn_and_one_that_is_known_is_no
             pages = next(filter(None, (swept(sweep, all_of_them=False) for _ in range(200))))
             assert holders(pages) == {ME}
         known.add(pages[0].key)
-        observer.cover(session(late))
+        observer.census.cover(session(late))
         for _ in range(20):  # it is opened once more, and then it is known
             swept(sweep, all_of_them=False)
         assert [swept(sweep, all_of_them=False) for _ in range(20)] == [[]] * 20
@@ -475,7 +476,7 @@ def test_a_look_finds_what_a_sweep_finds(observer: Observer, page: SessionPage) 
             if isinstance(one, FoundPage)
         }
         one = session(page, page_inode=inode)
-        assert found(observer.look([one], hold=False), pid).pages == {one.id}
+        assert found(observer.census.look([one], hold=False), pid).pages == {one.id}
 
 
 def keeping(sweep: Sweep, pid: int) -> Iterator[FoundPage | StampedProcess]:

@@ -181,6 +181,14 @@ class ProcFS:
         """Return what ``pid`` is; ProcessGone when there is no such process."""
         return parse_stat(self._read(f"{pid}/stat"))
 
+    def is_alive(self, process_id: ProcessId) -> bool:
+        """Say whether ``process_id`` still runs."""
+        try:
+            stat = self.stat(process_id.pid)
+        except ProcessGone:
+            return False
+        return stat.id == process_id and not stat.dead
+
     def parent(self, pid: int) -> tuple[ProcessId, int]:
         """Return who ``pid`` is and its parent's pid, at half of what ``stat()`` costs; ProcessGone."""
         return parse_parent(self._read(f"{pid}/stat"))
