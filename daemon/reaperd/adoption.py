@@ -128,7 +128,6 @@ class Adoption:
             self._adopt_dead(
                 session, self._observer.cgroup_path(holder.stat.id.pid), os.dup(found.descriptor)
             )
-        return
 
     def _adopt_by_environment(self, found: StampedProcess) -> None:
         """Take on a session whose dead leader only the environment of an exec'ed worker names."""
@@ -136,7 +135,15 @@ class Adoption:
         if wire.place_of(self._socket_path, found.cgroup, holder.uid) != told.place:
             return  # another daemon's, or carried into another cgroup or to another user
         leader = ProcessId(told.pid, told.start_ticks)
-        if self._observer.could_be_orphan(holder.stat.id, leader):
+        if not self._observer.could_be_orphan(holder.stat.id, leader):
+            return
+        # A page tells more; who holds it may not have had its turn yet, and without it would never be found again.
+        for one in self._sweep.pages_of(holder.uid, leader.start_ticks):
+            with contextlib.ExitStack() as ours:
+                ours.callback(os.close, one.descriptor)
+                if one.key == found.key and not self._is_known(found.key):
+                    self._adopt_by_page(one)
+        if not self._is_known(found.key):
             session = Session(
                 found.session, "", holder.uid, holder.gid, leader, now_utc(),
                 temp_dirs=(*holder.folders, *TEMP_DIRS),

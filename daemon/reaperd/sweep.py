@@ -13,7 +13,7 @@ from agent import wire
 from reaperd import pages
 from reaperd.aside import Aside
 from reaperd.census import Interrupted
-from reaperd.linux import page
+from reaperd.linux import page, pidfd
 from reaperd.linux.procfs import PF_KTHREAD, ProcessGone, Stat, parse_gid, parse_memfd_link, parse_uid
 from reaperd.marks import MOST_DESCRIPTORS
 from reaperd.memory import OUR_PAGES, Memory, Wish
@@ -118,6 +118,23 @@ class Sweep:
         yield from stamped
         if interrupted:
             raise Interrupted
+
+    def pages_of(self, uid: int, since_ticks: int) -> Iterator[FoundPage]:
+        """Yield the pages of all processes of ``uid`` that started at ``since_ticks`` or later."""
+        listing = self._proc.listing()
+        pids = [pid for pid in listing if self._is_of(pid, uid, since_ticks)]
+        yield from self._pages_of(pids, listing, [])
+
+    def _is_of(self, pid: int, uid: int, since_ticks: int) -> bool:
+        with contextlib.suppress(ProcessGone, PermissionError, ValueError):
+            handle = pidfd.open_pid(pid)
+            try:
+                told = pidfd.info(handle)
+            finally:
+                os.close(handle)
+            found = parse_uid(self._proc.status(pid)) if told is None else told.uid
+            return found == uid and self._proc.stat(pid).id.start_ticks >= since_ticks
+        return False
 
     def _changed_in_turn(self) -> list[int]:
         """Return who of those that had their turn runs another program by now, or has a page that nobody knows."""

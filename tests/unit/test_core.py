@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from specimens import child, executed
 
+from agent import wire
 from agent.page import SessionPage
 from reaperd import aside, core, decide, ledger
 from reaperd.adoption import Adoption
@@ -27,6 +29,7 @@ from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.reaper import Reaper
 from reaperd.store import Store
+from reaperd.sweep import Holder, StampedProcess
 
 SOON_S = 10.0
 BAD, GOOD = "bad", "good"
@@ -253,3 +256,26 @@ def test_a_session_on_record_that_cannot_be_taken_on_keeps_the_daemon_from_nothi
             adoption.sweep(world.observer.proc.listing())
     world.end_leaders()
     world.run_until_ended({BAD, GOOD})
+
+
+def test_a_session_that_a_stamp_tells_of_is_taken_on_with_the_page_that_others_hold(world: World) -> None:
+    """Else they would never be found: a session that is on record is not adopted once more."""
+    proc, socket = world.observer.proc, "/nowhere/reaper.sock"
+    leader = os.fork()
+    if leader == 0:
+        signal.pause()
+    ticks = proc.stat(leader).id.start_ticks
+    os.kill(leader, signal.SIGKILL)
+    os.waitpid(leader, 0)
+    cgroup = world.observer.cgroup_path(os.getpid())
+    place = wire.place_of(socket, cgroup, os.getuid())
+    id_ = wire.format_session_id(leader, ticks, place, 1)
+    with contextlib.closing(SessionPage(id_, "grid", ticks, world.observer.boot_id)) as page:
+        page.write_record([socket])
+        with child(), executed(**{wire.LINEAGE_VARIABLE: id_}) as stamped:
+            holder = Holder(proc.stat(stamped), os.getuid(), os.getgid(), ())
+            adoption = Adoption(world.core, socket)
+            adoption._adopt_by_environment(StampedProcess(id_, holder, cgroup))
+            (entry,) = world.core.entries.values()
+            assert entry.session.page_inode == os.fstat(page.fd).st_ino
+            assert entry.session.name == "grid"

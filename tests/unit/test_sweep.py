@@ -267,6 +267,21 @@ def test_of_a_process_with_very_many_descriptors_only_the_first_are_looked_at(pa
     assert 0 < proc.links < 300
 
 
+@pytest.mark.needs_root
+def test_the_pages_of_one_user_are_those_of_its_processes_that_are_young_enough(
+    observer: Observer, page: SessionPage
+) -> None:
+    sweep = Sweep(observer)
+    with child() as pid, child(lambda: os.setresuid(NOBODY, NOBODY, NOBODY)):
+        started = id_of(pid).start_ticks
+        pages = list(sweep.pages_of(UID, started))
+        later = list(sweep.pages_of(UID, started + 10**6))
+        for one in (*pages, *later):
+            os.close(one.descriptor)
+    assert holders(pages) - {ME} == {pid}  # this process can have started in the same tick
+    assert later == []
+
+
 # -- whom a sweep looks at --------------------------------------------------------------------------
 
 
