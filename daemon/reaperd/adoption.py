@@ -36,12 +36,12 @@ class Adoption:
 
     def _recover_those_left(self) -> None:
         """Take on who is not set aside: a session that cannot be taken on must not keep the daemon from all others."""
-        aside = self._core.aside
+        aside = self._core.sessions.aside
         for session in self._on_record:
-            if session.key not in self._core.entries and aside.until_s(session.key) is None:
+            if session.key not in self._core.sessions.entries and aside.until_s(session.key) is None:
                 with aside.trying(session.key, "take on the members"):
                     self._recover(session)
-        self._on_record = [one for one in self._on_record if one.key not in self._core.entries]
+        self._on_record = [one for one in self._on_record if one.key not in self._core.sessions.entries]
 
     def _recover(self, session: Session) -> None:
         if session.cause is not None:
@@ -75,13 +75,13 @@ class Adoption:
         True when a session was taken on. Raises Interrupted in the second case, where a leader dies meanwhile.
         """
         self._recover_those_left()
-        aside, before = self._core.aside, len(self._core.entries)
+        aside, before = self._core.sessions.aside, len(self._core.sessions.entries)
         for found in self._sweep.run(listing):
             with contextlib.ExitStack() as ours:
                 if isinstance(found, FoundPage):
                     ours.callback(os.close, found.descriptor)
                 # It may have been taken on since the sweep has asked.
-                if self._is_known(found.key) or self._core.has_no_room_for(found.key.uid):
+                if self._is_known(found.key) or self._core.sessions.has_no_room_for(found.key.uid):
                     continue
                 if aside.until_s(found.key) is not None:
                     continue
@@ -91,11 +91,11 @@ class Adoption:
                         self._adopt_by_page(found)
                     else:
                         self._adopt_by_environment(found)
-        return len(self._core.entries) > before
+        return len(self._core.sessions.entries) > before
 
     def _is_known(self, key: SessionKey) -> bool:
         on_record = any(session.key == key for session in self._on_record)
-        return on_record or key in self._core.entries or self._core.is_settled(key)
+        return on_record or key in self._core.sessions.entries or self._core.is_settled(key)
 
     def _adopt_by_page(self, found: FoundPage) -> None:
         """Take on the session of a page, if it is one of ours."""
@@ -112,7 +112,7 @@ class Adoption:
         if self._observer.namespaced_pid(holder.stat.id.pid) == told.pid and self._observer.same_ticks(
             holder.stat.id, told.start_ticks
         ):
-            if self._core.led_by(holder.stat.id):
+            if self._core.sessions.led_by(holder.stat.id):
                 return
             session = self._observer.describe_leader(session)
             leader_pidfd = pidfd.open_pidfd(holder.stat.id, self._observer.proc)
@@ -170,4 +170,4 @@ class Adoption:
             session.uid,
             how,
         )
-        self._core.record(report.session_event("registered", session, adopted=True))
+        self._core.sessions.record(report.session_event("registered", session, adopted=True))

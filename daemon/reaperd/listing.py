@@ -65,16 +65,16 @@ class Listing:
         if self._look_pace.is_due():
             began_s = time.monotonic()
             with contextlib.suppress(Interrupted):  # then what was seen last must do
-                self._families = self._core.look_at_living()
+                self._families = self._core.living.look()
                 self._told, self._cmdlines = {}, {}
                 self._look_pace.note(began_s)
-        return {key: family for key, family in self._families.items() if key in self._core.entries}
+        return {key: family for key, family in self._families.items() if key in self._core.sessions.entries}
 
     def sessions(self, may_see: Callable[[Session], bool]) -> bytes:
         """Return what ``ps`` says, as the text of a JSON list; ``may_see`` says whose command lines are shown."""
         self.families()
         self._read_pages()
-        entries = self._core.entries.values()
+        entries = self._core.sessions.entries.values()
         shown = {entry.session.key for entry in entries if may_see(entry.session)}
         unread = [
             entry.session.leader
@@ -85,7 +85,7 @@ class Listing:
             found = self._core.observer.cmdlines(unread)
             self._cmdlines.update({id_: found.get(id_.pid) for id_ in unread})
         records = [self._record(entry, with_cmdline=entry.session.key in shown) for entry in entries]
-        for key in self._told.keys() - self._core.entries.keys():
+        for key in self._told.keys() - self._core.sessions.entries.keys():
             del self._told[key]
         return b"[" + b",".join(records) + b"]"
 
@@ -93,8 +93,8 @@ class Listing:
         began_s = time.monotonic()
         if afresh := self._page_pace.is_due():
             self._progress = {}
-        for key in self._core.entries.keys() - self._progress.keys():
-            page = self._core.page_of(key)
+        for key in self._core.sessions.entries.keys() - self._progress.keys():
+            page = self._core.leaders.page_of(key)
             self._progress[key] = page.progress if page else None
         if afresh:
             self._page_pace.note(began_s)

@@ -109,7 +109,7 @@ class Daemon:
             __version__, os.getpid(), self._mode, self._socket_path, self._config_path,
             " dry_run" if self._config.kill.dry_run else "",
         )  # fmt: skip
-        self._core.record(report.event("started", version=__version__))
+        self._core.sessions.record(report.event("started", version=__version__))
         self._adoption.recover()
         self._adoption.sweep()
         self._core.step()
@@ -121,20 +121,20 @@ class Daemon:
 
     def _say_ready(self) -> None:
         """The first sweep is over and a gate without privileges listens: whoever waited for us can begin."""
-        self._notifier.send(f"READY=1\nSTATUS={len(self._core.entries)} sessions")
+        self._notifier.send(f"READY=1\nSTATUS={len(self._core.sessions.entries)} sessions")
 
     def _end(self) -> None:
         self._notifier.send("STOPPING=1")
-        self._core.record(report.event("stopped"))
+        self._core.sessions.record(report.event("stopped"))
         self._server.take_turns()
         self._link.stop()
         self._server.close()
         self._core.close()
-        log.info("stopped sessions=%d", len(self._core.entries))
+        log.info("stopped sessions=%d", len(self._core.sessions.entries))
 
     def _serve(self) -> None:
         while not self._signals & {signal.SIGTERM, signal.SIGINT}:
-            self._core.save()
+            self._core.sessions.save()
             self._poller.wait(self._timeout_s())
             if signal.SIGHUP in self._signals:
                 self._signals.discard(signal.SIGHUP)
@@ -179,7 +179,7 @@ class Daemon:
                 listing = self._core.observer.proc.listing()
                 if self._adoption.sweep(listing):  # what was found below them may be younger
                     listing = self._core.observer.proc.listing()
-                self._core.scan(listing)
+                self._core.living.scan(listing)
             except Interrupted:
                 self._scan_due_s = now_s
             except OSError as error:
@@ -192,7 +192,7 @@ class Daemon:
             self._store.prune(self._config.history.keep_s)
         if self._notifier.watchdog_s is not None and self._watchdog_due_s <= now_s:
             self._watchdog_due_s = now_s + self._notifier.watchdog_s
-            self._notifier.send(f"WATCHDOG=1\nSTATUS={len(self._core.entries)} sessions")
+            self._notifier.send(f"WATCHDOG=1\nSTATUS={len(self._core.sessions.entries)} sessions")
 
     # -- signals and settings ----------------------------------------------------------------
 
@@ -228,7 +228,7 @@ class Daemon:
         except ConfigError as error:
             for fault in error.faults:
                 log.error("kept the old settings: %s", fault)
-            self._core.record(report.event("reload", faults=list(error.faults)))
+            self._core.sessions.record(report.event("reload", faults=list(error.faults)))
         else:
             self._config = config
             set_log_level(config)
@@ -237,7 +237,7 @@ class Daemon:
             self._scan_due_s = time.monotonic() + config.scan.interval_s
             log.info("reloaded config=%s", self._config_path)
             self._tell_without_effect()
-            self._core.record(report.event("reload", faults=[]))
+            self._core.sessions.record(report.event("reload", faults=[]))
         self._notifier.send("READY=1")
 
     def _tell_without_effect(self) -> None:

@@ -77,7 +77,7 @@ class Server:
             "stop": self._stop,
             "config": self._config,
         }
-        core.on_event = self._waiters.note
+        core.sessions.on_event = self._waiters.note
 
     # -- whose turn it is --------------------------------------------------------------------
 
@@ -175,10 +175,10 @@ class Server:
                     raise ProcessGone(str(peer.pid))
                 self._supersede(session)
                 log.info("registered session=%s name=%r pid=%d uid=%d", session_id, name, peer.pid, peer.uid)
-                self._core.record(report.session_event("registered", session))
+                self._core.sessions.record(report.session_event("registered", session))
                 ours.pop_all()  # the core's from here on, whatever take_on() does
                 self._core.take_on(session, handle, opened)
-                self._core.put_on_record(session.key)
+                self._core.sessions.put_on_record(session.key)
         except ProcessGone:
             raise wire.WireError("gone", "you have exited") from None
         return self._registered(session_id)
@@ -200,12 +200,12 @@ class Server:
 
     def _is_new(self, session: Session) -> bool:
         """Say whether the session is to be taken on; registering twice is granted, another's session is refused."""
-        entry = self._core.entries.get(session.key)
+        entry = self._core.sessions.entries.get(session.key)
         if entry is not None:
             if entry.session.leader == session.leader:
                 return False
             raise wire.WireError("session-exists", "another process leads that session")
-        if self._core.has_no_room_for(session.uid):
+        if self._core.sessions.has_no_room_for(session.uid):
             most = self._core.policy.max_per_uid
             raise wire.WireError(
                 "quota", f"you have {most} sessions, and [sessions] max_per_uid allows no more"
@@ -230,22 +230,22 @@ class Server:
 
     def _supersede(self, session: Session) -> None:
         """End an older session of the same leader, whose end it could not tell us."""
-        for entry in self._core.led_by(session.leader):
+        for entry in self._core.sessions.led_by(session.leader):
             if entry.died_at_s is None:
                 self._turns.charge(session.uid, _SUPERSEDING_S, time.monotonic())
                 self._core.unregister(entry.session.key)
 
     def _unregister(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
         session_id = wire.text_field(message, "session", limit=64)
-        entry = self._core.entries.get(SessionKey(peer.uid, session_id))
-        if entry is None and not any(key.id == session_id for key in self._core.entries):
+        entry = self._core.sessions.entries.get(SessionKey(peer.uid, session_id))
+        if entry is None and not any(key.id == session_id for key in self._core.sessions.entries):
             raise wire.WireError("unknown-session", "there is no such session")
         if entry is None or entry.session.leader.pid != peer.pid:
             raise wire.WireError("not-allowed", "only its leader can end a session so")
         if not entry.session.ending:
             log.info("unregistered session=%s name=%r pid=%d", entry.session.id, entry.session.name, peer.pid)
             self._core.unregister(entry.session.key)
-            self._core.put_on_record(entry.session.key)
+            self._core.sessions.put_on_record(entry.session.key)
         return {}
 
     def _stop(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
@@ -265,9 +265,9 @@ class Server:
 
     def _find(self, peer: Peer, wanted: str) -> Entry:
         """Return the one session that ``wanted`` names: an id, a name, or the beginning of an id."""
-        mine = [entry for entry in self._core.entries.values() if self._may_act(peer, entry.session)]
+        mine = [entry for entry in self._core.sessions.entries.values() if self._may_act(peer, entry.session)]
         # Another user's session of the same name must not make one's own ambiguous.
-        for sessions in (mine, list(self._core.entries.values())):
+        for sessions in (mine, list(self._core.sessions.entries.values())):
             found = _named(sessions, wanted)
             if found is not None:
                 if not self._may_act(peer, found.session):
@@ -290,7 +290,7 @@ class Server:
 
     def _status(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
         ping = self._ping(peer, message)
-        entries = self._core.entries
+        entries = self._core.sessions.entries
         families = self._listing.families()
         workers = sum(
             1

@@ -149,11 +149,11 @@ def test_living_sessions_are_looked_at_though_one_of_them_cannot_be(world: World
         session = world.leader(name)
         world.take_on(session)
         keys[name] = session.key
-    assert set(world.core.look_at_living()) == set(keys.values())
+    assert set(world.core.living.look()) == set(keys.values())
     world.census.fault = ZeroDivisionError
-    assert set(world.core.look_at_living()) == {keys[GOOD]}
+    assert set(world.core.living.look()) == {keys[GOOD]}
     world.census.fault = None
-    assert set(world.core.look_at_living()) == {keys[GOOD]}, "it is set aside"
+    assert set(world.core.living.look()) == {keys[GOOD]}, "it is set aside"
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -173,14 +173,16 @@ def test_the_first_look_waits_only_where_all_that_were_known_before_are_being_en
     session = Session(page._identity[0], "", os.getuid(), os.getgid(), id_, "", page.fd)
     world.core.take_on(world.observer.describe_leader(session), os.pidfd_open(pid), OpenPage(os.dup(page.fd)))
     if known:
-        entry, other = world.core.entries[session.key], world.observer.proc.stat(os.getpid()).id
-        world.core._roster.put(entry._replace(session=entry.session._replace(seen=frozenset((other,)))))
+        entry, other = world.core.sessions.entries[session.key], world.observer.proc.stat(os.getpid()).id
+        world.core.sessions._roster.put(
+            entry._replace(session=entry.session._replace(seen=frozenset((other,))))
+        )
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     world.poller.wait(SOON_S)
-    told = world.core._look_ahead([session.key])
+    told = world.core._survivors._look_ahead([session.key])
     world.census.handles.release()
-    assert {one.pid for one in world.core.entries[session.key].targets} == {worker}
+    assert {one.pid for one in world.core.sessions.entries[session.key].targets} == {worker}
     assert told == (set() if known else {session.key})
     world.run_until(lambda: bool(world.store.events()))
 
@@ -190,11 +192,11 @@ def test_what_could_not_be_put_on_record_is_put_there_later(world: World, tmp_pa
     with contextlib.closing(sqlite3.connect(tmp_path / "reaper.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         world.take_on(session)
-        world.core.put_on_record(session.key)
-        world.core.save()
+        world.core.sessions.put_on_record(session.key)
+        world.core.sessions.save()
         assert world.store.sessions() == []
         other.execute("ROLLBACK")
-        world.core.save()
+        world.core.sessions.save()
     assert [one.key for one in world.store.sessions()] == [session.key]
 
 
@@ -204,7 +206,7 @@ def test_a_dry_run_says_nothing_before_a_look_has_seen_all(world: World) -> None
     world.take_on(session)
     world.end_leaders()
     world.poller.wait(SOON_S)
-    entry = world.core.entries[session.key]
+    entry = world.core.sessions.entries[session.key]
     ahead = ledger.apply(entry, ledger.Looked(Family({}, {}), entry.died_at_s or 0.0, 0.0, ahead=True))
     assert decide.decide(ahead, world.core.policy, entry.died_at_s or 0.0) == []
 
@@ -230,7 +232,7 @@ def test_where_the_kernel_does_not_tell_the_cause_an_end_that_was_announced_is_a
         world.core.unregister(session.key)
     world.end_leaders()
     world.poller.wait(SOON_S)
-    entry = world.core.entries[session.key]
+    entry = world.core.sessions.entries[session.key]
     assert entry.died_at_s is not None
     assert entry.signal_from_s - entry.died_at_s == (Policy().exit_grace_s if ending else 0.0)
     world.run_until_ended({GOOD})
@@ -247,10 +249,10 @@ def test_a_session_on_record_that_cannot_be_taken_on_keeps_the_daemon_from_nothi
     adoption = Adoption(world.core, "/nowhere")
     adoption.recover()
     bad, good = (SessionKey(session.uid, session.id) for session in sessions)
-    assert set(world.core.entries) == {good}
+    assert set(world.core.sessions.entries) == {good}
     world.census.fault = None
     end_s = time.monotonic() + SOON_S
-    while bad not in world.core.entries:
+    while bad not in world.core.sessions.entries:
         assert time.monotonic() < end_s
         with contextlib.suppress(Interrupted):  # the host has many processes
             adoption.sweep(world.observer.proc.listing())

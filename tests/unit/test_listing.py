@@ -44,7 +44,7 @@ class Observer:
 
 @dataclass
 class Core:
-    """Tells of the sessions that the test puts into it."""
+    """Tells of the sessions that the test puts into it; its parts are all itself."""
 
     entries: dict[SessionKey, Entry] = field(default_factory=dict)
     observer: Observer = field(default_factory=Observer)
@@ -53,10 +53,22 @@ class Core:
     interrupted: bool = False
     progress: pages.Progress | None = None
 
+    @property
+    def sessions(self) -> Core:
+        return self
+
+    @property
+    def living(self) -> Core:
+        return self
+
+    @property
+    def leaders(self) -> Core:
+        return self
+
     def put(self, one: Session) -> None:
         self.entries[one.key] = Entry(one)
 
-    def look_at_living(self) -> dict[SessionKey, Family]:
+    def look(self) -> dict[SessionKey, Family]:
         self.looks += 1
         if self.interrupted:
             raise Interrupted
