@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sqlite3
@@ -112,6 +113,8 @@ class World:
 def world(tmp_path: Path) -> Iterator[World]:
     with contextlib.closing(World(tmp_path)) as one:
         yield one
+    del one
+    gc.collect()  # what it has open must not be closed in the middle of a test that counts descriptors
 
 
 def test_a_session_that_cannot_be_looked_at_keeps_nobody_else_from_being_reaped(
@@ -278,6 +281,6 @@ def test_a_session_that_a_stamp_tells_of_is_taken_on_with_the_page_that_others_h
             holder = Holder(proc.stat(stamped), os.getuid(), os.getgid(), ())
             adoption = Adoption(world.core, socket)
             adoption._adopt_by_environment(StampedProcess(id_, holder, cgroup))
-            (entry,) = world.core.entries.values()
+            (entry,) = world.core.sessions.entries.values()
             assert entry.session.page_inode == os.fstat(page.fd).st_ino
             assert entry.session.name == "grid"
