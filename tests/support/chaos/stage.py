@@ -246,6 +246,11 @@ class Stage:
             session.counted_from_s = self.life.now_s()
             for one in session.procs:
                 one.owed = kin.owes(session, one)
+        elif proc.ended_by_us and not proc.signals and session is not None and session.dead_s is not None:
+            # Nobody may have seen it in between: whom only descent from it tells is then nobody's.
+            for one in session.procs:
+                if one.parent == proc.token and one.marks == kin.DESCENT and not one.sure:
+                    one.owed = None
         # What it told before it ended comes first.
         for factory in self.factories:
             self._hear(factory)
