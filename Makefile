@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml
 	@echo '$(CURDIR)' >$@
 
 .PHONY: demo
-demo: $(STAMP) ## kill a real grid search with SIGKILL, and watch Reaper clean up after it (20 s)
+demo: $(STAMP) ## kill a real grid search with SIGKILL, and watch Reaper clean up after it (15 s)
 	@$(BIN)/python examples/demo.py
 
 .PHONY: test

@@ -62,9 +62,8 @@ class _Process:
     """What this process is to Reaper."""
 
     def __init__(self) -> None:
-        self.lock = (
-            _thread.RLock()
-        )  # what threading has: a call may be made in the middle of another, by a signal handler
+        # What threading has: a call may be made in the middle of another, by a signal handler.
+        self.lock = _thread.RLock()
         self.session: Session | None = None
         self.page: SessionPage | None = None
         self.outer_lineage: str | None = None
@@ -301,9 +300,8 @@ class Spared:
             self._before = _children()
             self._entered += 1
             _process.sparing += 1
-            if (
-                _process.sparing == 1
-            ):  # blocks of several threads can overlap: the first sets, the last takes away
+            # Blocks of several threads can overlap: the first sets, the last takes away.
+            if _process.sparing == 1:
                 _process.outer_spared = outer = os.environ.get(wire.SPARED_VARIABLE)
                 os.environ[wire.SPARED_VARIABLE] = f"{outer}:{session}" if outer else session
 

@@ -106,7 +106,7 @@ class _Strict:
     """How the scanner reads: json.JSONDecoder has these attributes, too."""
 
     strict = True
-    object_hook = None
+    object_hook = array_hook = None
     object_pairs_hook = _unique
     parse_constant = _refuse_constant
     parse_int = _parse_int
@@ -119,29 +119,45 @@ def _refuse_object(value: object) -> Any:
 
 _BLANKS = " \t\n\r"
 
-try:
-    # What json is made of, without json itself: that compiles patterns to find the blanks between two words.
-    from _json import encode_basestring, make_encoder, make_scanner
-except ImportError:  # another Python than CPython
+
+def _json_halves() -> tuple[Callable[[object], str], Callable[[str, int], tuple[Any, int]]]:
+    """Return what writes and what reads a value: what json is made of, where this Python has that in the known shape.
+
+    json itself compiles patterns to find the blanks between two words, which takes longer than all else in ``register()``.
+    """
+    try:
+        from _json import encode_basestring, make_encoder, make_scanner
+
+        def write(value: object) -> str:
+            # As json.JSONEncoder does, and one each time: the first argument is what it is in the middle of.
+            encoder = make_encoder({}, _refuse_object, encode_basestring, None, ":", ",", False, False, False)
+            return "".join(encoder(value, 0))
+
+        scan: Callable[[str, int], tuple[Any, int]] = make_scanner(_Strict)  # type: ignore[arg-type]
+        if write({"a": [1, None]}) == '{"a":[1,null]}' and scan('{"a": [1]}', 0) == ({"a": [1]}, 10):
+            return write, scan
+    except (ImportError, AttributeError, TypeError, ValueError):  # they are private, and may change
+        pass
+    return _json_itself()
+
+
+def _json_itself() -> tuple[Callable[[object], str], Callable[[str, int], tuple[Any, int]]]:
     import json
 
-    def _write_json(value: object) -> str:
+    def write(value: object) -> str:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
-    _scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
-        object_pairs_hook=_unique,
-        parse_constant=_refuse_constant,
-        parse_int=_parse_int,
-        parse_float=_parse_float,
-    ).scan_once  # type: ignore[attr-defined]
-else:
+    hooks = _Strict
+    decoder = json.JSONDecoder(
+        object_pairs_hook=hooks.object_pairs_hook,
+        parse_constant=hooks.parse_constant,
+        parse_int=hooks.parse_int,
+        parse_float=hooks.parse_float,
+    )
+    return write, decoder.scan_once  # type: ignore[attr-defined]
 
-    def _write_json(value: object) -> str:
-        # As json.JSONEncoder does, and one each time: the first argument is what it is in the middle of.
-        write = make_encoder({}, _refuse_object, encode_basestring, None, ":", ",", False, False, False)
-        return "".join(write(value, 0))
 
-    _scan = make_scanner(_Strict)  # type: ignore[arg-type]
+_write_json, _scan = _json_halves()
 
 
 def _parse_json(text: str) -> Any:
@@ -293,7 +309,7 @@ PROGRESS_FORMAT = "<ddH"  # of struct
 MAX_SPARED = 64
 
 CLOSING = 1  # the leader's interpreter is exiting in good order
-ENDED = 2  # the leader called unregister() and no daemon took note
+ENDED = 2  # the leader called unregister(): a daemon that starts later learns it from here
 
 
 def pack_record(

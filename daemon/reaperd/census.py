@@ -21,10 +21,8 @@ from reaperd.reading import Handles, ProcessReader
 # A scan reads some of those again who seemed to be nobody's, for so long: they may have become other programs.
 _TURN_S = 0.0003
 _AHEAD = 32  # processes that are read before the first of them are signalled; then twice as many, and so on
-_RELIST_S, _MOST_RELISTS = (
-    0.001,
-    3,
-)  # a look that took longer lists once more: a worker may have forked meanwhile
+# A look that took longer lists once more: a worker may have forked meanwhile.
+_RELIST_S, _MOST_RELISTS = 0.001, 3
 
 _MOST_INTERRUPTIONS = 10  # of looks at everybody, in a row
 _MANY = 64  # processes, of those who are new at a scan; after so long with them whoever asks for something is answered

@@ -51,10 +51,11 @@ def _children(proc: ProcFS, pid: int) -> list[int]:
 def left_to(proc: ProcFS, parents: set[int], uids: set[int], new: list[int]) -> dict[int, int]:
     """Return those of ``new`` that are of ``uids`` and stand below ``parents``, as quickly as that can be told.
 
-    The values tell who of them is the topmost above each.
+    So does whose chain of parents leads to somebody who ended while all were asked: it has been left by that one. Whose
+    uid cannot be told as quickly counts, too (Linux before 6.13). The values tell who of ``new`` is the topmost above each.
     """
-    above: dict[int, tuple[int, int | None]] = {}
-    gone: set[int] = set()  # who named one of them as its parent has been left by it
+    above: dict[int, tuple[int, int | None]] = {}  # parent and uid
+    gone: set[int] = set()
     for pid in new:
         try:
             above[pid] = _parent(proc, pid)

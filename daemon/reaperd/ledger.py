@@ -87,9 +87,8 @@ class Entry(NamedTuple):
     targets: Mapping[ProcessId, Target] = MappingProxyType({})
     left_alone: Mapping[ProcessId, str] = MappingProxyType({})
     workers: int = 0  # when last looked at; while the leader lives
-    idle_looks: int = (
-        0  # in a row, at all who could be one, that found no worker of a session that its leader has ended
-    )
+    # In a row, at all who could be one, that found no worker of a session that its leader has ended.
+    idle_looks: int = 0
     leader_target: Target | None = None  # set while somebody has the leader stopped
     stopped_by_uid: int | None = None  # who that was
     reclaim_asked: bool = False
@@ -152,12 +151,10 @@ class Looked(NamedTuple):
     family: Family
     at_s: float
     took_s: float
-    complete: bool = (
-        True  # False: there may be more members than these: somebody was not looked at, or was gone before
-    )
-    unread: frozenset[int] = (
-        frozenset()
-    )  # pids of those who let nobody read their marks: what they are is not known
+    # False: there may be more members than these: somebody was not looked at, or was gone before.
+    complete: bool = True
+    # Pids of those who let nobody read their marks: what they are is not known.
+    unread: frozenset[int] = frozenset()
     afresh: bool = True  # False: who was found before was not looked at again
     ahead: bool = False  # True: only some were looked at, before the look that counts
     everyone: bool = True  # False: who was nobody's before was not looked at again
@@ -361,9 +358,8 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
         return changed._replace(look_due_s=due_s)
     if changed.workers_done:
         return changed._replace(look_due_s=None)
-    distant = (
-        quiet - changed.quiet_looks_wanted + QUIET_LOOKS
-    )  # below 0: after growth the first looks are close
+    # Below 0: after growth the first looks are close.
+    distant = quiet - changed.quiet_looks_wanted + QUIET_LOOKS
     spacing = CLOSE_S if distant < 0 else SPACING_S[min(distant, len(SPACING_S) - 1)]
     # A look that takes long on a crowded machine must not become all that we do, unless somebody forks all the time.
     share = 2 if changed.growth else 5

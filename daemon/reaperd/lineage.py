@@ -56,9 +56,8 @@ class _Search:
         self.subreapers = self.session.subreapers | self._seen_adopting()
         for process in self._conspicuous():
             self._judge_alone(process)
-        if (
-            self.session.cause is None
-        ):  # else its children have been given to others, and its pid may have been, too
+        # Else its children have been given to others, and its pid may have been, too.
+        if self.session.cause is None:
             self._descend(self.session.leader.pid, self.session.leader)
         for member in list(self.members.values()):
             self._descend(member.process.id.pid, member.process.id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -19,6 +18,7 @@ from typing import Any
 from agent import sockets
 from reaperd import __version__, kinship, report
 from reaperd.adoption import Adoption
+from reaperd.aside import is_exhaustion
 from reaperd.census import Interrupted
 from reaperd.config import Config, ConfigError, render_config, without_effect
 from reaperd.core import Core
@@ -111,7 +111,7 @@ class Daemon:
         )  # fmt: skip
         self._core.sessions.record(report.event("started", version=__version__))
         self._adoption.recover()
-        self._adoption.sweep()
+        self._sweep_all()
         self._core.step()
         self._link.on_up = self._say_ready
         self._link.start(time.monotonic())
@@ -171,7 +171,7 @@ class Daemon:
         if self._link.restart_at_s is not None and self._link.restart_at_s <= now_s:
             self._link.start(now_s)
             # Who tried to register while there was no gate is known by its page.
-            self._adoption.sweep()
+            self._sweep_all()
             self._core.step()
         if self._scan_due_s <= now_s:
             self._scan_due_s = now_s + self._config.scan.interval_s
@@ -183,7 +183,7 @@ class Daemon:
             except Interrupted:
                 self._scan_due_s = now_s
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                if not is_exhaustion(error):
                     raise
                 log.warning("cannot look at the sessions: %s, trying again at the next scan", error.strerror)
             self._core.step()
@@ -193,6 +193,14 @@ class Daemon:
         if self._notifier.watchdog_s is not None and self._watchdog_due_s <= now_s:
             self._watchdog_due_s = now_s + self._notifier.watchdog_s
             self._notifier.send(f"WATCHDOG=1\nSTATUS={len(self._core.sessions.entries)} sessions")
+
+    def _sweep_all(self) -> None:
+        try:
+            self._adoption.sweep()
+        except OSError as error:
+            if not is_exhaustion(error):
+                raise
+            log.warning("cannot look for sessions: %s, going on with those that are new", error.strerror)
 
     # -- signals and settings ----------------------------------------------------------------
 
@@ -207,9 +215,8 @@ class Daemon:
                 self._signals.update(reader.recv(4096))
 
         signal.set_wakeup_fd(writer.fileno())
-        signal.signal(
-            signal.SIGCHLD, signal.SIG_DFL
-        )  # ignored, as whoever starts us may have it, nobody can be waited for
+        # Where whoever started us has it ignored, no child can be waited for.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # The wake-up socket may be full: the number is noted here, too.
             signal.signal(number, lambda number, _: self._signals.add(number))

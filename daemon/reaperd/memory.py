@@ -68,9 +68,8 @@ class MemoryReader:
         self._proc = proc
         self._stalled: dict[ProcessId, _Stall] = {}
         self._answerer = helper.Answerer(self._read_one)
-        self.keeps_helper = (
-            False  # after a read, for the next: whoever sets this looks at ``idle_deadline_s``
-        )
+        # After a read, for the next: whoever sets this looks at ``idle_deadline_s``.
+        self.keeps_helper = False
 
     def read(self, wishes: Iterable[Wish], alarm: Alarm | None = None) -> dict[int, Memory]:
         """Return what could be read, by pid; whoever is missing is gone, or could not be read before ``alarm`` rang."""

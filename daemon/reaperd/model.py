@@ -155,9 +155,8 @@ class Session(NamedTuple):
     started_at_utc: str
     # The page's descriptor number in the leader; -1: it has none.
     page_fd: int = -1
-    page_inode: int | None = (
-        None  # of the page, on the kernel's own mount for shared memory; None: we hold none
-    )
+    # Of the page, on the kernel's own mount for shared memory; None: we hold none.
+    page_inode: int | None = None
     # None: never learned, so no environment stamp counts.
     cgroup: str | None = "/"
     # The leader's ancestors: one that is a subreaper inherits what it leaves.

@@ -1,4 +1,4 @@
-"""The only place that signals anyone, always through a pidfd, and the owner of the pidfds of those who are to be ended."""
+"""The only place that signals anyone but our own helpers, always through a pidfd, and the owner of the pidfds of those who are to be ended."""
 
 from __future__ import annotations
 

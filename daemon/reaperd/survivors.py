@@ -5,7 +5,6 @@ Looks and signals stand together: what is due on the evidence of a look is sent 
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
 import time
@@ -13,6 +12,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from reaperd import decide, ledger, report
+from reaperd.aside import is_exhaustion
 from reaperd.census import Interrupted
 from reaperd.escalation import Stage
 from reaperd.kept import Kept
@@ -26,9 +26,8 @@ from reaperd.sessions import Sessions
 
 log = logging.getLogger(__name__)
 
-_GATHER_S = (
-    0.002  # workers end together: what that changes is worked out once for all who do within that time
-)
+# Workers end together: what that changes is worked out once for all who do within that time.
+_GATHER_S = 0.002
 _PATIENCE_S = 60.0  # with who lets nobody read its marks
 _CALM_WITHIN_S = 10.0  # others of the same user may come and go all the time
 _MOST_ROUNDS = 3  # of looking for one plan
@@ -40,9 +39,8 @@ class Sight(NamedTuple):
     family: Family
     unread: frozenset[int]  # pids of those who let nobody read them
     whole: bool  # none of them may be a member
-    calm: bool = (
-        True  # nobody who may have been one was gone before it could be read, as who re-forks all the time is
-    )
+    # Nobody who may have been one was gone before it could be read, as who re-forks all the time is.
+    calm: bool = True
 
 
 class Survivors:
@@ -106,7 +104,7 @@ class Survivors:
         except Interrupted:
             pass  # it is due still, after what has interrupted it
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
+            if not is_exhaustion(error):
                 raise
             log.warning("cannot look for %d sessions: %s, trying again", len(depths), error.strerror)
             for key in depths:

@@ -25,9 +25,8 @@ from reaperd.observer import Observer
 _TURN_S = 0.001
 _MOST_CHANGED = 8  # of them, to be read in full
 _BETWEEN_ALARMS = 64  # processes
-_AT_A_TIME_S = (
-    0.02  # for those who are new, of whom there can be thousands: then whoever asks for something is answered
-)
+# For those who are new, of whom there can be thousands: then whoever asks for something is answered.
+_AT_A_TIME_S = 0.02
 
 
 class Holder(NamedTuple):

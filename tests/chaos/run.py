@@ -73,9 +73,8 @@ def main() -> None:
 
 def run(seed: int, steps: int, keep: str) -> int:
     """Perform the plan of ``seed`` and return the exit code."""
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(1)
-    )  # whoever takes part is ended on the way out
+    # Whoever takes part is ended on the way out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     scratch = Scratch()
     stage = Stage(scratch, uuid.uuid4().hex[:12])
     performance, teller = Performance(stage), Teller(stage)

@@ -33,9 +33,8 @@ def main() -> None:
     print(
         f"{options.warm_up} + {options.sessions} sessions, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.2f}"
     )
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(1)
-    )  # whoever takes part is ended on the way out
+    # Whoever takes part is ended on the way out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     scratch = Scratch()
     stage = Stage(scratch, uuid.uuid4().hex[:12])
     measured: list[Measured] = []

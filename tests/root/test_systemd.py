@@ -163,9 +163,8 @@ def test_the_core_holds_five_capabilities_and_the_gate_none(unit: BootedSystem) 
     # capability.h: CAP_DAC_READ_SEARCH, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SYS_PTRACE
     assert int(core["CapEff"], 16) == sum(1 << number for number in (2, 5, 6, 7, 19))
     assert (core["NoNewPrivs"], core["Seccomp"]) == ("1", "2")
-    unit.run(
-        "reaperctl", "ping"
-    )  # answered by a gate that has given up its privileges: it does that before it reads
+    # Answered by a gate that has given up its privileges: it does that before it reads.
+    unit.run("reaperctl", "ping")
     child = unit.run("pgrep", "--parent", main_pid(unit), "--full", "reaperd.gate").stdout.strip()
     gate = dict(line.split(":\t", 1) for line in unit.path(f"/proc/{child}/status").read_text().splitlines())
     uid = unit.run("id", "-u", "reaper-gate").stdout.strip()

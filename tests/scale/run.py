@@ -330,9 +330,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     others = len(all_pids())
     print(f"seed {options.seed}, {os.cpu_count()} CPUs, {others} processes, load {os.getloadavg()[0]:.2f}")
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # and everything is taken down again
+    # And everything is taken down again.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     scratch = Scratch()
     daemon = Daemon(scratch, uuid.uuid4().hex[:12], config=CONFIG)
     try:

@@ -269,9 +269,8 @@ def test_a_leader_in_state_d_is_found_by_a_daemon_that_comes_late(
         assert_reaped_once_it_is_killed(daemon, leader)
     else:
         leader.kill9()
-        daemon.wait_end(
-            leader.session
-        )  # that its workers have it for a leader is seen when they come to their turn
+        # That its workers have it for a leader is seen when they come to their turn.
+        daemon.wait_end(leader.session)
         assert leader.living() == []
 
 
@@ -307,9 +306,8 @@ def test_a_helper_of_the_daemon_is_nobody_s_worker(daemon: Daemon, start_leader:
         tracer.run_while(lambda: bool(second.living()) and time.monotonic() < end_s)
         assert second.living() == []
     for leader in (first, second):
-        event = daemon.wait_end(
-            leader.session
-        )  # so it lives: a helper's SIGTERM must not be taken for its own
+        # So it lives: a helper's SIGTERM must not be taken for its own.
+        event = daemon.wait_end(leader.session)
         assert {one["pid"] for one in event["processes"]} == set(leader.family.workers)
 
 

@@ -88,9 +88,8 @@ def end_group(group: Path) -> None:
     while "populated 1" in (group / "cgroup.events").read_text():
         if time.monotonic() > deadline:
             raise AssertionError(f"{group} cannot be emptied")
-        time.sleep(
-            0.01
-        )  # the kernel is at it; poll(2) on cgroup.events misses a change before the first read
+        # The kernel is at it; poll(2) on cgroup.events misses a change before the first read.
+        time.sleep(0.01)
     for directory, _, _ in os.walk(group, topdown=False):
         os.rmdir(directory)
 

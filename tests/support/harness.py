@@ -780,9 +780,8 @@ class Leader:
             return line
         told = {pid for found in line["pids"].values() for pid in found}
         end_s = time.monotonic() + UP_WITHIN_S
-        while (
-            told - names.keys() and time.monotonic() < end_s
-        ):  # one in the middle of execve(2) shows no mark
+        # One in the middle of execve(2) shows no mark.
+        while told - names.keys() and time.monotonic() < end_s:
             names |= self._names()
         pids = {role: [names.get(pid, pid) for pid in found] for role, found in line["pids"].items()}
         return {**line, "leader": names[line["leader"]], "pids": pids}

@@ -343,9 +343,8 @@ def test_nobody_is_signalled_on_evidence_that_is_not_fresh() -> None:
 
 
 def test_what_is_due_on_evidence_that_is_not_fresh_is_looked_into_first_and_what_is_not_due_is_not() -> None:
-    found = Looked(
-        Family({ProcessId(201, 2000): worker(201).member}, {}), 1.0, 10.0
-    )  # the next is due at 21 s
+    # The next is due at 21 s.
+    found = Looked(Family({ProcessId(201, 2000): worker(201).member}, {}), 1.0, 10.0)
     entry = apply(Reap([]).entry, found)
     (send,) = decide.decide(entry, POLICY, 1.0 + FRESH_S / 2)
     assert isinstance(send, Send)

@@ -105,7 +105,7 @@ def test_the_reader_becomes_readable_when_the_helper_is_done_or_dead() -> None:
         running = helper.start_helper(work)
         wait_for(running.reader)
         wait_for(running.pidfd)
-        helper.finish_helper(running)
+        assert helper.finish_helper(running) == (7 if work is not fail else None)
 
 
 # -- what it keeps ----------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import contextlib
 import json
 import struct
 import sys
+import types
+from _json import encode_basestring, make_encoder, make_scanner
 from typing import Any
 
 import pytest
@@ -567,3 +569,37 @@ def test_the_cgroup_that_tells_sessions_apart_is_the_unified_one_or_systemds() -
         ("", "/"),
     ):
         assert wire.parse_cgroup(text) == path, text
+
+
+def _changed(**names: object) -> types.ModuleType:
+    """Return a module like the one that json is made of, with some names changed; those that are None are gone."""
+    module = types.ModuleType("_json")
+    known = {
+        "encode_basestring": encode_basestring,
+        "make_encoder": make_encoder,
+        "make_scanner": make_scanner,
+    }
+    vars(module).update({name: value for name, value in {**known, **names}.items() if value is not None})
+    return module
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        _changed(make_scanner=None),
+        _changed(make_encoder=lambda *arguments: (_ for _ in ()).throw(TypeError("takes 11 arguments"))),
+        _changed(make_scanner=lambda context: context.attribute_of_a_later_python),
+        _changed(make_encoder=lambda *arguments: lambda value, indent: ("{", "}")),
+    ],
+    ids=["a part is gone", "takes other arguments", "wants more of its context", "writes something else"],
+)
+def test_where_json_is_made_otherwise_it_is_used_itself(
+    monkeypatch: pytest.MonkeyPatch, module: types.ModuleType
+) -> None:
+    monkeypatch.setitem(sys.modules, "_json", module)
+    write, scan = wire._json_halves()
+    assert write({"a": [1, None, "\u2603"]}) == '{"a":[1,null,"\u2603"]}'
+    assert scan('{"a": [1, 2.5]}', 0) == ({"a": [1, 2.5]}, 15)
+    for text in ('{"a":1,"a":2}', '{"a":NaN}', '{"a":1e999}'):
+        with pytest.raises(ValueError, match=r"."):
+            scan(text, 0)

@@ -10,9 +10,8 @@ from reaperd.ctl.findings import Check, Finding, limit, ok, problem
 from reaperd.ctl.units import size
 from reaperd.linux.mounts import Mount, parse_mount_table
 
-_SHM_BYTES = (
-    256 * 1024 * 1024
-)  # below this, worker pools that share arrays run into its end (Docker gives 64 MiB)
+# Below this, worker pools that share arrays run into its end (Docker gives 64 MiB).
+_SHM_BYTES = 256 * 1024 * 1024
 _SHM = "/dev/shm"  # noqa: S108
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _SECCOMP = "a container's seccomp profile may forbid it: allow pidfd_open and pidfd_send_signal"

@@ -124,9 +124,8 @@ class Answerer:
 
         After ``most_s``, or where ``alarm`` rings, it is enough, too. None where processes or descriptors have run out.
         """
-        if self._running is not None and pidfd.has_exited(
-            self._running.pidfd
-        ):  # somebody has ended it meanwhile
+        # Somebody may have ended it meanwhile.
+        if self._running is not None and pidfd.has_exited(self._running.pidfd):
             self.close()
         if self._running is None and not self._start():
             return None

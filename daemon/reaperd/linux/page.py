@@ -15,9 +15,8 @@ from reaperd import pages
 
 _F_GET_SEALS = 1034  # linux/fcntl.h
 _SEALS = 0x1 | 0x2 | 0x4 | 0x10  # SEAL, SHRINK, GROW, FUTURE_WRITE
-_FLAGS = (
-    os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-)  # a FIFO or a terminal can bear the same name
+# A FIFO or a terminal can bear the same name.
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _ATTEMPTS = 16
 
 

@@ -18,9 +18,8 @@ from reaperd.linux.procfs import ProcessGone, ProcFS
 from reaperd.model import ProcessId
 
 _SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
-_PIDFD_GET_INFO = (
-    3 << 30 | 64 << 16 | 0xFF << 8 | 11
-)  # _IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info), linux/pidfd.h
+# _IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info), linux/pidfd.h.
+_PIDFD_GET_INFO = 3 << 30 | 64 << 16 | 0xFF << 8 | 11
 _PIDFD_INFO_CREDS = 1 << 1  # Linux 6.13
 _PIDFD_INFO_EXIT = 1 << 3  # Linux 6.15
 _INFO = struct.Struct("=QQ11Ii")

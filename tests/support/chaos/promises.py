@@ -26,9 +26,8 @@ class Promises:
         self.life = life
         self._count = count
         self._late: set[Proc] = set()
-        self._busy_s = float(
-            "-inf"
-        )  # monotonic: when so much wanted to run last that nobody can promise a time
+        # Monotonic: when so much wanted to run last that nobody can promise a time.
+        self._busy_s = float("-inf")
 
     def forget(self) -> None:
         """Forget who was late: nobody is left."""

@@ -1,6 +1,6 @@
 """One real daemon, its leaders and bystanders, and what is known of them: reports come in here, orders go out.
 
-Every promise is checked while this waits (``check.py``). A ``Violation`` is Reaper's fault; whatever else is raised is ours.
+Every promise is checked while this waits (``promises.py``). A ``Violation`` is Reaper's fault; whatever else is raised is ours.
 """
 
 from __future__ import annotations

@@ -284,9 +284,8 @@ def _leader_in_the_same_tick(daemon: Daemon) -> bool:
         lasting, ticks = stubborn(), start_ticks(os.getpid())
         place = wire.place_of(daemon.socket, "/", os.geteuid())
         session = wire.format_session_id(os.getpid(), ticks, place, 0)
-        ask(
-            daemon, "register", session=session, start_ticks=ticks
-        )  # in a third of the time that the agent takes
+        # In a third of the time that the agent takes.
+        ask(daemon, "register", session=session, start_ticks=ticks)
         channel.say(lasting)
         hold()
 

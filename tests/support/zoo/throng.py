@@ -46,9 +46,8 @@ def lead(workers: int, kind: str, outlet: int) -> None:
     """Register, start ``workers``, say so, and live on; what ends a leader that is not killed ends its workers too."""
     signal.alarm(LIFETIME_S)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # no daemon answered in time: told by the session that ps does not list
+        # No daemon answered in time: told by the session that ps does not list.
+        warnings.simplefilter("ignore")
         began_s = time.perf_counter()
         session = agent.register("throng", timeout=20.0)
         took_us = round((time.perf_counter() - began_s) * 1e6)
