@@ -134,11 +134,13 @@ class MemoryReader:
         pid, task, with_environ, with_argv, prefixes = question
         began_s = time.thread_time()
         with contextlib.suppress(ProcessGone, PermissionError):
-            environ = (self._proc.environ(pid, task) if with_environ else None) or b""
-            # In the middle of execve(2) it has no memory of its own yet.
-            if with_environ and not environ and not self._proc.stat(pid).image:
+            environ = self._proc.environ(pid, task) if with_environ else None
+            # In the middle of execve(2) it has no memory of its own yet; None: it may not be read, now or later.
+            if environ == b"" and not self._proc.stat(pid).image:
                 return None
-            variables = {name: value for name in VARIABLES if (value := environment_value(environ, name))}
+            variables = {
+                name: value for name in VARIABLES if (value := environment_value(environ or b"", name))
+            }
             argv = self._proc.argv(pid, task) if with_argv else ()
             maps = self._proc.maps(pid, task) if prefixes else b""
             # A file of a user's own can be called like a memfd, and have any inode.

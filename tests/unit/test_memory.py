@@ -48,9 +48,10 @@ class Faulty(ProcFS):
         self.refuses: set[int] = set()
         self.execs: set[int] = set()
         self.empty: set[int] = set()
+        self.secret: set[int] = set()
 
     def stat(self, pid: int) -> Stat:
-        return super().stat(ME)._replace(image=0 if pid in self.execs else 1)
+        return super().stat(ME)._replace(image=0 if pid in self.execs | self.secret else 1)
 
     def environ(self, pid: int, task: int) -> bytes | None:
         assert os.getpid() != ME, "the core itself has read what can block"
@@ -60,6 +61,8 @@ class Faulty(ProcFS):
             raise ProcessGone
         if pid in self.refuses:
             raise PermissionError
+        if pid in self.secret:
+            return None
         if pid in self.execs | self.empty:
             return b""
         select.select([], [], [], self.idle.get(pid, 0.0))
@@ -327,8 +330,8 @@ def test_who_blocked_and_was_not_asked_for_since_is_forgotten() -> None:
 
 def test_who_is_in_the_middle_of_an_execve_is_not_taken_for_one_without_an_environment() -> None:
     proc = Faulty()
-    proc.execs, proc.empty = {1}, {2}
-    assert MemoryReader(proc).read([invented(pid) for pid in (1, 2, 3)]).keys() == {2, 3}
+    proc.execs, proc.empty, proc.secret = {1}, {2}, {4}
+    assert MemoryReader(proc).read([invented(pid) for pid in (1, 2, 3, 4)]).keys() == {2, 3, 4}
 
 
 def test_a_process_is_known_by_what_it_was_when_it_was_wished_for() -> None:
