@@ -219,7 +219,7 @@ def _announce(session: Session, paths: list[str], timeout_s: float, required: bo
 
 def _temp_dirs() -> list[str]:
     """Return where joblib puts memory-mapped arrays, where /dev/shm is not the place."""
-    folders = (os.environ.get(name, "") for name in ("JOBLIB_TEMP_FOLDER", "TMPDIR"))
+    folders = (os.environ.get(name, "") for name in wire.TEMP_VARIABLES)
     return [
         folder for folder in folders if os.path.isabs(folder) and len(folder) <= 4096 and folder.isprintable()
     ]

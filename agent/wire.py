@@ -24,6 +24,7 @@ _MAX_INTEGER = 2**63
 
 LINEAGE_VARIABLE = "REAPER_LINEAGE"
 SPARED_VARIABLE = "REAPER_SPARED"
+TEMP_VARIABLES = ("JOBLIB_TEMP_FOLDER", "TMPDIR")  # where joblib puts memory-mapped arrays, /dev/shm apart
 PAGE_PREFIX = "reaper:"
 SPARED_PREFIX = "reaper-spared:"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 from reaperd.linux import pidfd
@@ -78,9 +77,5 @@ def left_to(proc: ProcFS, parents: set[int], uids: set[int], new: list[int]) -> 
 
 def _parent(proc: ProcFS, pid: int) -> tuple[int, int | None]:
     """Return the parent of ``pid`` and its uid, None for one that is not told as quickly."""
-    handle = pidfd.open_pid(pid)
-    try:
-        told = pidfd.info(handle)
-    finally:
-        os.close(handle)
+    told = pidfd.info_of(pid)
     return (proc.stat(pid).ppid, None) if told is None else (told.ppid, told.uid)

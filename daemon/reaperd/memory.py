@@ -18,7 +18,7 @@ from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import Mapping, ProcessGone, ProcFS, Stat, environment_value, parse_maps
 from reaperd.model import ProcessId
 
-VARIABLES = (wire.LINEAGE_VARIABLE, wire.SPARED_VARIABLE, "JOBLIB_TEMP_FOLDER", "TMPDIR")
+VARIABLES = (wire.LINEAGE_VARIABLE, wire.SPARED_VARIABLE, *wire.TEMP_VARIABLES)
 # Which mapped files are asked for, by how their paths begin.
 MEMFD_PREFIX = "/memfd:"
 OUR_PAGES = (MEMFD_PREFIX + wire.PAGE_PREFIX,)

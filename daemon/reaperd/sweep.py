@@ -126,11 +126,7 @@ class Sweep:
 
     def _is_of(self, pid: int, uid: int, since_ticks: int) -> bool:
         with contextlib.suppress(ProcessGone, PermissionError, ValueError):
-            handle = pidfd.open_pid(pid)
-            try:
-                told = pidfd.info(handle)
-            finally:
-                os.close(handle)
+            told = pidfd.info_of(pid)
             found = parse_uid(self._proc.status(pid)) if told is None else told.uid
             return found == uid and self._proc.stat(pid).id.start_ticks >= since_ticks
         return False
@@ -208,7 +204,7 @@ class Sweep:
         uid, gid = parse_uid(status), parse_gid(status)
         if uid is None or gid is None:
             return
-        folders = (memory.variables.get(name, "") for name in ("JOBLIB_TEMP_FOLDER", "TMPDIR"))
+        folders = (memory.variables.get(name, "") for name in wire.TEMP_VARIABLES)
         holder = Holder(wish.stat, uid, gid, tuple(filter(os.path.isabs, folders)))
         spared = wire.parse_lineage(memory.variables.get(wire.SPARED_VARIABLE, ""))
         for session_id in stamps:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import select
 import signal
-import sqlite3
 import statistics
 import subprocess
 import sys
@@ -26,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "support"))
 
-from attackers import Attacker, Siege, answers, gate_of, routing_id_of_a_reply
+from attackers import Attacker, Siege, answers, gate_of, lengthen_history, routing_id_of_a_reply
 from harness import (
     STRANGER,
     WORKERS_GONE_S,
@@ -329,17 +327,6 @@ def paced(at: Assault, seconds: float, between: Callable[[], float] = lambda: 0.
         found.append(between())
         select.select([], [], [], max(0.0, began_s + seconds * (number + 1) / count - time.monotonic()))
     return found
-
-
-def lengthen_history(daemon: Daemon, count: int) -> None:
-    """Put events into the record of a daemon that does not run."""
-    record = {"at": "2026-01-01T00:00:00Z", "kind": "ended", "session": "1-1-00000000-00000001", "uid": 1}
-    row = (time.time(), record["kind"], record["session"], record["uid"], json.dumps(record))
-    with contextlib.closing(sqlite3.connect(os.path.join(daemon.state, "reaper.db"))) as database, database:
-        database.executemany(
-            "INSERT INTO events (at_epoch_s, kind, session, uid, record) VALUES (?, ?, ?, ?, ?)",
-            (row for _ in range(count)),
-        )
 
 
 @contextlib.contextmanager

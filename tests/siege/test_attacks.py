@@ -9,9 +9,7 @@ import resource
 import select
 import signal
 import socket
-import sqlite3
 import struct
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +19,7 @@ from attackers import (
     answers,
     as_captured_gate,
     gate_of,
+    lengthen_history,
     peak_bytes,
     resident_bytes,
     routing_id_of_a_reply,
@@ -374,7 +373,7 @@ def test_waiters_for_events_in_a_long_history_delay_no_reap(
 ) -> None:
     daemon = start_daemon()
     daemon.stop()
-    _lengthen_history(daemon, 200_000)
+    lengthen_history(daemon, 200_000)
     daemon.start()
     siege = lay_siege(daemon, victims=3)
     with contextlib.ExitStack() as stack:
@@ -387,16 +386,6 @@ def test_waiters_for_events_in_a_long_history_delay_no_reap(
             siege.reap()
         assert answers(daemon) < 2
     siege.check()
-
-
-def _lengthen_history(daemon: Daemon, count: int) -> None:
-    record = {"at": "2026-01-01T00:00:00Z", "kind": "ended", "session": "1-1-00000000-00000001", "uid": 1}
-    row = (time.time(), record["kind"], record["session"], record["uid"], json.dumps(record))
-    with contextlib.closing(sqlite3.connect(os.path.join(daemon.state, "reaper.db"))) as database, database:
-        database.executemany(
-            "INSERT INTO events (at_epoch_s, kind, session, uid, record) VALUES (?, ?, ?, ?, ?)",
-            (row for _ in range(count)),
-        )
 
 
 def test_one_process_that_registers_for_ever_delays_nobody(

@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import socket
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
@@ -270,6 +271,17 @@ class Bystanders:
             assert process.stdin is not None
             process.stdin.close()
             process.wait()
+
+
+def lengthen_history(daemon: Daemon, count: int) -> None:
+    """Put events into the record of a daemon that does not run."""
+    record = {"at": "2026-01-01T00:00:00Z", "kind": "ended", "session": "1-1-00000000-00000001", "uid": 1}
+    row = (time.time(), record["kind"], record["session"], record["uid"], json.dumps(record))
+    with contextlib.closing(sqlite3.connect(os.path.join(daemon.state, "reaper.db"))) as database, database:
+        database.executemany(
+            "INSERT INTO events (at_epoch_s, kind, session, uid, record) VALUES (?, ?, ?, ?, ?)",
+            (row for _ in range(count)),
+        )
 
 
 # -- a siege --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,26 @@ def pidfds_of(pid: int) -> int:
 
 
 # -- who is in a snapshot ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def parent_of_stamped() -> Iterator[tuple[int, int]]:
+    """Start a fork of this process that has started a stamped program; yield the pids of both."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with executed(**STAMPED) as started:
+            os.write(writer, b"%d\n" % started)
+            signal.pause()
+        os._exit(1)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        program = int(file.readline())
+    try:
+        yield pid, program
+    finally:
+        os.kill(program, signal.SIGKILL)
+        end(pid)
 
 
 def test_the_living_leader_is_in_its_own_snapshot_and_a_dead_child_is_not(census: Census) -> None:
@@ -741,26 +761,11 @@ def test_a_hurried_look_leaves_those_to_the_next_whose_pages_do_not_tell_where_o
 
 
 def test_a_hurried_look_reads_whoever_stands_below_one_that_is_to_be_signalled(page: SessionPage) -> None:
-    reader, writer = os.pipe()
-
-    def start() -> None:
-        with executed(**STAMPED) as program:
-            os.write(writer, b"%d\n" % program)
-            signal.pause()
-
     census = Observer(Mine()).census
     one = dead_session(page, adopters=frozenset((id_of(ME),)))
     look(census, session(page))
     with contextlib.ExitStack() as stack:
-        pid = os.fork()
-        if pid == 0:
-            start()
-            os._exit(1)
-        stack.callback(end, pid)
-        os.close(writer)
-        with open(reader, "rb") as file:
-            program = int(file.readline())
-        stack.callback(os.kill, program, signal.SIGKILL)
+        pid, program = stack.enter_context(parent_of_stamped())
         snapshot = look(census, one, hold=True, hurried=True)
         assert found(snapshot, pid).pages == {one.id}
         assert (found(snapshot, program).ppid, found(snapshot, program).lineage) == (pid, (OTHER_ID,))
@@ -855,25 +860,10 @@ def test_of_many_some_are_told_at_a_time_and_each_once(census: Census, page: Ses
 def test_nobody_is_told_ahead_of_whom_not_all_is_told_that_stands_below(
     census: Census, page: SessionPage
 ) -> None:
-    reader, writer = os.pipe()
-
-    def start() -> None:
-        with executed(**STAMPED) as program:
-            os.write(writer, b"%d\n" % program)
-            signal.pause()
-
     one = dead_session(page, adopters=frozenset((id_of(ME),)))
     look(census, session(page))
     with contextlib.ExitStack() as stack:
-        pid = os.fork()
-        if pid == 0:
-            start()
-            os._exit(1)
-        stack.callback(end, pid)
-        os.close(writer)
-        with open(reader, "rb") as file:
-            program = int(file.readline())
-        stack.callback(os.kill, program, signal.SIGKILL)
+        pid, program = stack.enter_context(parent_of_stamped())
         alone = stack.enter_context(child())
         (snapshot,) = ahead(census, one)
         assert snapshot.processes.keys() == {alone}

@@ -103,6 +103,15 @@ def info(pidfd: int) -> Info | None:
     return Info(ppid, ruid if ruid == euid == suid else None, rgid)
 
 
+def info_of(pid: int) -> Info | None:
+    """Return what the kernel tells of ``pid``, as ``info()``; ProcessGone."""
+    handle = open_pid(pid)
+    try:
+        return info(handle)
+    finally:
+        os.close(handle)
+
+
 def exit_status(pidfd: int) -> int | None:
     """Return the wait status of a process that its parent has waited for, None before that or on Linux < 6.15."""
     buffer = bytearray(_INFO.size)
