@@ -1000,6 +1000,26 @@ def test_who_is_new_is_read_some_at_a_time_and_what_was_read_is_not_read_again(
         assert {pid: ours[pid] for pid in pids} == {pid: theirs[pid] for pid in pids}
 
 
+def test_who_is_new_is_read_to_the_last_though_all_are_new_at_each_attempt(
+    page: SessionPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(census_module, "_AT_A_TIME_S", 1e-5)
+    monkeypatch.setattr(census_module, "_MANY", 4)
+    proc = Mine()
+    census = Observer(proc).census
+    census.cover(session(page))
+    with contextlib.ExitStack() as stack:
+        pids = [stack.enter_context(child()) for _ in range(12)]
+        for attempt in range(40):
+            proc.inodes = dict.fromkeys((*pids, ME, 1), attempt)
+            try:
+                census.read_new(proc.listing())
+                break
+            except Interrupted:
+                continue
+        assert 0 < attempt < 39
+
+
 def test_a_leaders_death_interrupts_the_reading_of_who_is_new(page: SessionPage) -> None:
     alarm = Alarm()
     proc = Alarming(alarm, 10**9)

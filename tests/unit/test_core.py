@@ -214,6 +214,30 @@ def test_a_dry_run_says_nothing_before_a_look_has_seen_all(world: World) -> None
     assert decide.decide(ahead, world.core.policy, entry.died_at_s or 0.0) == []
 
 
+def test_scans_alone_say_that_an_unregistered_session_has_nobody(world: World) -> None:
+    """Anybody can have all sessions looked at, twice within a millisecond."""
+    session = world.leader(GOOD)
+    world.take_on(session)
+    world.core.unregister(session.key)
+    for _ in range(5):
+        world.core.living.look()
+        world.core.step()
+    assert world.ended() == set()
+    for _ in range(2):
+        assert session.key in world.core.sessions.entries
+        world.core.living.scan(world.observer.proc.listing())
+    world.run_until_ended({GOOD})
+
+
+def test_what_cannot_be_taken_on_is_closed(world: World) -> None:
+    session = world.leader(BAD)
+    world.census.fault = RecursionError
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(RecursionError):
+        world.take_on(session)
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
 def test_while_processes_vanish_before_they_can_be_read_a_session_is_not_over(world: World) -> None:
     world.take_on(world.leader(GOOD))
     world.census.vanished = frozenset((os.getuid(),))

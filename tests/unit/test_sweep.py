@@ -395,11 +395,11 @@ class Crowded(Mine):
     def __init__(self) -> None:
         super().__init__()
         self.reader, self.writer = os.pipe()
-        self.at = 0
+        self.at = self.others = 0
         self.order: list[int] = []
 
     def listing(self) -> dict[int, int]:
-        return {**super().listing(), **{pid: pid for pid in GONE}}
+        return {**super().listing(), **{pid: pid + self.others for pid in GONE}}
 
     def stat(self, pid: int) -> Stat:
         self.order.append(pid)
@@ -455,6 +455,25 @@ def test_a_sweep_of_many_who_are_new_makes_way_now_and_then_and_comes_to_its_end
             assert seen < len(proc.order) <= seen + 64
     assert set(proc.order) >= GONE
     assert len(GONE) / 64 <= times <= len(GONE) / 64 + 2
+
+
+def test_a_sweep_comes_to_its_end_though_all_are_new_at_each_attempt(
+    crowd: tuple[Crowded, Observer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proc, observer = crowd
+    monkeypatch.setattr(sweep_module, "_AT_A_TIME_S", 1e-5)
+    sweep = Sweep(observer)
+    for _ in range(2):
+        interruptions = 0
+        while True:
+            proc.others += 1
+            try:
+                swept(sweep, all_of_them=False)
+                break
+            except Interrupted:
+                interruptions += 1
+                assert interruptions < 40
+        assert interruptions  # the second time, too: it begins with little again
 
 
 def test_nothing_interrupts_a_sweep_of_all(crowd: tuple[Crowded, Observer]) -> None:
