@@ -252,3 +252,6 @@ def _is_socket(descriptor: int) -> bool:
 _ENVIRONMENT = {
     name: os.environ[name] for name in ("PATH", "LANG", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ
 }
+# One heap for libzmq's threads and the gate's own (mallopt(3)): with one for each, what a burst of connections leaves
+# behind comes and goes by more than a MiB.
+_ENVIRONMENT["MALLOC_ARENA_MAX"] = "1"

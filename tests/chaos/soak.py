@@ -28,7 +28,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sessions", type=int, default=4000, help="that are measured (default: %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=1000, help="before them (default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=2000, help="before them (default: %(default)s)")
     options = parser.parse_args()
     print(
         f"{options.warm_up} + {options.sessions} sessions, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.2f}"

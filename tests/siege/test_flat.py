@@ -10,8 +10,9 @@ from chaos.stage import Stage
 from harness import Scratch
 
 WARM_UP, MEASURED = 400, 200
-# A session that is not forgotten takes more than 3 KiB; fresh pages of the allocator and of SQLite less than this in all.
-MOST_GROWTH_BYTES = 3 * 1024 * MEASURED
+# What one session takes at least where it is not forgotten: a core's Session, libzmq's buffer for a connection. Fresh pages
+# of the allocator and of SQLite are less than that in all, and the gate's heap takes some 1,000 sessions to find its size.
+LEAK_BYTES = {"core": 3 * 1024, "gate": 8 * 1024}
 
 
 @pytest.fixture
@@ -28,10 +29,10 @@ def measured(scratch: Scratch, run: str) -> Iterator[list[Measured]]:
 
 def test_core_and_gate_are_flat_however_many_sessions_come_and_go(measured: list[Measured]) -> None:
     first, last = measured[0], measured[-1]
-    for who in ("core", "gate"):
+    for who, leak in LEAK_BYTES.items():
         before, after = getattr(first, who), getattr(last, who)
         story = [getattr(one, who) for one in measured]
         assert not grew([footing.descriptors for footing in story]), f"descriptors of the {who}: {story}"
         assert not grew([footing.threads for footing in story]), f"threads of the {who}: {story}"
         growth = min(after.pss_bytes - before.pss_bytes, after.rss_bytes - before.rss_bytes)
-        assert growth <= MOST_GROWTH_BYTES, f"memory of the {who}: {story}"
+        assert growth <= leak * MEASURED, f"memory of the {who}: {story}"
