@@ -41,6 +41,8 @@ GONE_WITHIN_S = 120.0  # how long the figures wait for what should be gone by PR
 RECORDED_WITHIN_S = 120.0
 SMALL = 4  # the workers of a small session
 HOPS = ("hops", "hops-politely", "hops-in-new-sessions", "hops-with-closed-descriptors", "hops-in-a-crowd")
+# Eight beside eight strangers that do the same: more than a look keeps up with on two CPUs, as docs/how-it-decides.md says.
+OUTRUNS = ("hops-in-a-crowd",)
 HOPPED_WITHIN_S = 25.0  # they end by themselves after 20 s
 
 
@@ -249,8 +251,11 @@ class Figures:
                 f" daemon CPU of the last {cpu_s:.2f} s",
                 flush=True,
             )
-            if len(caught) < repeat:
-                self.fault(f"{kind}: {repeat - len(caught)} of {repeat} were not gone within {PROMISE_S:g} s")
+            late = f"{repeat - len(caught)} of {repeat} were not gone within {PROMISE_S:g} s"
+            if len(caught) < repeat and kind in OUTRUNS:
+                print(f"    {late}, which is not promised of it")
+            elif len(caught) < repeat:
+                self.fault(f"{kind}: {late}")
             if not untouched:
                 self.fault(f"{kind}: a stranger that does the same was ended")
 
