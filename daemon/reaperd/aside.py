@@ -9,31 +9,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from reaperd.census import Interrupted
 from reaperd.model import SessionKey
+from reaperd.pauses import Pauses
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 300.0
-_MANY = 1000
-
-
-class _Pause(NamedTuple):
-    until_s: float
-    length_s: float
 
 
 class Aside:
     """Who is not to be touched for a while."""
 
     def __init__(self) -> None:
-        self._pauses: dict[Hashable, _Pause] = {}
+        self._pauses = Pauses()
 
     @contextlib.contextmanager
     def trying(self, who: Hashable, what: str, *, tell_exhaustion: bool = False) -> Iterator[None]:
@@ -48,11 +40,7 @@ class Aside:
         except Exception as error:
             if tell_exhaustion and is_exhaustion(error):
                 raise
-            before = self._pauses.pop(who, _Pause(0.0, _FIRST_PAUSE_S / 2))
-            length_s = min(2 * before.length_s, _LONGEST_PAUSE_S)
-            log.exception("cannot %s of %s: trying again in %g s", what, who, length_s)
-            self._pauses[who] = _Pause(time.monotonic() + length_s, length_s)
-            self._forget_old()
+            log.exception("cannot %s of %s: trying again in %g s", what, who, self._pauses.begin(who))
 
     def together(
         self,
@@ -80,17 +68,11 @@ class Aside:
 
     def until_s(self, who: Hashable) -> float | None:
         """Return until when somebody is set aside, None where he is not."""
-        pause = self._pauses.get(who)
-        return pause.until_s if pause is not None and pause.until_s > time.monotonic() else None
+        return self._pauses.until_s(who)
 
     def forget(self, who: Hashable) -> None:
         """Whoever it was is no more."""
-        self._pauses.pop(who, None)
-
-    def _forget_old(self) -> None:
-        if len(self._pauses) > _MANY:
-            old_s = time.monotonic() - _LONGEST_PAUSE_S
-            self._pauses = {who: pause for who, pause in self._pauses.items() if pause.until_s > old_s}
+        self._pauses.forget(who)
 
 
 def is_exhaustion(error: Exception) -> bool:

@@ -22,9 +22,9 @@ from reaperd.reading import Handles, ProcessReader
 _TURN_S = 0.0003
 _AHEAD = 32  # processes that are read before the first of them are signalled; then twice as many, and so on
 # A look that took longer lists once more: a worker may have forked meanwhile.
-_RELIST_S, _MOST_RELISTS = 0.001, 3
+_RELIST_S, _MAX_RELISTS = 0.001, 3
 
-_MOST_INTERRUPTIONS = 10  # of looks at everybody, in a row
+_MAX_INTERRUPTIONS = 10  # of looks at everybody, in a row
 _MANY = 64  # processes, of those who are new at a scan; after so long with them whoever asks for something is answered
 _AT_A_TIME_S = 0.02
 
@@ -141,7 +141,7 @@ class Census:
         began_s = time.monotonic()
         left = set(kinship.left_to(self._proc, parents, uids, new))
         read = self.known.read_each(sorted(left | named, reverse=True), hold=True, afresh=named)
-        for _ in range(_MOST_RELISTS):
+        for _ in range(_MAX_RELISTS):
             if time.monotonic() - began_s <= _RELIST_S:
                 break
             # A worker may have forked meanwhile: nobody is to be signalled before its children are known, too.
@@ -171,7 +171,7 @@ class Census:
             self._lowered = False
             due |= self.known.passed_over(everyone=everyone)
         # Where leaders die all the time, one look at everybody must come to its end now and then.
-        alarm = self._alarm if not everyone or self._interruptions < _MOST_INTERRUPTIONS else None
+        alarm = self._alarm if not everyone or self._interruptions < _MAX_INTERRUPTIONS else None
         # Of the living, only what another program can change is taken as read.
         afresh = named if hold else frozenset[int]()
         read = self.known.read_each(sorted(due, reverse=True), hold=hold, afresh=afresh, alarm=alarm)

@@ -30,7 +30,7 @@ QUIET_AFTER_GROWTH_S = 1.0
 # Looks that find members without a living parent among those that were asked to end, before such are frozen.
 GROWTH_LIMIT = 2
 # A worker that was asked to end may start a few commands to end well; so many at once are a fork bomb.
-MOST_NEWCOMERS = 32
+MAX_NEWCOMERS = 32
 DONE = (Stage.GONE, Stage.STUCK)
 
 
@@ -336,7 +336,7 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
     targets = dict(entry.targets)
     if looked.afresh:
         targets = {id_: _judged_again(target, looked) for id_, target in targets.items()}
-    found = _new_targets(entry, new, looked.at_s, crowded=len(new_workers) >= MOST_NEWCOMERS)
+    found = _new_targets(entry, new, looked.at_s, crowded=len(new_workers) >= MAX_NEWCOMERS)
     targets.update((target.member.process.id, target) for target in found)
     quiet = 0 if new_workers or not looked.complete or looked.ahead else entry.quiet_looks + 1
     changed = entry._replace(

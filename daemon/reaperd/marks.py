@@ -9,8 +9,8 @@ from reaperd.linux.procfs import ProcFS, Stat, parse_memfd_link
 from reaperd.memory import MEMFD_PREFIX, OUR_MEMFDS, Memory, MemoryReader, Wish
 from reaperd.model import SessionKey
 
-MOST_DESCRIPTORS = 64  # of one process: its owner may open a million, and what is mapped tells as well
-_MOST_PAGE_FDS = 8  # at which a page is looked for first; leaders have it at one of a few low numbers
+MAX_DESCRIPTORS = 64  # of one process: its owner may open a million, and what is mapped tells as well
+_MAX_PAGE_FDS = 8  # at which a page is looked for first; leaders have it at one of a few low numbers
 
 
 # Most processes have neither pages nor spared marks, and each empty set made anew would take 216 bytes of its own.
@@ -57,7 +57,7 @@ class Pages:
 
     def likely_fds(self) -> list[int]:
         """Return the descriptor numbers to look at first."""
-        return list(self._fds)[:_MOST_PAGE_FDS]
+        return list(self._fds)[:_MAX_PAGE_FDS]
 
 
 class MarkReader:
@@ -90,7 +90,7 @@ class MarkReader:
     def _search_descriptors(self, pid: int, task: int, uid: int | None) -> Marks:
         """Look for our marks under any number."""
         pages, spared = set(), set()
-        for number, link in self._proc.descriptors(pid, task, most=MOST_DESCRIPTORS).items():
+        for number, link in self._proc.descriptors(pid, task, most=MAX_DESCRIPTORS).items():
             name = parse_memfd_link(link)
             if name.startswith((wire.PAGE_PREFIX, wire.SPARED_PREFIX)):
                 inode = self._proc.memfd_inode(pid, task, number)

@@ -16,7 +16,7 @@ from agent import wire
 from reaperd.linux import helper
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import Mapping, ProcessGone, ProcFS, Stat, environment_value, parse_maps
-from reaperd.model import ProcessId
+from reaperd.pauses import Pauses
 
 VARIABLES = (wire.LINEAGE_VARIABLE, wire.SPARED_VARIABLE, *wire.TEMP_VARIABLES)
 # Which mapped files are asked for, by how their paths begin.
@@ -27,9 +27,8 @@ ALL_FILES = ("/",)
 
 _STALL_S = 0.05
 _IDLE_S = 2.0  # a look is seldom the last; between two scans the helper's memory is worth more
-_MOST_STALLS, _MOST_S = 4, 0.5  # in one batch: then what is left is left
+_MAX_STALLS, _MAX_S = 4, 0.5  # in one batch: then what is left is left
 _DEAR_S = 0.01  # a process whose owner has given it so much to read is not read at every look
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 300.0  # until a process that stalled a helper is read again
 
 
 class Memory(NamedTuple):
@@ -54,32 +53,24 @@ class Wish(NamedTuple):
         return [self.stat.id.pid, self.task, self.environ, self.argv, self.maps]
 
 
-class _Stall(NamedTuple):
-    """A process that could not be read in time."""
-
-    again_s: float
-    pause_s: float
-
-
 class MemoryReader:
     """Reads one /proc."""
 
     def __init__(self, proc: ProcFS) -> None:
         self._proc = proc
-        self._stalled: dict[ProcessId, _Stall] = {}
+        self._stalled = Pauses()  # ProcessIds of those that could not be read in time
         self._answerer = helper.Answerer(self._read_one)
         # After a read, for the next: whoever sets this looks at ``idle_deadline_s``.
         self.keeps_helper = False
 
     def read(self, wishes: Iterable[Wish], alarm: Alarm | None = None) -> dict[int, Memory]:
         """Return what could be read, by pid; whoever is missing is gone, or could not be read before ``alarm`` rang."""
-        now_s = time.monotonic()
-        until_s = now_s + _MOST_S
-        willing = [wish for wish in wishes if self._may_be_read(wish.stat.id, now_s)]
+        until_s = time.monotonic() + _MAX_S
+        willing = [wish for wish in wishes if self._stalled.until_s(wish.stat.id) is None]
         # The likeliest to stall last.
         left = sorted(willing, key=lambda wish: wish.stat.state == "D" or wish.stat.id in self._stalled)
         found: dict[int, Memory] = {}
-        for _ in range(_MOST_STALLS):
+        for _ in range(_MAX_STALLS):
             if not left or time.monotonic() >= until_s:
                 break
             answers = self._answerer.ask(
@@ -94,31 +85,18 @@ class MemoryReader:
                 if answer is not None:
                     variables, argv, mapped, took_s = answer
                     if took_s > _DEAR_S:
-                        self._note_stall(wish.stat.id)
+                        self._stalled.begin(wish.stat.id)
                     found[wish.stat.id.pid] = Memory(
                         variables, tuple(argv), tuple(Mapping(*one) for one in mapped)
                     )
             if alarm is not None and alarm.rings():
                 break
             if len(answers) < len(left) and time.monotonic() < until_s:
-                self._note_stall(left[len(answers)].stat.id)
+                self._stalled.begin(left[len(answers)].stat.id)
             left = left[len(answers) + 1 :]
         if not self.keeps_helper:
             self.close()
         return found
-
-    def _may_be_read(self, id_: ProcessId, now_s: float) -> bool:
-        stall = self._stalled.get(id_)
-        return stall is None or stall.again_s <= now_s
-
-    def _note_stall(self, id_: ProcessId) -> None:
-        now_s = time.monotonic()
-        before = self._stalled.pop(id_, _Stall(0.0, _FIRST_PAUSE_S / 2))
-        pause_s = min(2 * before.pause_s, _LONGEST_PAUSE_S)
-        self._stalled[id_] = _Stall(now_s + pause_s, pause_s)
-        for other, stall in list(self._stalled.items()):  # nobody has asked for it since
-            if stall.again_s < now_s - _LONGEST_PAUSE_S:
-                del self._stalled[other]
 
     @property
     def idle_deadline_s(self) -> float | None:

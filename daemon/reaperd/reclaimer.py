@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0  # where processes have run out
 _LONGEST_S = 30.0  # then a helper that hangs on a dead file system is ended
-_MOST_AT_ONCE = 8
+_MAX_AT_ONCE = 8
 
 
 class _Run(NamedTuple):
@@ -79,7 +79,7 @@ class Reclaimer:
         for uid in finished:
             self._finish(self._running.pop(uid))
         for uid in [uid for uid in self._queue if uid not in self._running]:
-            if len(self._running) >= _MOST_AT_ONCE or now_s < self._retry_at_s:
+            if len(self._running) >= _MAX_AT_ONCE or now_s < self._retry_at_s:
                 break
             self._start(uid, now_s)
         return bool(finished)

@@ -28,12 +28,12 @@ from reaperd.waiters import Question, Waiter, Waiters
 log = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 25
-_MOST_REQUESTS = 2048  # that wait
+_MAX_REQUESTS = 2048  # that wait
 _TURN_S = 0.002  # for answering: then whoever died meanwhile is looked at
 # What it costs a user to register anew what was registered: the history of both is longer than the time that it took us.
 _SUPERSEDING_S = 0.02
-_MOST_EVENTS = 500
-_MOST_FOLDERS = 4
+_MAX_EVENTS = 500
+_MAX_FOLDERS = 4
 _NOBODY = ProcessId(0, 0)
 
 
@@ -64,7 +64,7 @@ class Server:
         self._core = core
         self._link = link
         # Our own user has no one else to spare where we are not root.
-        most = min(_MOST_REQUESTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 16)
+        most = min(_MAX_REQUESTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 16)
         self._turns: Turns[_Request] = Turns(frozenset((0, os.geteuid())), most)
         self._waiters: Waiters[Return] = Waiters()
         self._listing = Listing(core)
@@ -335,7 +335,7 @@ class Server:
             since_epoch_s=question.since_epoch_s,
             session=question.session,
             uid=question.uid,
-            limit=_MOST_EVENTS,
+            limit=_MAX_EVENTS,
         )
         if events or not wait_s or not self._waiters.may_wait(peer.uid):
             return self._told(events)
@@ -365,7 +365,7 @@ class Server:
         """Answer who waits for what has happened: each thing is written down once, whoever is told."""
         written: dict[tuple[int, ...], bytes] = {}
         for to, all_news in self._waiters.take(now_s):
-            told = all_news[:_MOST_EVENTS]
+            told = all_news[:_MAX_EVENTS]
             key = tuple(news.seq for news in told)
             if key not in written:
                 written[key] = self._told([{"seq": news.seq, **news.event} for news in told])
@@ -396,9 +396,9 @@ def _named(sessions: list[Entry], wanted: str) -> Entry | None:
 def _folders(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    if not isinstance(value, list) or len(value) > _MOST_FOLDERS or not all(map(_is_folder, value)):
+    if not isinstance(value, list) or len(value) > _MAX_FOLDERS or not all(map(_is_folder, value)):
         raise wire.WireError(
-            "bad-request", f"temp_dirs: must be a list of at most {_MOST_FOLDERS} absolute paths"
+            "bad-request", f"temp_dirs: must be a list of at most {_MAX_FOLDERS} absolute paths"
         )
     return tuple(value)
 

@@ -35,9 +35,9 @@ _INDEXES = """
     CREATE INDEX IF NOT EXISTS events_session ON events (session, seq);
     CREATE INDEX IF NOT EXISTS events_uid ON events (uid, seq);
 """
-_BATCH, _MOST_BATCHES = 200, 4  # of events dropped, each time that one is added
+_BATCH, _MAX_BATCHES = 200, 4  # of events dropped, each time that one is added
 _CACHE_KIB = 256
-_MOST_REPLY_BYTES = 4 * 1024 * 1024
+_MAX_REPLY_BYTES = 4 * 1024 * 1024
 
 
 class Size(NamedTuple):
@@ -56,8 +56,8 @@ class Size(NamedTuple):
 
 
 # A user makes events as fast as sessions can be registered, and large ones with many processes.
-MOST_OF_ONE_UID = Size(20_000, 32 * 1024 * 1024)
-MOST_OF_ALL = Size(200_000, 256 * 1024 * 1024)
+MAX_OF_ONE_UID = Size(20_000, 32 * 1024 * 1024)
+MAX_OF_ALL = Size(200_000, 256 * 1024 * 1024)
 
 
 class Store:
@@ -68,8 +68,8 @@ class Store:
         directory: str,
         boot_id: str,
         *,
-        most_of_one_uid: Size = MOST_OF_ONE_UID,
-        most_of_all: Size = MOST_OF_ALL,
+        most_of_one_uid: Size = MAX_OF_ONE_UID,
+        most_of_all: Size = MAX_OF_ALL,
     ) -> None:
         self._boot_id = boot_id
         self._ailing = False
@@ -180,7 +180,7 @@ class Store:
 
     def _drop_oldest(self, before: int, uid: int | None) -> None:
         """Drop some events before number ``before`` where there are too many; a file that has many more shrinks slowly."""
-        for _ in range(_MOST_BATCHES):
+        for _ in range(_MAX_BATCHES):
             if self._sizes[uid].exceeds(self._most_of_one_uid):
                 self._drop_batch(self._most_of_one_uid, before, "AND uid IS ?", uid)
             if self._total.exceeds(self._most_of_all):
@@ -238,7 +238,7 @@ class Store:
             for seq, record in self._database.execute(statement, values):
                 rows.append((seq, record))
                 read_bytes += len(record)
-                if read_bytes > _MOST_REPLY_BYTES:
+                if read_bytes > _MAX_REPLY_BYTES:
                     break
         return rows
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 _GATHER_S = 0.002
 _PATIENCE_S = 60.0  # with who lets nobody read its marks
 _CALM_WITHIN_S = 10.0  # others of the same user may come and go all the time
-_MOST_ROUNDS = 3  # of looking for one plan
+_MAX_ROUNDS = 3  # of looking for one plan
 
 
 class Sight(NamedTuple):
@@ -129,7 +129,7 @@ class Survivors:
         everyone = decide.Depth.EVERYONE in depths.values()
         hurried = not any(entry.looks for entry in entries)
         sights: dict[SessionKey, Sight] = {}
-        for _ in range(_MOST_ROUNDS):
+        for _ in range(_MAX_ROUNDS):
             snapshot = self._observer.census.look(
                 sessions, hold=True, members=members, again=again, everyone=everyone, hurried=hurried
             )

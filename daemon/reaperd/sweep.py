@@ -15,7 +15,7 @@ from reaperd.aside import Aside
 from reaperd.census import Interrupted
 from reaperd.linux import page, pidfd
 from reaperd.linux.procfs import PF_KTHREAD, ProcessGone, Stat, parse_gid, parse_memfd_link, parse_uid
-from reaperd.marks import MOST_DESCRIPTORS
+from reaperd.marks import MAX_DESCRIPTORS
 from reaperd.memory import OUR_PAGES, Memory, Wish
 from reaperd.model import SessionKey
 from reaperd.observer import Observer
@@ -23,7 +23,7 @@ from reaperd.observer import Observer
 # Of the processes that are no longer new, a sweep looks at as many as fit into so long, in turn: nearly every session
 # registers by message, or was found when its leader was new.
 _TURN_S = 0.001
-_MOST_CHANGED = 8  # of them, to be read in full
+_MAX_CHANGED = 8  # of them, to be read in full
 _BETWEEN_ALARMS = 64  # processes
 # For those who are new, of whom there can be thousands: then whoever asks for something is answered.
 _AT_A_TIME_S = 0.02
@@ -137,7 +137,7 @@ class Sweep:
         if not self._turn:
             self._turn = list(self._known)
         changed: list[int] = []
-        while self._turn and len(changed) < _MOST_CHANGED and time.monotonic() < until_s:
+        while self._turn and len(changed) < _MAX_CHANGED and time.monotonic() < until_s:
             pid = self._turn.pop()
             seen = self._known.get(pid)
             if seen is not None and seen.has_memory:
@@ -156,7 +156,7 @@ class Sweep:
 
     def _page_numbers(self, pid: int, task: int) -> list[int]:
         """Return at which descriptors ``pid`` has what is called like a session page."""
-        links = self._proc.descriptors(pid, task, most=MOST_DESCRIPTORS)
+        links = self._proc.descriptors(pid, task, most=MAX_DESCRIPTORS)
         return [n for n, link in links.items() if parse_memfd_link(link).startswith(wire.PAGE_PREFIX)]
 
     def _pages_of(

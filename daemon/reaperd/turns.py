@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-_MOST_ACCOUNTS = 1000
+_MAX_ACCOUNTS = 1000
 
 
 class Share(NamedTuple):
@@ -74,7 +74,7 @@ class Turns(Generic[T]):
         """Take what a request has cost from its user's account."""
         left_s = self._left_s(uid, now_s) - cost_s
         self._accounts[uid] = _Account(left_s, now_s)
-        if len(self._accounts) > _MOST_ACCOUNTS:
+        if len(self._accounts) > _MAX_ACCOUNTS:
             self._close_full_accounts(now_s)
 
     def next_at_s(self, now_s: float) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-MOST_OF_ONE, MOST_OF_ALL = 64, 1024
+MAX_OF_ONE, MAX_OF_ALL = 64, 1024
 
 
 class Question(NamedTuple):
@@ -61,7 +61,7 @@ class Waiters(Generic[T]):
 
     def may_wait(self, uid: int) -> bool:
         """Say whether there is room for one more of ``uid``."""
-        return self._of[uid] < MOST_OF_ONE and self._of.total() < MOST_OF_ALL
+        return self._of[uid] < MAX_OF_ONE and self._of.total() < MAX_OF_ALL
 
     def add(self, waiter: Waiter[T]) -> None:
         """Let somebody wait for what happens from now on."""

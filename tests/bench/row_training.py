@@ -8,7 +8,7 @@ from collections.abc import Generator
 from figures import Row, alternate, spread
 from scene import Bench, answers
 
-MOST_NOISE = 0.1  # on a busier machine than that the row tells nothing, and must not look reached
+MAX_NOISE = 0.1  # on a busier machine than that the row tells nothing, and must not look reached
 
 
 def measure(bench: Bench) -> Generator[Row]:
@@ -28,7 +28,7 @@ def measure(bench: Bench) -> Generator[Row]:
         "s",
         statistics.median(bare),
         "without it",
-        1 + min(max(noise, 0.005), MOST_NOISE),
+        1 + min(max(noise, 0.005), MAX_NOISE),
         note=f"{len(bare)} pairs; noise: the middle half of the runs without it lies within {noise:.1%} of their median"
         f" (with it: {spread(ours):.1%})",
     )

@@ -20,7 +20,7 @@ from harness import Scratch
 
 TELL_EVERY = 250  # sessions
 # A session that is remembered takes kilobytes, an id of it some 100 bytes; the allocator's own unrest is below this.
-MOST_BYTES_A_SESSION = 64.0
+MAX_BYTES_A_SESSION = 64.0
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
     finally:
         stage.close()
         scratch.remove()
-    faults = judge(measured, MOST_BYTES_A_SESSION)
+    faults = judge(measured, MAX_BYTES_A_SESSION)
     for fault in faults:
         print(f"WRONG: {fault}")
     raise SystemExit(1 if faults else 0)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from reaperd import aside
+from reaperd import pauses
 from reaperd.aside import Aside
 from reaperd.census import Interrupted
 from reaperd.model import ProcessId, SessionKey
@@ -52,7 +52,7 @@ def test_the_pause_grows_while_it_goes_on_and_has_a_limit() -> None:
 
 
 def test_a_pause_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aside, "_FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(pauses, "FIRST_S", 0.0)
     of = Aside()
     fail(of, ONE, ValueError())
     assert of.until_s(ONE) is None
@@ -106,11 +106,3 @@ def test_what_is_nobodys_fault_is_not_tried_for_each_alone() -> None:
         with pytest.raises(type(error)):
             of.together([ONE, TWO], work, "do it")
     assert len(calls) == 2
-
-
-def test_who_was_set_aside_long_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aside, "_FIRST_PAUSE_S", -1000.0)
-    of = Aside()
-    for pid in range(3000):
-        fail(of, ProcessId(pid, 1), ValueError())
-    assert len(of._pauses) <= 1001

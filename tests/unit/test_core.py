@@ -17,7 +17,7 @@ from specimens import child, executed
 
 from agent import wire
 from agent.page import SessionPage
-from reaperd import aside, core, decide, ledger
+from reaperd import core, decide, ledger, pauses
 from reaperd.adoption import Adoption
 from reaperd.census import Census, Interrupted
 from reaperd.core import Core
@@ -120,7 +120,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 def test_a_session_that_cannot_be_looked_at_keeps_nobody_else_from_being_reaped(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(aside, "_FIRST_PAUSE_S", 0.3)
+    monkeypatch.setattr(pauses, "FIRST_S", 0.3)
     for name in (BAD, GOOD):
         world.take_on(world.leader(name))
     world.census.fault = RecursionError
@@ -268,7 +268,7 @@ def test_where_the_kernel_does_not_tell_the_cause_an_end_that_was_announced_is_a
 def test_a_session_on_record_that_cannot_be_taken_on_keeps_the_daemon_from_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aside, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(pauses, "FIRST_S", 0.01)
     sessions = [world.leader(name) for name in (BAD, GOOD)]
     for session in sessions:
         world.store.save(session)

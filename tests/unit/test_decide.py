@@ -61,7 +61,7 @@ from reaperd.policy import Policy
 
 LEADER = ProcessId(100, 1000)
 POLICY = Policy(grace_s=5.0, exit_grace_s=10.0, tracker_grace_s=10.0)
-MOST_TURNS = 3000  # of a simulation: far more than any of these sessions needs
+MAX_TURNS = 3000  # of a simulation: far more than any of these sessions needs
 
 TERM_ENDS, KILL_ENDS, NOTHING_ENDS = frozenset((SIGTERM, SIGKILL)), frozenset((SIGKILL,)), frozenset[int]()
 
@@ -128,7 +128,7 @@ class Reap:
 
     def run(self, until_s: float = 1000.0) -> Reap:
         """Do what is due until the session is forgotten, nothing is due any more, or ``until_s``."""
-        for _ in range(MOST_TURNS):
+        for _ in range(MAX_TURNS):
             self._note_exits()
             actions = decide.decide(self.entry, self.policy, self.now_s)
             for action in actions:
@@ -142,7 +142,7 @@ class Reap:
                     return self
                 assert next_s > self.now_s, "something is due, and nothing is done about it"
                 self.now_s = next_s
-        raise AssertionError(f"no end after {MOST_TURNS} turns, at {self.now_s:g} s")
+        raise AssertionError(f"no end after {MAX_TURNS} turns, at {self.now_s:g} s")
 
     def _next_s(self) -> float | None:
         deadline_s = ledger.deadline(self.entry, self.policy.tracker_grace_s)
@@ -361,7 +361,7 @@ def test_a_crowd_is_frozen_although_all_of_it_has_one_parent_that_was_asked_to_e
     crowds = [
         worker(1000 * n + m, ended_by=KILL_ENDS, found_from_s=0.02 * n - 0.001, ppid=201)
         for n in range(1, 4)
-        for m in range(ledger.MOST_NEWCOMERS)
+        for m in range(ledger.MAX_NEWCOMERS)
     ]
     reap = Reap([worker(201, ended_by=KILL_ENDS), *crowds]).run()
     assert {pid for _, number, pid in reap.signals if number == SIGSTOP} == {one.pid for one in crowds}

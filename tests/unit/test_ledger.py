@@ -10,7 +10,7 @@ from reaperd import ledger
 from reaperd.escalation import Event, Stage
 from reaperd.ledger import (
     CLOSE_S,
-    MOST_NEWCOMERS,
+    MAX_NEWCOMERS,
     QUIET_AFTER_GROWTH_S,
     QUIET_LOOKS,
     QUIET_LOOKS_AFTER_GROWTH,
@@ -308,7 +308,7 @@ def test_a_child_of_one_that_was_asked_to_end_has_as_long_as_its_parent_and_is_n
 
 def test_a_crowd_of_children_of_one_that_was_asked_to_end_is_growth() -> None:
     one = member(201)
-    crowd = [member(300 + n, 201) for n in range(MOST_NEWCOMERS)]
+    crowd = [member(300 + n, 201) for n in range(MAX_NEWCOMERS)]
     entry = dead(looked(10.0, one), sent(201), looked(10.1, one, *crowd))
     assert entry.growth == 1
     assert {target(entry, m.process.id.pid).stage for m in crowd} == {Stage.FOUND}

@@ -14,7 +14,7 @@ import pytest
 from specimens import FILE_BYTES, ME, OTHER_ID, SOON_S, child, count_descriptors, die, end, executed, id_of
 
 from agent import wire
-from reaperd import memory
+from reaperd import memory, pauses
 from reaperd.linux import helper
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcessGone, ProcFS, Stat
@@ -94,13 +94,13 @@ def told(*pids: int) -> dict[int, str]:
 
 
 def stalls(reader: MemoryReader) -> set[int]:
-    return {id_.pid for id_ in reader._stalled}
+    return {id_.pid for id_ in reader._stalled._pauses}
 
 
 def let_time_pass(reader: MemoryReader, seconds: float) -> None:
     """Make it that much later for all that a reader remembers."""
-    for id_, one in reader._stalled.items():
-        reader._stalled[id_] = one._replace(again_s=one.again_s - seconds)
+    later_s = reader._stalled._clock() + seconds
+    reader._stalled._clock = lambda: later_s
 
 
 # -- what is read -----------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_who_blocked_is_not_read_again_until_its_pause_is_over() -> None:
     read(reader, 1, 3)
     proc.blocks = set()
     assert read(reader, 1, 3) == told(1)
-    let_time_pass(reader, memory._FIRST_PAUSE_S + 0.1)
+    let_time_pass(reader, pauses.FIRST_S + 0.1)
     assert read(reader, 1, 3) == told(1, 3)
 
 
@@ -197,20 +197,6 @@ def test_another_process_with_the_pid_of_one_that_blocked_is_read() -> None:
     other = invented(3)
     other = other._replace(stat=other.stat._replace(id=ProcessId(3, 2)))
     assert reader.read([other]).keys() == {3}
-
-
-def test_pauses_double_up_to_the_longest() -> None:
-    proc = Faulty()
-    reader = MemoryReader(proc)
-    proc.blocks = {3}
-    pauses = []
-    for _ in range(9):
-        read(reader, 3)
-        ((_, stall),) = reader._stalled.items()
-        pauses.append(stall.pause_s)
-        assert stall.again_s == pytest.approx(time.monotonic() + stall.pause_s, abs=SOON_S / 2)
-        let_time_pass(reader, stall.pause_s + 1)
-    assert pauses == [5, 10, 20, 40, 80, 160, 300, 300, 300]
 
 
 def test_a_batch_ends_after_a_few_stalls_and_who_was_left_is_read_the_next_time() -> None:
@@ -235,7 +221,8 @@ def test_the_likeliest_to_block_are_read_last() -> None:
     in_state_d = [
         one._replace(stat=one.stat._replace(state="D")) if one.stat.id.pid < 3 else one for one in wishes
     ]
-    reader._stalled[ProcessId(2, 1)] = memory._Stall(0.0, LONG_S)
+    reader._stalled.begin(ProcessId(2, 1))
+    let_time_pass(reader, pauses.FIRST_S + 1)
     proc.slow = {}
     assert reader.read(in_state_d).keys() == {3, 4}
     # With all stalls spent on them, the others would not have been read.
@@ -262,7 +249,7 @@ def test_who_makes_much_work_is_told_and_then_not_read_at_every_look() -> None:
     proc.slow = {2: 3 * memory._DEAR_S}
     assert read(reader, 1, 2) == told(1, 2)
     assert read(reader, 1, 2) == told(1)
-    let_time_pass(reader, memory._FIRST_PAUSE_S + 0.1)
+    let_time_pass(reader, pauses.FIRST_S + 0.1)
     assert read(reader, 1, 2) == told(1, 2)
 
 
@@ -291,7 +278,7 @@ def test_the_alarm_ends_a_batch_and_is_nobodys_fault() -> None:
         assert reader.read([invented(1)], alarm).keys() == {1}
         os.write(writer, b"x")
         assert reader.read([invented(pid) for pid in range(1, 99)], alarm).keys() < set(range(1, 99))
-        assert reader._stalled == {}
+        assert not stalls(reader)
         assert read(reader, 1, 2) == told(1, 2), "what nobody may interrupt is read"
     finally:
         os.close(ringing)
@@ -309,23 +296,12 @@ def test_a_lack_of_processes_is_nobodys_fault() -> None:
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
         proc = ProcFS()
         reader = MemoryReader(proc)
-        return [len(reader.read([invented(pid) for pid in range(1, 9)])), len(reader._stalled)]
+        return [len(reader.read([invented(pid) for pid in range(1, 9)])), len(stalls(reader))]
 
     reader, writer = os.pipe()
     with child(lambda: os.write(writer, json.dumps(try_in_vain()).encode())), open(reader, "rb") as file:
         os.close(writer)
         assert json.loads(file.read1(100)) == [0, 0]
-
-
-def test_who_blocked_and_was_not_asked_for_since_is_forgotten() -> None:
-    proc = Faulty()
-    reader = MemoryReader(proc)
-    proc.blocks = {3}
-    read(reader, 3)
-    let_time_pass(reader, memory._FIRST_PAUSE_S + memory._LONGEST_PAUSE_S + 1)
-    proc.blocks = {4}
-    read(reader, 4)
-    assert stalls(reader) == {4}
 
 
 def test_who_is_in_the_middle_of_an_execve_is_not_taken_for_one_without_an_environment() -> None:

@@ -136,10 +136,10 @@ def test_a_helper_that_takes_too_long_is_ended_and_its_sessions_are_done_with(
 
 
 def test_only_so_many_helpers_run_at_once_and_the_others_follow(staged: Callable[..., Stage]) -> None:
-    users = range(1, 2 * reclaimer._MOST_AT_ONCE + 1)
+    users = range(1, 2 * reclaimer._MAX_AT_ONCE + 1)
     stage = staged(dict.fromkeys(users, lambda: 0))
     keys = {stage.ask(uid) for uid in users}
     theirs = children()
     stage.reclaimer.step()
-    assert len(children() - theirs) == reclaimer._MOST_AT_ONCE
+    assert len(children() - theirs) == reclaimer._MAX_AT_ONCE
     stage.step_until(keys)

@@ -261,7 +261,7 @@ def test_a_user_may_have_segments_among_more_names_than_are_looked_at(
 ) -> None:
     with in_shm(f"psm_{secrets.token_hex(4)}"):
         assert not shm.may_have_segments(UID + 1)
-        monkeypatch.setattr(shm, "MOST_NAMES", 1)
+        monkeypatch.setattr(shm, "MAX_NAMES", 1)
         assert shm.may_have_segments(UID + 1)
 
 
@@ -313,9 +313,9 @@ def test_measuring_ends_however_much_a_user_has(monkeypatch: pytest.MonkeyPatch)
         for number in range(20):
             write(folder / f"file-{number}", b"x")
         assert shm.held_bytes(PID, frozenset(), UID) == 21 * page
-        monkeypatch.setattr(shm, "MOST_MEASURED", 10)
+        monkeypatch.setattr(shm, "MAX_MEASURED", 10)
         assert 0 < shm.held_bytes(PID, frozenset(), UID) <= 10 * page
-        monkeypatch.setattr(shm, "MOST_NAMES", 0)
+        monkeypatch.setattr(shm, "MAX_NAMES", 0)
         assert shm.held_bytes(PID, frozenset(), UID) == 0
     finally:
         unchain(folder)

@@ -95,15 +95,15 @@ def test_who_has_waited_long_enough_is_told_that_there_is_nothing() -> None:
 
 def test_there_is_room_for_so_many_of_one_user_and_in_all() -> None:
     of: Waiters[str] = Waiters()
-    for number in range(waiters.MOST_OF_ONE):
+    for number in range(waiters.MAX_OF_ONE):
         assert of.may_wait(ALICE)
         ask(of, str(number))
     assert not of.may_wait(ALICE)
     assert of.may_wait(BOB)
     of.note(news(1))
-    assert len(told(of)) == waiters.MOST_OF_ONE
+    assert len(told(of)) == waiters.MAX_OF_ONE
     assert of.may_wait(ALICE)
-    for number in range(waiters.MOST_OF_ALL):
+    for number in range(waiters.MAX_OF_ALL):
         ask(of, str(number), uid=number)
     assert not of.may_wait(ALICE)
     told(of, 25.0)

@@ -32,7 +32,7 @@ _ID_COLUMNS = 12  # of a session id at least: pid and some of the start time
 _BRANCH_COLUMNS = 3  # of the tree
 _LEAST_TEXT = 4  # columns that free text needs to be worth showing
 _BAR_COLUMNS = 20
-_MOST_REASONS = 10  # that are given for processes left alone, on a line of any length
+_MAX_REASONS = 10  # that are given for processes left alone, on a line of any length
 
 
 # -- ps -------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def left_alone_line(left_alone: list[Any]) -> str:
     """Return how many look like members and are left alone, and of the first ones who and why."""
     reasons = [
         f"pid {_whole(process, 'pid')} {field(process, 'reason')}".rstrip()
-        for process in left_alone[:_MOST_REASONS]
+        for process in left_alone[:_MAX_REASONS]
     ]
     more = len(left_alone) - len(reasons)
     return f"{len(left_alone)} left alone: " + "; ".join([*reasons, f"{more} more"] if more else reasons)

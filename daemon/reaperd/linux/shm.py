@@ -26,10 +26,10 @@ SHM = "/dev/shm"  # noqa: S108
 _MAPPED_PREFIXES = ("psm_", "torch_", "sem.mp-")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # What a session holds is measured between its leader's death and the first signal: that must not take long.
-MOST_NAMES = 5000  # in /dev/shm
-MOST_MEASURED = 1000
-MOST_LEVELS = 3
-_MOST_FOLDERS_OPEN, _MOST_IN_A_FOLDER = 100, 100_000
+MAX_NAMES = 5000  # in /dev/shm
+MAX_MEASURED = 1000
+MAX_LEVELS = 3
+_MAX_FOLDERS_OPEN, _MAX_IN_A_FOLDER = 100, 100_000
 
 # linux/fcntl.h, linux/stat.h, linux/openat2.h
 _STATX_FLAGS = 0x100 | 0x800 | 0x1000 | 0x4000  # SYMLINK_NOFOLLOW, NO_AUTOMOUNT, EMPTY_PATH, STATX_DONT_SYNC
@@ -52,9 +52,9 @@ def may_have_segments(uid: int) -> bool:
     Also where there are more names than can be looked at.
     """
     with contextlib.suppress(OSError), open_directory(SHM) as shm:
-        names, complete = _names_in(shm, MOST_NAMES)
+        names, complete = _names_in(shm, MAX_NAMES)
         unclear = [name for name in names if name.startswith(_MAPPED_PREFIXES)]
-        if not complete or len(unclear) > MOST_MEASURED:
+        if not complete or len(unclear) > MAX_MEASURED:
             return True
         return any(_uid_of(shm, name) == uid for name in unclear)
     return False
@@ -65,7 +65,7 @@ def segments_among(paths: list[str], uid: int) -> frozenset[str]:
     names = {path[len(SHM) + 1 :] for path in paths if path.startswith(SHM + "/")}
     unclear = [name for name in names if name.startswith(_MAPPED_PREFIXES) and "/" not in name]
     with contextlib.suppress(OSError), open_directory(SHM) as shm:
-        return frozenset(name for name in unclear[:MOST_NAMES] if _uid_of(shm, name) == uid)
+        return frozenset(name for name in unclear[:MAX_NAMES] if _uid_of(shm, name) == uid)
     return frozenset()
 
 
@@ -73,12 +73,12 @@ def held_bytes(pid: int, names: frozenset[str], uid: int) -> int:
     """Return what the leader ``pid`` holds in /dev/shm by names of its own and by ``names``, in bytes.
 
     It is asked while a session is to be ended, and a user can have any number of names, as deep as he likes: what is beyond
-    ``MOST_NAMES``, ``MOST_MEASURED`` or ``MOST_LEVELS`` is not counted. Nothing here waits for a file system of a user's.
+    ``MAX_NAMES``, ``MAX_MEASURED`` or ``MAX_LEVELS`` is not counted. Nothing here waits for a file system of a user's.
     """
     total = 0
     with contextlib.suppress(OSError), open_directory(SHM) as shm:
-        roots = candidates(shm, pid, names, most=MOST_NAMES)
-        for _, _, found in itertools.islice(_walk(shm, roots, uid, levels=MOST_LEVELS), MOST_MEASURED):
+        roots = candidates(shm, pid, names, most=MAX_NAMES)
+        for _, _, found in itertools.islice(_walk(shm, roots, uid, levels=MAX_LEVELS), MAX_MEASURED):
             total += 0 if stat.S_ISDIR(found.mode) else found.blocks * 512
     return total
 
@@ -150,7 +150,7 @@ def _walk(directory: int, names: list[str], uid: int, *, levels: int) -> Iterato
                 with contextlib.suppress(OSError):  # it is gone, or cannot be read
                     inner = _open_here(level.directory, name)
                     stack.append(_Level(inner, [], (level.directory, name, found)))
-                    stack[-1].left.extend(_names_in(inner, _MOST_IN_A_FOLDER)[0])
+                    stack[-1].left.extend(_names_in(inner, _MAX_IN_A_FOLDER)[0])
     finally:
         for level in stack:
             if level.itself is not None:
@@ -220,7 +220,7 @@ def remove(directory: int, name: str, uid: int, *, until_s: float = math.inf) ->
         os.stat(name, dir_fd=directory, follow_symlinks=False)  # raises, unless it is on another device
         return 0
     freed = 0
-    for folder, entry, found in _walk(directory, [name], uid, levels=_MOST_FOLDERS_OPEN):
+    for folder, entry, found in _walk(directory, [name], uid, levels=_MAX_FOLDERS_OPEN):
         if time.monotonic() >= until_s:
             break
         with contextlib.suppress(OSError):  # one that cannot be removed does not save the others

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-MOST_LEADERS = 14
-MOST_BYSTANDERS = 12
-MOST_WORKERS = 8
+MAX_LEADERS = 14
+MAX_BYSTANDERS = 12
+MAX_WORKERS = 8
 CALM_EVERY = 300  # steps
 
 # Kinds of workers, with their weights: see the methods of zygote.Leader. The costly ones start an interpreter.
@@ -146,7 +146,7 @@ class _Planner:
     # -- one method a step: its facts, None where it can't be done now
 
     def _leader(self) -> dict[str, Any] | None:
-        if len(self._leaders) >= MOST_LEADERS:
+        if len(self._leaders) >= MAX_LEADERS:
             return None
         token = self._token("L")
         other_user = self._abilities.other_users and self._chance(0.25)
@@ -161,12 +161,12 @@ class _Planner:
             "waits_for_none": self._chance(0.3),
             "zombie_s": self._random.choice([0.0, 0.0, 0.0, 0.3, 3.0]),
             "early": self._workers(leader, self._random.choice([0, 0, 0, 1, 2]), EARLY),
-            "workers": self._workers(leader, self._random.choice([0, 1, 1, 2, 2, 3, 4, 6, MOST_WORKERS])),
+            "workers": self._workers(leader, self._random.choice([0, 1, 1, 2, 2, 3, 4, 6, MAX_WORKERS])),
         }
 
     def _grow(self) -> dict[str, Any] | None:
         leader = self._some_leader()
-        if leader is None or len(leader.workers) >= 2 * MOST_WORKERS:
+        if leader is None or len(leader.workers) >= 2 * MAX_WORKERS:
             return None
         count = self._random.randint(1, 3)
         return {
@@ -214,7 +214,7 @@ class _Planner:
         return {"token": leader.token}
 
     def _bystander(self) -> dict[str, Any] | None:
-        if len(self._bystanders) >= MOST_BYSTANDERS:
+        if len(self._bystanders) >= MAX_BYSTANDERS:
             return None
         kind = self._weighted(BYSTANDERS)
         if kind.endswith("other-user") and not self._abilities.other_users:

@@ -22,7 +22,7 @@ import agent
 PYTHON = sys.executable
 HERE = os.path.abspath(__file__)
 MARK = {name: os.environ[name] for name in ("REAPER_TEST_FAMILY", "REAPER_TEST_RUN") if name in os.environ}
-MOST_FORKS = 400
+MAX_FORKS = 400
 
 # What a shell does that is up: say so, then become a sleeper.
 SLEEPER = f'echo $$ > "$0"; exec sleep {stage.LIFETIME_S:g}'
@@ -151,7 +151,7 @@ class Kin:
         def multiply() -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-            for count in range(MOST_FORKS):
+            for count in range(MAX_FORKS):
                 fork(stage.hold)
                 if count == 3:
                     stage.report(self.muster.pipe)

@@ -485,7 +485,7 @@ def subreaper_s_pid_goes_to_a_scheduler(daemon: Daemon) -> None:
 # -- a pid changes hands just before a chosen system call of the daemon -------------------------
 
 # The daemon looks again and again: what it asks in one look is all that it ever asks.
-MOST_MOMENTS = 8
+MAX_MOMENTS = 8
 KILL = {"x86_64": 62, "aarch64": 129}[os.uname().machine]
 
 
@@ -545,7 +545,7 @@ def at_each_moment(daemon: Daemon, trial: Callable[[Held], bool], *, signalled: 
 
 def count_moments(trial: Callable[[int], bool]) -> int:
     moments = 0
-    while moments < MOST_MOMENTS and trial(moments + 1):
+    while moments < MAX_MOMENTS and trial(moments + 1):
         moments += 1
     return moments
 
