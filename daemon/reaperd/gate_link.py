@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _LAST_WORDS_S = 1.0
 # Replies that the gate has not taken; whoever has more waiting gets nothing more. One reply may be larger.
-_MAX_WAITING_BYTES, _MAX_WAITING_BYTES_OF_ONE_UID = 32 * 1024 * 1024, 4 * 1024 * 1024
+_MAX_WAITING_BYTES, MAX_WAITING_BYTES_OF_ONE_UID = 32 * 1024 * 1024, 4 * 1024 * 1024
 _TURN_S = 0.002  # for taking messages: then whoever died meanwhile is looked at
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _GOOD_LIFE_S = 0.05, 5.0, 60.0
 
@@ -137,7 +137,7 @@ class GateLink:
         if self._channel is None or to.life != self._life:
             return
         if (
-            self._waiting_bytes[to.uid] > _MAX_WAITING_BYTES_OF_ONE_UID
+            self._waiting_bytes[to.uid] > MAX_WAITING_BYTES_OF_ONE_UID
             or self._waiting_bytes.total() > _MAX_WAITING_BYTES
         ):
             if not self._drops:
