@@ -426,14 +426,24 @@ def as_user(uid: int | None, command: Sequence[str]) -> list[str]:
 
 
 class Daemon:
-    """A real ``reaperd`` on a socket and in a state directory of its own; with ``uid``, that user's own."""
+    """A real ``reaperd`` on a socket and in a state directory of its own; with ``uid``, that user's own.
+
+    ``inside`` is a command that becomes another one, such as nsenter(1) where it need not fork.
+    """
 
     def __init__(
-        self, scratch: Scratch, run: str, *, config: str | None = None, uid: int | None = None
+        self,
+        scratch: Scratch,
+        run: str,
+        *,
+        config: str | None = None,
+        uid: int | None = None,
+        inside: Sequence[str] = (),
     ) -> None:
         directory = scratch.directory("d")
         self.run = run
         self.uid = uid
+        self._inside = list(inside)
         self.state = os.path.join(directory, "state")
         self.socket = os.path.join(directory, "run", "reaper.sock")
         self.log = os.path.join(directory, "log")
@@ -479,7 +489,7 @@ class Daemon:
             log.write(f"--- {' '.join(command)} {' '.join(options)}\n".encode())
             log.flush()
             self._process = subprocess.Popen(
-                [*command, "--config", self.config, *options],
+                [*self._inside, *command, "--config", self.config, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

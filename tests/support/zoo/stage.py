@@ -7,6 +7,7 @@ stdin. Each worker says that it is up through a named pipe, for that works with 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import glob
 import json
 import os
@@ -20,6 +21,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 UP_WITHIN_S = 60.0
+LIGHT = "REAPER_TEST_LIGHT"  # in the environment
+BREATH_S, PAUSE_S = 0.002, 0.08
 LIFETIME_S = 150.0  # no process of these scripts works for longer, should nobody end it
 
 Command = Callable[[list[str]], None]
@@ -30,18 +33,38 @@ Command = Callable[[list[str]], None]
 
 def report(pipe: str) -> None:
     """Say that this process is up; a write of less than PIPE_BUF bytes is never mixed with another's."""
+    report_as(pipe, os.getpid())
+
+
+def report_as(pipe: str, pid: int) -> None:
     descriptor = os.open(pipe, os.O_WRONLY)
     try:
-        os.write(descriptor, f"{os.getpid()}\n".encode())
+        os.write(descriptor, f"{pid}\n".encode())
     finally:
         os.close(descriptor)
 
 
 def spin() -> None:
-    """Burn a core, in steps short enough for a signal handler to run."""
+    """Burn a core, in steps short enough for a signal handler to run; a small part of it where LIGHT is set."""
+    if os.environ.get(LIGHT):
+        breathe()
     end_s = time.monotonic() + LIFETIME_S
     while time.monotonic() < end_s:
-        sum(range(10_000))
+        sum_up()
+
+
+def sum_up() -> None:
+    sum(range(10_000))
+
+
+def breathe(breath: Callable[[], object] = sum_up) -> None:
+    """Use some hundredths of a core for the rest of this life, so that a herd can be busy on a small machine."""
+    end_s = time.monotonic() + LIFETIME_S
+    while time.monotonic() < end_s:
+        until_s = time.monotonic() + BREATH_S
+        while time.monotonic() < until_s:
+            breath()
+        time.sleep(PAUSE_S)
 
 
 def hold() -> None:
@@ -49,6 +72,12 @@ def hold() -> None:
     end_s = time.monotonic() + LIFETIME_S
     while (left_s := end_s - time.monotonic()) > 0:
         time.sleep(left_s)
+
+
+def end_this_thread() -> None:
+    """End the calling thread alone, without a word to Python."""
+    libc = ctypes.CDLL(None)
+    libc.syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)  # SYS_exit
 
 
 def work(pipe: str, release: str, busy: bool) -> None:
