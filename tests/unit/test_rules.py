@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PURE = [
     *("model", "policy", "signatures", "lineage", "decide", "escalation", "ledger", "report"),
+    *("verdicts", "hunt", "words"),
     *("config", "config_values", "gate_frames", "pages", "roster", "turns", "waiters"),
 ]
 PURE_MODULES = ["agent.wire", *(f"reaperd.{name}" for name in PURE)]
@@ -29,7 +30,7 @@ ALLOWED_IN_PURE = {
         "ipaddress",
         "json",
     ),
-    *("math", "re", "struct", "sys", "tomli", "tomllib", "types", "typing", "unicodedata"),
+    *("itertools", "math", "re", "struct", "sys", "tomli", "tomllib", "types", "typing", "unicodedata"),
 }
 TOUCHES_THE_WORLD = {"open", "print", "input", "exec", "eval", "compile", "__import__", "breakpoint"}
 
