@@ -57,7 +57,7 @@ def _library() -> Iterator[Any]:
         raise NvmlFailed(str(error)) from None
     # A count or a size that no array can have, or another module of that name.
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
-        raise NvmlFailed(f"its answer makes no sense: {error}") from None
+        raise NvmlFailed(f"its answer makes no sense: {error!r}") from None
 
 
 def _parts(nvml: Any, gpu: Any) -> list[Any]:
