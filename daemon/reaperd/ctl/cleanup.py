@@ -128,7 +128,10 @@ def _show(reply: Any, target: Target, options: Namespace) -> None:
         none = "nothing to clean up: no orphan" + (", and no leftover" if options.leftovers else "")
         lines += [*([""] if lines else []), none]
     elif options.dry_run:
-        lines += ["", f"dry run: would {target.in_words()[:1].lower()}{target.in_words()[1:]}"]
+        asked = target.in_words()
+        lines += ["", f"dry run: would {asked[:1].lower()}{asked[1:]}"]
+    else:
+        lines.append("")
     put(lines)
 
 

@@ -61,29 +61,35 @@ def monitor(options: Namespace) -> int:
 
 
 def watch(
-    look: Callable[[], Figures], sheet: Sheet, first: Figures, *, interval_s: float, end_s: float
+    look: Callable[[], Figures],
+    sheet: Sheet,
+    first: Figures,
+    *,
+    interval_s: float,
+    end_s: float,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Put ``first``, and then every ``interval_s`` what ``look`` finds, on ``sheet``, nothing from ``end_s`` on (monotonic)."""
     found: Figures | None = first
-    due_s = time.monotonic()
+    due_s = clock()
     while True:
-        if time.monotonic() >= end_s:  # looking took too long
+        if clock() >= end_s:  # looking took too long
             return
         if found is not None:
             sheet.show(found)
-        now_s = time.monotonic()
+        now_s = clock()
         if now_s >= due_s:  # what could not be done in time is left out, not made up for
             due_s += interval_s * (math.floor((now_s - due_s) / interval_s) + 1)
         next_s = due_s if found is not None else min(due_s, now_s + _RETRY_S)
         sheet.wait(min(next_s, end_s) - now_s)
-        if time.monotonic() >= end_s:
+        if clock() >= end_s:
             return
         lost = found is None
         try:
             found = look()
         except CommandError as error:
             found = None
-            if not lost and time.monotonic() < end_s:
+            if not lost and clock() < end_s:
                 reason = error.reason if isinstance(error, NoDaemonError) else str(error)
                 sheet.lose(f"{reason}; waiting for it to come back")
         else:

@@ -48,7 +48,7 @@ def orphans(
     """Return the orphans as a table with the evidence below each; what is no orphan is counted unless asked for."""
     shown = [record for record in found if everything or is_orphan(record)]
     more = len(found) - len(shown)
-    lines = table(shown, look, user_of=user_of) if shown else [NO_ORPHANS]
+    lines = table(shown, look, user_of=user_of) if shown else wrapped(NO_ORPHANS, look)
     if more:
         are = "is" if more == 1 else "are"
         others = (
@@ -184,7 +184,7 @@ def cpu(percent: float | None) -> str:
 def leftovers(found: Sequence[Any], look: Look, *, user_of: Callable[[int], str] = str) -> list[str]:
     """Return the files that dead workers left in memory and in temporary folders, with the evidence below each."""
     if not found:
-        return [NO_LEFTOVERS]
+        return wrapped(NO_LEFTOVERS, look)
     lines = []
     for one in found:
         owner = number_of(one, "owner_pid")
@@ -257,19 +257,23 @@ def explanation(found: Any, look: Look) -> list[str]:
         lines += wrapped(command, look, "  ", "  ")
     facts = evidence(found)
     if facts:
-        lines += ["", look.paint("why:", "bold")]
+        lines += _heading("why:", look)
         for fact in facts:
             lines += wrapped(fact, look, "  - ", "    ")
     alone = field(found, "ends_by_itself")
     if alone:
-        lines += ["", look.paint("what such a process does once its parent is gone:", "bold")]
+        lines += _heading("what such a process does once its parent is gone:", look)
         lines += wrapped(alone, look, "  - ", "    ")
     happened = list_of(found, "events")
     if happened:
-        lines += ["", look.paint("what happened:", "bold")]
+        lines += _heading("what happened:", look)
         for one in happened:
             lines += _event_of(one, found, look)
     return lines
+
+
+def _heading(text: str, look: Look) -> list[str]:
+    return ["", *(look.paint(line, "bold") for line in wrapped(text, look))]
 
 
 def _sentence(found: Any) -> str:

@@ -96,7 +96,7 @@ class Screen:
         del frame
         self._write(_END)
         signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         signal.signal(number, self._suspend)  # here we have been told to go on
         self._write(_BEGIN)
 
