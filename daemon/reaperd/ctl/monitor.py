@@ -78,8 +78,8 @@ def watch(
         if found is not None:
             sheet.show(found)
         now_s = clock()
-        if now_s >= due_s:  # what could not be done in time is left out, not made up for
-            due_s += interval_s * (math.floor((now_s - due_s) / interval_s) + 1)
+        # What could not be done in time is left out, not made up for; one that is not due yet stays as it is.
+        due_s += interval_s * (math.floor((now_s - due_s) / interval_s) + 1)
         next_s = due_s if found is not None else min(due_s, now_s + _RETRY_S)
         sheet.wait(min(next_s, end_s) - now_s)
         if clock() >= end_s:
