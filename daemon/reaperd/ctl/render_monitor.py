@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from reaperd.ctl import render
 from reaperd.ctl.render_orphans import cpu, is_orphan
 from reaperd.ctl.text import Look, columns, cut, field, wrapped
-from reaperd.ctl.units import count_of, duration, list_of, number_of, plural, size, text_of
+from reaperd.ctl.units import count_of, list_of, number_of, plural, text_of
 from reaperd.times import rfc3339
+from reaperd.words import duration, size
 
 CATEGORIES = ("leaders", "workers", "orphans", "trackers")
 BUSIEST = 10  # that are shown where there is no height to keep to

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from reaperd.ctl import render
 from reaperd.ctl.text import LONGEST_TEXT, Look, columns, command_line, cut, field, plain, wrapped
-from reaperd.ctl.units import count_of, duration, list_of, number_of, plural, size, text_of
+from reaperd.ctl.units import count_of, list_of, number_of, plural, text_of
 from reaperd.times import moment
+from reaperd.words import duration, size
 
 NO_ORPHANS = "no orphans: every worker that was found has its parent, or belongs to a session"
 NO_LEFTOVERS = "no leftovers: shared memory and temporary folders of the known frameworks are in use, or gone"
