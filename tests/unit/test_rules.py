@@ -45,6 +45,7 @@ SIGNALLERS = {
     "reaperd.linux.child": {"pidfd_send_signal"},  # our own child
     "reaperd.gate_link": {"kill"},  # our own child, not waited for yet
     "reaperd.ctl.probes": {"pidfd_send_signal"},  # signal 0, to our own child
+    "reaperd.ctl.screen": {"raise_signal"},  # itself: Ctrl-Z stops it once the terminal is put back
 }
 
 MAX_FUNCTION_LINES = 60
