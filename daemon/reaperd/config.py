@@ -102,18 +102,18 @@ class DaemonConfig(NamedTuple):
 
 
 class ScanConfig(NamedTuple):
-    """How often the daemon looks around, and, to come, what is done about orphans that nobody registered."""
+    """How often the daemon looks around, and what is done about orphans that nobody registered."""
 
-    enabled: Annotated[bool, _key_to_come("enabled", SWITCH)] = True
+    enabled: Annotated[bool, _key("enabled", SWITCH)] = True
     interval_s: Annotated[float, _key("interval", _DURATION)] = 30.0
-    orphan_age_limit_s: Annotated[float, _key_to_come("orphan_age_limit", _GRACE)] = 300.0
-    cpu_threshold_percent: Annotated[float, _key_to_come("cpu_threshold", PERCENT)] = 50.0
-    cpu_window_s: Annotated[float, _key_to_come("cpu_window", _DURATION)] = 30.0
-    memory_threshold_bytes: Annotated[int, _key_to_come("memory_threshold", SIZE)] = 64 * 1024**2
-    action: Annotated[Action, _key_to_come("action", one_of(Action))] = "kill"
-    quarantine_for_s: Annotated[float, _key_to_come("quarantine_for", _DURATION)] = 600.0
+    orphan_age_limit_s: Annotated[float, _key("orphan_age_limit", _GRACE)] = 300.0
+    cpu_threshold_percent: Annotated[float, _key("cpu_threshold", PERCENT)] = 50.0
+    cpu_window_s: Annotated[float, _key("cpu_window", _DURATION)] = 30.0
+    memory_threshold_bytes: Annotated[int, _key("memory_threshold", SIZE)] = 64 * 1024**2
+    action: Annotated[Action, _key("action", one_of(Action))] = "kill"
+    quarantine_for_s: Annotated[float, _key("quarantine_for", _DURATION)] = 600.0
     extra_signatures: Annotated[
-        tuple[ExtraSignature, ...], _key_to_come("extra_signatures", list_of(_SIGNATURE, "tables"))
+        tuple[ExtraSignature, ...], _key("extra_signatures", list_of(_SIGNATURE, "tables"))
     ] = ()
 
 

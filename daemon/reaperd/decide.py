@@ -108,7 +108,7 @@ def _while_the_leader_lives(entry: Entry, policy: Policy, now_s: float) -> list[
     target = entry.leader_target
     if target is None or target.due_s > now_s or policy.dry_run:
         return []
-    return [_send(target, Event.DUE, now_s, now_s + policy.grace_s)]
+    return [next_send(target, Event.DUE, now_s, now_s + policy.grace_s)]
 
 
 def _depth(entry: Entry, now_s: float) -> Depth:
@@ -144,7 +144,7 @@ def _sends(entry: Entry, targets: list[Target], policy: Policy, now_s: float) ->
     kill_at_s = max(entry.signal_from_s + policy.grace_s, now_s + LATE_GRACE_S)
     multiplying = entry.growth >= GROWTH_LIMIT
     return [
-        _send(
+        next_send(
             target,
             Event.MULTIPLIED if multiplying and _grows(target) else Event.DUE,
             now_s,
@@ -154,7 +154,8 @@ def _sends(entry: Entry, targets: list[Target], policy: Policy, now_s: float) ->
     ]
 
 
-def _send(target: Target, event: Event, now_s: float, kill_at_s: float) -> Send:
+def next_send(target: Target, event: Event, now_s: float, kill_at_s: float) -> Send:
+    """Return the signal that takes ``target`` into its next stage; asked to end, it has until ``kill_at_s``."""
     stage = NEXT[target.stage, event]
     due_s = {
         Stage.ASKED: kill_at_s,

@@ -448,13 +448,14 @@ def _signals_sent(entry: Entry, sent: SignalsSent) -> Entry:
     for one in sent.signals:
         target = targets.get(one.process)
         if leader_target is not None and one.process == entry.session.leader:
-            leader_target = _advance(leader_target, one)
+            leader_target = advance(leader_target, one)
         elif target is not None and target.stage is not Stage.GONE:
-            targets[one.process] = _advance(target, one)
+            targets[one.process] = advance(target, one)
     return entry._replace(targets=targets, leader_target=leader_target)
 
 
-def _advance(target: Target, signalled: Signalled) -> Target:
+def advance(target: Target, signalled: Signalled) -> Target:
+    """Return ``target`` after a signal was sent to it, or refused."""
     stage = NEXT[target.stage, signalled.event]
     return target._replace(
         stage=stage,

@@ -20,21 +20,28 @@ from reaperd import __version__, kinship, report
 from reaperd.adoption import Adoption
 from reaperd.aside import is_exhaustion
 from reaperd.census import Interrupted
+from reaperd.claims import Claims
 from reaperd.config import Config, ConfigError, render_config, without_effect
 from reaperd.core import Core
 from reaperd.gate_link import GateLink, Peer, Return
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcFS
 from reaperd.linux.systemd import Notifier
+from reaperd.model import Role
 from reaperd.observer import Observer
+from reaperd.orphans import Orphans
 from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.reaper import Reaper
+from reaperd.scan import Scan
 from reaperd.server import Facts, Server
+from reaperd.signatures import Signature
 from reaperd.store import Store
+from reaperd.verdicts import Fate, Rules
 
 log = logging.getLogger(__name__)
 
+_ORPHANS = "orphans that nobody registered"  # who is set aside where something about them raises
 _PRUNE_EVERY_S = 6 * 3600.0
 _BACKLOG = 1024
 _LONGEST_WAIT_S = 86400.0  # epoll_wait(2) counts milliseconds in an int
@@ -102,7 +109,17 @@ class Daemon:
         )
         self._adoption = Adoption(self._core, self._socket_path)
         self._link = GateLink(listener, self._socket_path, self._poller, self._on_request)
-        self._server = Server(self._core, self._link, self._facts())
+        self._orphans = Orphans(
+            proc,
+            Scan(proc, observer.marks, alarm),
+            Reaper(proc, self._untouchable),
+            self._poller,
+            self._store,
+            Claims(self._core.sessions, proc),
+            self._core.sessions.record,
+        )
+        self._orphans.heed(scan_rules(self._config), self._core.policy, enabled=self._config.scan.enabled)
+        self._server = Server(self._core, self._link, self._facts(), self._orphans)
         self._tell_without_effect()
         log.info(
             "started version=%s pid=%d mode=%s socket=%s config=%s%s",
@@ -141,6 +158,7 @@ class Daemon:
                 self._reload()
             self._core.step()
             self._do_due(time.monotonic())
+            self._see_to_orphans(self._orphans.step)
             # What strangers ask goes last, and never for long.
             self._link.exchange()
             self._server.take_turns()
@@ -159,6 +177,7 @@ class Daemon:
             deadline
             for deadline in (
                 self._core.next_deadline(),
+                self._core.sessions.aside.until_s(_ORPHANS) or self._orphans.next_deadline(),
                 self._server.next_deadline(),
                 self._link.restart_at_s,
                 self._watchdog_due_s if self._notifier.watchdog_s is not None else None,
@@ -187,12 +206,20 @@ class Daemon:
                     raise
                 log.warning("cannot look at the sessions: %s, trying again at the next scan", error.strerror)
             self._core.step()
+            self._see_to_orphans(self._orphans.look)
         if self._prune_due_s <= now_s:
             self._prune_due_s = now_s + _PRUNE_EVERY_S
             self._store.prune(self._config.history.keep_s)
         if self._notifier.watchdog_s is not None and self._watchdog_due_s <= now_s:
             self._watchdog_due_s = now_s + self._notifier.watchdog_s
             self._notifier.send(f"WATCHDOG=1\nSTATUS={len(self._core.sessions.entries)} sessions")
+
+    def _see_to_orphans(self, work: Callable[[], None]) -> None:
+        """Do what is due about orphans: after the sessions, and no mistake in it may keep the daemon from those."""
+        aside = self._core.sessions.aside
+        if aside.until_s(_ORPHANS) is None:
+            with contextlib.suppress(Interrupted), aside.trying(_ORPHANS, "see to those"):
+                work()
 
     def _sweep_all(self) -> None:
         try:
@@ -240,6 +267,7 @@ class Daemon:
             self._config = config
             set_log_level(config)
             self._core.policy = self._policy()
+            self._orphans.heed(scan_rules(config), self._core.policy, enabled=config.scan.enabled)
             self._server.facts = self._facts()
             self._scan_due_s = time.monotonic() + config.scan.interval_s
             log.info("reloaded config=%s", self._config_path)
@@ -248,8 +276,6 @@ class Daemon:
         self._notifier.send("READY=1")
 
     def _tell_without_effect(self) -> None:
-        if self._config.scan.enabled:
-            log.info("[scan] has no effect yet, save for interval: only what registered is reaped")
         for name in without_effect(self._config):
             log.warning("%s has no effect yet", name)
 
@@ -264,6 +290,7 @@ class Daemon:
             max_per_uid=self._config.sessions.max_per_uid,
             untouchable=self._untouchable,
             daemon_pid=os.getpid(),
+            spared=self._store.spared(),
             protected_uids=_uids(protect.users, "[protect] users"),
             protected_names=frozenset(protect.names),
             # "nginx" is nginx.service, as for systemctl.
@@ -280,6 +307,23 @@ class Daemon:
             admins=_uids(self._config.access.admins, "[access] admins"),
             dry_run=self._config.kill.dry_run,
         )
+
+
+def scan_rules(config: Config) -> Rules:
+    """Return the rules that ``[scan]`` sets."""
+    scan = config.scan
+    return Rules(
+        scan.orphan_age_limit_s,
+        scan.cpu_threshold_percent,
+        scan.cpu_window_s,
+        scan.memory_threshold_bytes,
+        Fate(scan.action),
+        scan.quarantine_for_s,
+        tuple(
+            Signature(extra.name, Role(extra.role), "", tokens=extra.tokens)
+            for extra in scan.extra_signatures
+        ),
+    )
 
 
 def set_log_level(config: Config) -> None:

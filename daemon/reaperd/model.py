@@ -11,8 +11,8 @@ from typing import NamedTuple, TypeVar
 _Key = TypeVar("_Key", int, str)
 
 # signal(7), the same numbers on x86, ARM, RISC-V and POWER.
-SIGKILL, SIGTERM, SIGSTOP = 9, 15, 19
-SIGNAL_NAMES = {SIGKILL: "SIGKILL", SIGTERM: "SIGTERM", SIGSTOP: "SIGSTOP"}
+SIGKILL, SIGTERM, SIGCONT, SIGSTOP = 9, 15, 18, 19
+SIGNAL_NAMES = {SIGKILL: "SIGKILL", SIGTERM: "SIGTERM", SIGCONT: "SIGCONT", SIGSTOP: "SIGSTOP"}
 
 
 class ProcessId(NamedTuple):

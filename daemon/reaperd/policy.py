@@ -21,6 +21,7 @@ class Policy(NamedTuple):
     protected_uids: frozenset[int] = frozenset()
     protected_names: frozenset[str] = frozenset()
     protected_units: frozenset[str] = frozenset()
+    spared: frozenset[ProcessId] = frozenset()  # by hand
 
     def protection(self, process: Process) -> str | None:
         """Return why ``process`` must never be signalled, in words; None when nothing protects it."""
@@ -28,6 +29,8 @@ class Policy(NamedTuple):
             return "is init, the daemon itself or one of the daemon's ancestors"
         if self.daemon_pid and process.ppid == self.daemon_pid:
             return "is a helper of the daemon"
+        if process.id in self.spared:
+            return "was spared by hand (reaperctl protect or release)"
         if process.uid in self.protected_uids:
             return f"belongs to uid {process.uid}, which [protect] users names"
         for name in (process.comm, process.argv[0].rpartition("/")[2] if process.argv else ""):

@@ -7,8 +7,10 @@ from typing import Any
 
 from reaperd import pages
 from reaperd.escalation import Stage
+from reaperd.hunt import Hunt
 from reaperd.ledger import Entry, Phase, Target
 from reaperd.model import SIGNAL_NAMES, Cause, CauseKind, Freed, Member, ProcessId, Session, Usage
+from reaperd.verdicts import Circumstances, Suspect, Verdict
 
 
 def cause_words(cause: Cause | None) -> str:
@@ -108,6 +110,113 @@ def _result(target: Target) -> str:
     if target.denied:
         return "denied"
     return "stuck" if target.stage is Stage.STUCK else "kept"
+
+
+def orphan_process(one: Suspect, verdict: Verdict) -> dict[str, Any]:
+    """Return what an event says of one orphan that was not ended."""
+    return {
+        "pid": one.id.pid,
+        "start_ticks": one.id.start_ticks,
+        "role": one.role.value,
+        "framework": one.framework,
+        "signal": None,
+        "signals": [],
+        "result": "kept",
+        "evidence": list(verdict.evidence),
+    }
+
+
+def orphan_outcome(id_: ProcessId, uid: int | None, outcome: str, after_s: float) -> dict[str, Any]:
+    """Return the event that tells what became of an orphan that was left alone: ``exited`` or ``claimed`` by a session."""
+    process: dict[str, Any] = {
+        "pid": id_.pid,
+        "start_ticks": id_.start_ticks,
+        "signal": None,
+        "signals": [],
+        "result": outcome,
+    }
+    return event("orphan", uid=uid, outcome=outcome, after_s=after_s, processes=[process])
+
+
+def hunt_event(kind: str, hunt: Hunt) -> dict[str, Any]:
+    """Return the event that tells how the orphans of one dead pool parent were ended."""
+    touched = [target for target in hunt.targets.values() if target.signals or target.denied]
+    gone_at_s = [t.gone_at_s for t in touched if t.gone_at_s is not None]
+    freed = sum(t.member.process.rss_bytes for t in touched if t.stage is Stage.GONE)
+    return event(
+        kind,
+        uid=hunt.uid,
+        rule=hunt.rule,
+        asked_by_uid=hunt.asked_by_uid,
+        processes=[
+            {**process_record(target), "start_ticks": target.member.process.id.start_ticks}
+            for target in touched
+        ],
+        latency_s=round(max(gone_at_s) - hunt.began_s, 6) if gone_at_s else None,
+        freed=_freed_record(Freed(rss_bytes=freed)),
+    )
+
+
+def orphan_record(
+    one: Suspect, given: Circumstances, verdict: Verdict, target: Target | None
+) -> dict[str, Any]:
+    """Return what ``orphans`` says of one; without its command line."""
+    record = given.record
+    stopped_s = None if record.quarantined_at_s is None else given.now_s - record.quarantined_at_s
+    return {
+        "pid": one.id.pid,
+        "start_ticks": one.id.start_ticks,
+        "uid": one.process.uid,
+        "verdict": verdict.fate.value,
+        "rule": verdict.rule,
+        "framework": one.framework,
+        "role": one.role.value,
+        "orphaned_s": round(given.now_s - record.lost_at_s, 1) if one.is_lost else None,
+        "cpu_percent": None if given.load is None else round(given.load.mean, 1),
+        "rss_bytes": one.process.rss_bytes,
+        "gpu_bytes": one.gpu_bytes,
+        "quarantined_s": None if stopped_s is None else round(stopped_s, 1),
+        "ends_by_itself": one.signature.alone if one.signature else "",
+        "cmdline": list(one.process.argv) or None,
+        "evidence": list(verdict.evidence),
+        "result": None if target is None else _result(target),
+    }
+
+
+def explanation(one: Suspect, verdict: Verdict, events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what ``explain`` says of a process that lives."""
+    return {
+        "pid": one.id.pid,
+        "alive": True,
+        "verdict": verdict.fate.value,
+        "rule": verdict.rule,
+        "evidence": list(verdict.evidence),
+        "session": one.session or one.spared_by_session or None,
+        "framework": one.framework,
+        "role": one.role.value,
+        "ends_by_itself": one.signature.alone if one.signature else "",
+        "cmdline": list(one.process.argv) or None,
+        "events": events,
+    }
+
+
+def explanation_of_the_gone(pid: int, events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what ``explain`` says of a process that is no more: what the history has of it."""
+    last = events[-1]
+    told: dict[str, Any] = next((one for one in last["processes"] if one.get("pid") == pid), {})
+    return {
+        "pid": pid,
+        "alive": False,
+        "verdict": "kill" if told.get("signals") else "spare",
+        "rule": last.get("rule") or last["kind"],
+        "evidence": told.get("evidence", []),
+        "session": last.get("session"),
+        "framework": told.get("framework"),
+        "role": told.get("role"),
+        "ends_by_itself": "",
+        "cmdline": None,
+        "events": events,
+    }
 
 
 def session_record(

@@ -21,6 +21,8 @@ from reaperd.linux.page import OpenPage
 from reaperd.linux.procfs import ProcessGone
 from reaperd.listing import Listing
 from reaperd.model import TEMP_DIRS, ProcessId, Role, Session, SessionKey
+from reaperd.orphan_requests import OrphanRequests
+from reaperd.orphans import Orphans
 from reaperd.times import moment, now_utc
 from reaperd.turns import Turns
 from reaperd.waiters import Question, Waiter, Waiters
@@ -59,7 +61,7 @@ class _Request(NamedTuple):
 class Server:
     """The daemon's side of the wire protocol."""
 
-    def __init__(self, core: Core, link: GateLink, facts: Facts) -> None:
+    def __init__(self, core: Core, link: GateLink, facts: Facts, orphans: Orphans) -> None:
         self.facts = facts
         self._core = core
         self._link = link
@@ -76,7 +78,9 @@ class Server:
             "status": self._status,
             "stop": self._stop,
             "config": self._config,
+            **OrphanRequests(core, orphans, self._may_act_on).operations,
         }
+        self._orphans = orphans
         core.sessions.on_event = self._waiters.note
 
     # -- whose turn it is --------------------------------------------------------------------
@@ -276,7 +280,11 @@ class Server:
         raise wire.WireError("unknown-session", f"there is no session {wanted!r:.80}")
 
     def _may_act(self, peer: Peer, session: Session) -> bool:
-        return peer.uid in (0, session.uid) or peer.uid in self.facts.admins
+        return self._may_act_on(peer, session.uid)
+
+    def _may_act_on(self, peer: Peer, uid: int | None) -> bool:
+        """Say whether ``peer`` may act on what is of ``uid``; None: on what is of several, or of anybody."""
+        return peer.uid in (0, uid) or peer.uid in self.facts.admins
 
     # -- telling -----------------------------------------------------------------------------
 
@@ -301,6 +309,7 @@ class Server:
         orphans = sum(
             1 for entry in entries.values() for id_ in entry.targets if not entry.targets[id_].gone_at_s
         )
+        found = self._orphans.counts()
         store = self._core.store
         return {
             "status": {
@@ -310,9 +319,9 @@ class Server:
                 "config": self.facts.config_path,
                 "sessions": len(entries),
                 "workers": workers,
-                "orphans": orphans,
-                "stuck": count_stuck(entries.values()),
-                "quarantined": 0,
+                "orphans": orphans + found.orphans,
+                "stuck": count_stuck(entries.values()) + found.stuck,
+                "quarantined": found.quarantined,
                 "reaped_total": store.total("reaped"),
                 "freed_bytes_total": store.total("freed_bytes"),
                 "dry_run": self.facts.dry_run,
@@ -353,7 +362,7 @@ class Server:
         session = (
             wire.text_field(message, "session", limit=64) if message.get("session") is not None else None
         )
-        sees_all = peer.uid == 0 or peer.uid in self.facts.admins
+        sees_all = self._may_act_on(peer, None)
         after = wire.integer_field(message, "after", default=0)
         return Question(after, since_epoch_s, session, None if sees_all else peer.uid)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import sqlite3
 import time
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from reaperd.model import Cause, CauseKind, Namespaces, ProcessId, Session, SessionKey
+from reaperd.verdicts import Record
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,11 @@ _SCHEMA = f"""
     CREATE TABLE totals (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 """
 # Not of the schema: a file that was made before they were thought of gets them, too.
-_INDEXES = """
+_ADDED = """
+    CREATE TABLE IF NOT EXISTS orphans (
+        pid INTEGER, start_ticks INTEGER, boot_id TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (pid, start_ticks));
+    CREATE TABLE IF NOT EXISTS spared (
+        pid INTEGER, start_ticks INTEGER, boot_id TEXT NOT NULL, PRIMARY KEY (pid, start_ticks));
     CREATE INDEX IF NOT EXISTS events_session ON events (session, seq);
     CREATE INDEX IF NOT EXISTS events_uid ON events (uid, seq);
 """
@@ -109,7 +115,7 @@ class Store:
                 raise sqlite3.DatabaseError(f"its version is {version}, this daemon knows {_SCHEMA_VERSION}")
             if database.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("it is corrupt")
-            database.executescript(f"BEGIN; {_INDEXES} COMMIT;")
+            database.executescript(f"BEGIN; {_ADDED} COMMIT;")
         except BaseException:
             database.close()
             raise
@@ -160,6 +166,64 @@ class Store:
     def settle(self, key: SessionKey) -> None:
         """Put on record that a session is over for good."""
         self._write("REPLACE INTO settled VALUES (?, ?, ?)", *key, self._boot_id)
+
+    # -- orphans that nobody registered ------------------------------------------------------
+
+    def orphans(self) -> dict[ProcessId, Record]:
+        """Return what is on record of suspects for this boot; what cannot be read is left out."""
+        for table in ("orphans", "spared"):
+            self._write(f"DELETE FROM {table} WHERE boot_id != ?", self._boot_id)  # noqa: S608 - a literal
+        found = {}
+        for pid, start_ticks, text in self._read("SELECT pid, start_ticks, record FROM orphans"):
+            with contextlib.suppress(ValueError, TypeError, LookupError):
+                found[ProcessId(int(pid), int(start_ticks))] = _orphan(json.loads(text))
+        return found
+
+    def save_orphan(self, id_: ProcessId, record: Record) -> None:
+        """Put what is remembered of a suspect on record, its samples apart."""
+        text = json.dumps(
+            [record.lost_at_s, record.lost_parent, record.quarantined_at_s, record.condemned_at_s, record.uid]
+        )
+        self._write("REPLACE INTO orphans VALUES (?, ?, ?, ?)", *id_, self._boot_id, text)
+
+    def forget_orphan(self, id_: ProcessId) -> None:
+        """Take a suspect off the record."""
+        self._write("DELETE FROM orphans WHERE pid = ? AND start_ticks = ?", *id_)
+
+    def spared(self) -> frozenset[ProcessId]:
+        """Return who was spared by hand in this boot."""
+        rows = self._read("SELECT pid, start_ticks FROM spared WHERE boot_id = ?", self._boot_id)
+        return frozenset(ProcessId(int(pid), int(ticks)) for pid, ticks in rows)
+
+    def spare(self, id_: ProcessId) -> None:
+        """Put on record that a process is spared."""
+        self._write("REPLACE INTO spared VALUES (?, ?, ?)", *id_, self._boot_id)
+
+    def events_of_kinds(self, *kinds: str) -> list[dict[str, Any]]:
+        """Return the events of some kinds, oldest first."""
+        marks = ", ".join("?" * len(kinds))
+        rows = self._read(f"SELECT record FROM events WHERE kind IN ({marks}) ORDER BY seq", *kinds)  # noqa: S608
+        found = []
+        for (record,) in rows:
+            with contextlib.suppress(ValueError, TypeError):
+                found.append(json.loads(record))
+        return found
+
+    def events_about(self, pid: int, *, uid: int | None, limit: int = 20) -> list[dict[str, Any]]:
+        """Return the newest events that name the process ``pid``, oldest first; of one uid, where asked for."""
+        like = f'%"pid": {pid},%'
+        found = []
+        for seq, record in self._read(
+            "SELECT seq, record FROM events WHERE record LIKE ? AND (? IS NULL OR uid = ?) ORDER BY seq DESC LIMIT ?",
+            *(like, uid, uid, 4 * limit),
+        ):
+            with contextlib.suppress(ValueError, TypeError):
+                event = json.loads(record)
+                if any(
+                    one.get("pid") == pid for one in (*event["processes"], event.get("leader") or {}) if one
+                ):
+                    found.append({"seq": seq, **event})
+        return found[:limit][::-1]
 
     # -- events ------------------------------------------------------------------------------
 
@@ -322,6 +386,15 @@ class Store:
 
 
 _MORE_THAN_ANY = 2**63  # start ticks are the largest: unsigned long in proc(5), 10 ms each
+
+
+def _orphan(told: Any) -> Record:
+    lost_at_s, lost_parent, quarantined_at_s, condemned_at_s, uid = told
+    times = [at_s for at_s in (lost_at_s, quarantined_at_s, condemned_at_s) if at_s is not None]
+    if not all(isinstance(at_s, float) and math.isfinite(at_s) for at_s in times) or lost_at_s is None:
+        raise ValueError("a time is none")
+    parent = None if lost_parent is None else ProcessId(*map(int, lost_parent))
+    return Record(lost_at_s, (), parent, quarantined_at_s, condemned_at_s, None if uid is None else int(uid))
 
 
 def _move_aside(path: str) -> str:

@@ -126,7 +126,8 @@ def silent_socket(scratch: Scratch) -> Iterator[tuple[str, socket.socket]]:
 @pytest.mark.parametrize(
     "words",
     [["ping"], ["status"], ["status", "--check"], ["ps", "--json"], ["events"], ["events", "-f"], ["stop", "x"],
-     ["config", "show"]],
+     ["config", "show"], ["orphans"], ["orphans", "--score"], ["explain", "1"], ["cleanup", "--yes"], ["protect", "1"],
+     ["release", "1"], ["monitor"], ["monitor", "--duration", "0.01", "--json"]],
 )  # fmt: skip
 def test_without_a_daemon_one_sentence_says_where_and_why_and_how_to_start_one(
     run: str, scratch: Scratch, words: list[str]

@@ -14,6 +14,12 @@ COMMANDS = [
     ["ps"],
     ["events"],
     ["stop", "risk"],
+    ["orphans"],
+    ["explain", "4711"],
+    ["cleanup"],
+    ["protect", "4711"],
+    ["release", "4711"],
+    ["monitor"],
     ["ping"],
     ["doctor"],
     ["config", "check"],
@@ -49,7 +55,7 @@ def test_the_last_of_two_values_wins() -> None:
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_every_command_is_known_by_its_whole_name(words: list[str]) -> None:
-    assert main.parse(words).command == " ".join(word for word in words if word != "risk")
+    assert main.parse(words).command == " ".join(word for word in words if word not in ("risk", "4711"))
 
 
 @pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] != "stop"])
@@ -87,7 +93,10 @@ def test_a_socket_is_a_path(capsys: pytest.CaptureFixture[str], value: str) -> N
         ["stop", "a", "b"],
         ["frobnicate"],
         ["ping", "--jso"],
-        ["cleanup"],
+        ["explain"],
+        ["protect", "4711", "--local"],
+        ["release", "1", "2"],
+        ["monitor", "--local"],
     ],
 )
 def test_a_wrong_command_line_says_where_to_read_on(
@@ -120,6 +129,52 @@ def test_events_follow_from_now_and_want_no_session_unless_told() -> None:
 def test_stop_waits_a_minute_unless_told() -> None:
     assert main.parse(["stop", "risk"]).wait == 60.0
     assert main.parse(["stop", "risk", "--wait", "5"]).wait == 5.0
+
+
+@pytest.mark.parametrize("command", ["explain", "protect", "release"])
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "+1", "1.5", "1e3", "0x10", "", " 1", "\u0661", "2147483648", "9" * 99, "self"]
+)
+def test_a_pid_is_a_positive_whole_number(
+    capsys: pytest.CaptureFixture[str], command: str, value: str
+) -> None:
+    assert "--help" in refused(capsys, command, "--", value)
+    assert main.parse([command, "2147483647"]).pid == 2147483647
+
+
+def test_monitor_looks_every_two_seconds_until_interrupted_unless_told() -> None:
+    parsed = main.parse(["monitor"])
+    assert (parsed.duration, parsed.interval) == (0.0, 2.0)
+    parsed = main.parse(["monitor", "--duration", "10", "--interval", "0.5"])
+    assert (parsed.duration, parsed.interval) == (10.0, 0.5)
+    assert main.parse(["monitor", "--duration", "0"]).duration == 0.0
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--duration=-1",
+        "--duration=nan",
+        "--duration=long",
+        "--interval=0",
+        "--interval=0.01",
+        "--interval=inf",
+    ],
+)
+def test_monitor_takes_no_time_that_is_none(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    assert "must be" in refused(capsys, "monitor", option)
+
+
+@pytest.mark.parametrize("words", [["orphans"], ["explain", "1"], ["cleanup"]])
+def test_what_works_without_a_daemon_takes_local(words: list[str]) -> None:
+    assert main.parse([*words, "--local"]).local is True
+    assert main.parse(words).local is False
+
+
+def test_cleanup_asks_unless_told() -> None:
+    parsed = main.parse(["cleanup"])
+    assert (parsed.dry_run, parsed.yes, parsed.leftovers, parsed.wait) == (False, False, False, 60.0)
+    assert main.parse(["cleanup", "-y"]).yes is True
 
 
 def test_help_names_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,12 @@ def test_a_bad_configuration_is_never_tried_again_and_no_failure_uses_up_the_sta
         assert wanted in found
 
 
+def test_the_system_unit_lets_the_daemon_ask_the_gpus_and_reach_no_other_device() -> None:
+    found = settings("reaperd.service")
+    assert ("DevicePolicy", "closed") in found
+    assert [value for key, value in found if key == "DeviceAllow"] == ["char-nvidia* rw"]
+
+
 def test_the_system_unit_makes_no_mount_namespace() -> None:
     # The daemon reclaims only what a session saw on the same mounts as the daemon itself does.
     namespacing = {

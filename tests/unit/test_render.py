@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from reaperd.ctl import render
 from reaperd.ctl.text import Look, columns, command_line, cut, plain
-from reaperd.ctl.units import duration, number_of, parse_when, plural, size
+from reaperd.ctl.units import number_of, parse_when, plural
 from reaperd.times import moment, rfc3339
+from reaperd.words import duration, size
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=timezone.utc)
 ID = "4242-1a2b3c-0011aabb-deadbeef"

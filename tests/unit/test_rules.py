@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PURE = [
     *("model", "policy", "signatures", "lineage", "decide", "escalation", "ledger", "report"),
+    *("verdicts", "hunt", "words"),
     *("config", "config_values", "gate_frames", "pages", "roster", "turns", "waiters"),
 ]
 PURE_MODULES = ["agent.wire", *(f"reaperd.{name}" for name in PURE)]
@@ -29,7 +30,7 @@ ALLOWED_IN_PURE = {
         "ipaddress",
         "json",
     ),
-    *("math", "re", "struct", "sys", "tomli", "tomllib", "types", "typing", "unicodedata"),
+    *("itertools", "math", "re", "struct", "sys", "tomli", "tomllib", "types", "typing", "unicodedata"),
 }
 TOUCHES_THE_WORLD = {"open", "print", "input", "exec", "eval", "compile", "__import__", "breakpoint"}
 
@@ -44,6 +45,7 @@ SIGNALLERS = {
     "reaperd.linux.child": {"pidfd_send_signal"},  # our own child
     "reaperd.gate_link": {"kill"},  # our own child, not waited for yet
     "reaperd.ctl.probes": {"pidfd_send_signal"},  # signal 0, to our own child
+    "reaperd.ctl.screen": {"raise_signal"},  # itself: Ctrl-Z stops it once the terminal is put back
 }
 
 MAX_FUNCTION_LINES = 60

@@ -16,14 +16,17 @@ import pytest
 
 from agent import wire
 from agent.page import SessionPage
+from reaperd.claims import Claims
 from reaperd.core import Core
 from reaperd.gate_link import Peer, Return
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcFS
 from reaperd.observer import Observer
+from reaperd.orphans import Orphans
 from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.reaper import Reaper
+from reaperd.scan import Scan
 from reaperd.server import Facts, Server
 from reaperd.store import Store
 
@@ -62,7 +65,17 @@ class World:
         store = Store(str(directory), observer.boot_id)
         self.core = Core(observer, Reaper(proc, frozenset()), store, Poller(), Policy(), alarm)
         self.link = Link(directory / "reaper.db")
-        self.server = Server(self.core, self.link, Facts("user", "", "", 4, frozenset(), dry_run=False))  # type: ignore[arg-type]
+        orphans = Orphans(
+            proc,
+            Scan(proc, observer.marks, alarm),
+            Reaper(proc, frozenset()),
+            Poller(),
+            store,
+            Claims(self.core.sessions, proc),
+            self.core.sessions.record,
+        )
+        facts = Facts("user", "", "", 4, frozenset(), dry_run=False)
+        self.server = Server(self.core, self.link, facts, orphans)  # type: ignore[arg-type]
         self.ticks = proc.stat(ME).id.start_ticks
         self.session = wire.format_session_id(ME, self.ticks, 1, 2)
         self.page = SessionPage(self.session, "grid", self.ticks, observer.boot_id)

@@ -7,8 +7,8 @@ import os
 
 from reaperd.ctl import probes
 from reaperd.ctl.findings import Check, Finding, limit, ok, problem
-from reaperd.ctl.units import size
 from reaperd.linux.mounts import Mount, parse_mount_table
+from reaperd.words import size
 
 # Below this, worker pools that share arrays run into its end (Docker gives 64 MiB).
 _SHM_BYTES = 256 * 1024 * 1024

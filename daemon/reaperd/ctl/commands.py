@@ -48,11 +48,11 @@ def ps(options: Namespace) -> int:
 
     from reaperd.ctl import render
 
-    put(render.sessions(found, look_of_stdout(), now=datetime.now(timezone.utc), user_of=_user_of))
+    put(render.sessions(found, look_of_stdout(), now=datetime.now(timezone.utc), user_of=user_of))
     return DONE
 
 
-def _user_of(uid: int) -> str:
+def user_of(uid: int) -> str:
     """Return the login name of ``uid``, else its number (a user of a container has no name out here)."""
     import pwd
 

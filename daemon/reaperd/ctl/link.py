@@ -55,24 +55,31 @@ class Link:
         """Return the link that the global options ask for; nothing is opened yet."""
         return cls(sockets_of(options), timeout_s=options.timeout)
 
-    def ask(self, op: str, *, wait_s: int = 0, **fields: Any) -> dict[str, Any]:
+    def ask(self, op: str, *, wait_s: int = 0, within_s: float = math.inf, **fields: Any) -> dict[str, Any]:
         """Return the daemon's reply; raise NoDaemonError when none answers, CommandError when it refuses.
 
-        ``wait_s`` is how long the daemon itself may hold the answer back, in whole seconds.
+        ``wait_s`` is how long the daemon itself may hold the answer back, in whole seconds. Who has less time than the
+        options allow for an answer says so with ``within_s``.
         """
         message = {"op": op, **fields, **({"wait_s": wait_s} if wait_s else {})}
+        timeout_s = min(self._timeout_s + wait_s, within_s)
         reasons = []
         for path in [self.socket] if self.socket else self._sockets:
             try:
-                reply = client.request(path, message, timeout_s=self._timeout_s + wait_s)
+                reply = client.request(path, message, timeout_s=timeout_s)
             except client.Unreachable as error:
                 reasons.append(str(error))
             except wire.WireError as error:
-                raise CommandError(str(error), _CODES.get(error.kind, FAILED)) from None
+                raise refused(error) from None
             else:
                 self.socket = path
                 return reply
         raise _no_daemon(reasons, self.socket or self._sockets[0])
+
+
+def refused(error: wire.WireError) -> CommandError:
+    """Return a refusal as what ends the command."""
+    return CommandError(str(error), _CODES.get(error.kind, FAILED))
 
 
 def _no_daemon(reasons: list[str], socket: str) -> NoDaemonError:

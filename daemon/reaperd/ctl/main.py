@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 _LONGEST_S = 1_000_000
+_SHORTEST_INTERVAL_S = 0.1
+_HIGHEST_PID = 2**31 - 1
 _DESCRIPTION = """\
 See and steer reaperd, the daemon that ends the training workers which a dead script left behind."""
 
@@ -89,6 +91,23 @@ def _dispatch(options: argparse.Namespace) -> int:
         from reaperd.ctl import events
 
         return {"events": events.events, "stop": events.stop}[command](options)
+    if command in ("orphans", "explain", "protect", "release"):
+        from reaperd.ctl import orphans
+
+        return {
+            "orphans": orphans.orphans,
+            "explain": orphans.explain,
+            "protect": orphans.protect,
+            "release": orphans.release,
+        }[command](options)
+    if command == "cleanup":
+        from reaperd.ctl import cleanup
+
+        return cleanup.cleanup(options)
+    if command == "monitor":
+        from reaperd.ctl import monitor
+
+        return monitor.monitor(options)
     return {"status": commands.status, "ps": commands.ps, "ping": commands.ping}[command](options)
 
 
@@ -218,6 +237,71 @@ def _stop_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _here(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--local", action="store_true", help="ask no daemon: look from here, with your own rights"
+    )
+
+
+def _orphans_options(parser: argparse.ArgumentParser) -> None:
+    _reads(parser)
+    _here(parser)
+    parser.add_argument("--all", action="store_true", help="those as well that only look like orphans")
+    parser.add_argument(
+        "--leftovers",
+        action="store_true",
+        help="shared memory and temporary files as well that dead workers left behind",
+    )
+    parser.add_argument(
+        "--score",
+        action="store_true",
+        help="instead: what became of those that the rules would have had ended, to judge the rules by",
+    )
+
+
+def _process_options(parser: argparse.ArgumentParser) -> None:
+    _reads(parser)
+    parser.add_argument("pid", metavar="PID", type=_pid, help="the process")
+
+
+def _explain_options(parser: argparse.ArgumentParser) -> None:
+    _process_options(parser)
+    _here(parser)
+
+
+def _cleanup_options(parser: argparse.ArgumentParser) -> None:
+    _reads(parser)
+    _here(parser)
+    parser.add_argument("--dry-run", action="store_true", help="only show what would be ended, and why")
+    parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
+    parser.add_argument(
+        "--leftovers",
+        action="store_true",
+        help="also remove shared memory and temporary files that dead workers left behind",
+    )
+    parser.add_argument(
+        "--wait", metavar="S", type=_seconds, default=60.0, help="seconds to wait for their end (default 60)"
+    )
+
+
+def _monitor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON: one line an interval")
+    parser.add_argument(
+        "--duration",
+        metavar="N",
+        type=_duration,
+        default=0.0,
+        help="seconds after which to leave (default 0: go on until interrupted)",
+    )
+    parser.add_argument(
+        "--interval",
+        metavar="S",
+        type=_interval,
+        default=2.0,
+        help="seconds from one look to the next (default 2)",
+    )
+
+
 def _check_options(parser: argparse.ArgumentParser) -> None:
     _reads(parser)
     parser.add_argument("file", metavar="FILE", nargs="?", help="default: the file that reaperd would read")
@@ -226,6 +310,12 @@ def _check_options(parser: argparse.ArgumentParser) -> None:
 _COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
     ("status", "print what the daemon is doing", _status_options),
     ("ps", "print the sessions and their workers as a tree", _reads),
+    ("orphans", "print the workers that outlived their pool, and what becomes of them", _orphans_options),
+    ("explain", "print how one process is judged, and on what evidence", _explain_options),
+    ("cleanup", "end the orphans now: show them, ask, and end them", _cleanup_options),
+    ("protect", "have one running process left alone", _process_options),
+    ("release", "let a process go on that was stopped, and leave it alone", _process_options),
+    ("monitor", "show what there is, and what it takes, again and again", _monitor_options),
     ("events", "print what happened: sessions that began, ended and were reaped", _events_options),
     ("stop", "end a session: its leader, then what that leaves behind", _stop_options),
     ("ping", "ask the daemon whether it is there", _reads),
@@ -251,6 +341,23 @@ def _seconds(text: str) -> float:
             f"must be a number of seconds, more than 0 and at most {_LONGEST_S}, got {text!r:.40}"
         )
     return value
+
+
+def _duration(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else _seconds(text)
+
+
+def _interval(text: str) -> float:
+    value = _seconds(text)
+    if value < _SHORTEST_INTERVAL_S:
+        raise argparse.ArgumentTypeError(f"must be at least {_SHORTEST_INTERVAL_S} s, got {text!r:.40}")
+    return value
+
+
+def _pid(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < len(text) <= 10 and 0 < int(text) <= _HIGHEST_PID):
+        raise argparse.ArgumentTypeError(f"must be a pid, a whole number of at least 1, got {text!r:.40}")
+    return int(text)
 
 
 def _path(text: str) -> str:

@@ -11,17 +11,9 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from reaperd.ctl.text import LONGEST_TEXT, Look, columns, command_line, cut, field, plain
-from reaperd.ctl.units import (
-    count_of,
-    duration,
-    list_of,
-    number_of,
-    plain_number,
-    plural,
-    size,
-    text_of,
-)
+from reaperd.ctl.units import count_of, list_of, number_of, plain_number, plural, text_of
 from reaperd.times import moment
+from reaperd.words import duration, size
 
 NO_SESSIONS = "no sessions: a script becomes one with `import agent; agent.register()`"
 

@@ -64,14 +64,40 @@ def cut(text: str, width: int, look: Look) -> str:
     if columns(text) <= width:
         return text
     ellipsis = look.choose("…", "...")[: max(width, 0)]
-    room = width - len(ellipsis)
-    kept = []
-    for character in text:
-        room -= _columns_of(character)
-        if room < 0:
-            break
-        kept.append(character)
-    return "".join(kept) + ellipsis
+    return _head(text, width - len(ellipsis)) + ellipsis
+
+
+def wrapped(text: str, look: Look, first: str = "", rest: str = "") -> list[str]:
+    """Return a plain ``text`` in lines as wide as the terminal, the first one after ``first``, the others after ``rest``.
+
+    Nothing is left out: a word that is wider than a line is broken.
+    """
+    if look.width is None:
+        return [first + text]
+    room = look.width - max(columns(first), columns(rest))
+    lines, line = [], ""
+    for word in text.split(" "):
+        if line and columns(line) + 1 + columns(word) <= room:
+            line += " " + word
+            continue
+        if line:
+            lines.append(line)
+        line = word
+        while columns(line) > room:
+            head = _head(line, room) or line[0]
+            lines.append(head)
+            line = line[len(head) :]
+    first_line, *others = [*lines, line]
+    return [first + first_line, *(rest + other for other in others)]
+
+
+def _head(text: str, width: int) -> str:
+    """Return the beginning of ``text`` that takes at most ``width`` columns."""
+    for place, character in enumerate(text):
+        width -= _columns_of(character)
+        if width < 0:
+            return text[:place]
+    return text
 
 
 def field(source: Any, key: str) -> str:

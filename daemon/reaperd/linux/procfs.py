@@ -36,6 +36,8 @@ class Stat(NamedTuple):
     threads: int
     rss_bytes: int
     exit_status: int  # as wait(2) gives it; 0 for who may not see it
+    posix_pgid: int
+    posix_sid: int
     # Changes with every execve(2), which puts code, stack, arguments and environment elsewhere; 0 for who may not see it.
     image: int
 
@@ -75,6 +77,8 @@ def parse_stat(data: bytes) -> Stat:
         threads=int(fields[17]),
         rss_bytes=int(fields[21]) * PAGE_BYTES,
         exit_status=int(fields[49]),
+        posix_pgid=int(fields[2]),
+        posix_sid=int(fields[3]),
         image=hash((*fields[23:26], fields[45], fields[47])) if fields[25] != b"0" else 0,
     )
 

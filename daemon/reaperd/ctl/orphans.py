@@ -1,0 +1,101 @@
+"""The commands about processes that no session claims: which they are, why each is judged so, and who is spared."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from agent import wire
+from reaperd.ctl import DONE, render_orphans
+from reaperd.ctl.commands import user_of
+from reaperd.ctl.link import Link, refused
+from reaperd.ctl.terminal import look_of_stdout, put, put_json
+from reaperd.ctl.text import field
+from reaperd.ctl.units import list_of, number_of
+
+Ask = Callable[..., dict[str, Any]]
+
+
+def asker(options: Namespace) -> Ask:
+    """Return what answers: the daemon, or with --local the same rules in this process."""
+    return ask_here if options.local else Link.of(options).ask
+
+
+def ask_here(op: str, **fields: Any) -> dict[str, Any]:
+    """Return what a daemon would reply; it is looked and acted with the caller's own rights."""
+    from reaperd.ctl import local
+
+    try:
+        return local.ask(op, **fields)
+    except wire.WireError as error:
+        raise refused(error) from None
+
+
+def orphans(options: Namespace) -> int:
+    """Print the orphans, what would become of them, and why."""
+    ask = asker(options)
+    look = look_of_stdout()
+    if options.score:
+        score = ask("orphans", score=True).get("score")
+        if options.json:
+            put_json(score)
+        else:
+            put(render_orphans.score(score, look))
+        return DONE
+    reply = ask("orphans", leftovers=options.leftovers)
+    found, leftovers = list_of(reply, "orphans"), list_of(reply, "leftovers")
+    if options.json:
+        put_json(document(found, leftovers, with_leftovers=options.leftovers))
+        return DONE
+    put(render_orphans.orphans(found, look, everything=options.all, user_of=user_of))
+    if options.leftovers:
+        put(["", *render_orphans.leftovers(leftovers, look, user_of=user_of)])
+    return DONE
+
+
+def document(found: list[Any], leftovers: list[Any], *, with_leftovers: bool) -> Any:
+    """Return what --json prints: the processes alone unless the leftovers were asked for, too."""
+    return {"orphans": found, "leftovers": leftovers} if with_leftovers else found
+
+
+def explain(options: Namespace) -> int:
+    """Print how one process is judged, and on what evidence."""
+    found = asker(options)("explain", pid=options.pid).get("explain")
+    if options.json:
+        put_json(found)
+    else:
+        put(render_orphans.explanation(found, look_of_stdout()))
+    return DONE
+
+
+def protect(options: Namespace) -> int:
+    """Have one running process left alone."""
+    reply = Link.of(options).ask("protect", pid=options.pid)
+    if options.json:
+        put_json(_process(reply, "name"))
+    else:
+        name = field(reply, "name")
+        who = f"pid {options.pid}" + (f" ({name})" if name else "")
+        put(f"{who} is left alone from now on; what it starts is judged as ever")
+    return DONE
+
+
+def release(options: Namespace) -> int:
+    """Let a process go on that was stopped, and leave it alone."""
+    reply = Link.of(options).ask("release", pid=options.pid)
+    if options.json:
+        put_json(_process(reply))
+    else:
+        put(f"pid {options.pid} goes on, and is left alone from now on")
+    return DONE
+
+
+def _process(reply: dict[str, Any], *more: str) -> dict[str, Any]:
+    return {key: reply.get(key) for key in ("pid", "start_ticks", *more)}
+
+
+def identity(record: Any) -> tuple[int, int] | None:
+    """Return pid and start time of a record; None where it does not name one process for good."""
+    pid, ticks = number_of(record, "pid"), number_of(record, "start_ticks")
+    return None if pid is None or ticks is None else (int(pid), int(ticks))

@@ -1,0 +1,143 @@
+"""What people may ask about orphans that nobody registered, and have done about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from agent import wire
+from reaperd import report
+from reaperd.core import Core
+from reaperd.gate_link import Peer
+from reaperd.linux import pidfd
+from reaperd.linux.procfs import ProcessGone
+from reaperd.model import ProcessId
+from reaperd.orphans import Judged, Orphans
+
+_MAX_PROCESSES = 10_000  # in one request
+
+MaySee = Callable[[Peer, int | None], bool]
+
+
+class OrphanRequests:
+    """The operations; a peer sees and acts on what is of its own uid, unless ``may_act`` says otherwise."""
+
+    def __init__(self, core: Core, orphans: Orphans, may_act: MaySee) -> None:
+        self._core = core
+        self._orphans = orphans
+        self._may_act = may_act
+        self.operations: dict[str, Callable[[Peer, dict[str, Any]], dict[str, Any]]] = {
+            "orphans": self._list,
+            "cleanup": self._clean_up,
+            "explain": self._explain,
+            "protect": self._protect,
+            "release": self._release,
+        }
+
+    def _list(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
+        if _switch(message, "score"):
+            return {"score": self._score(peer)}
+        return {"orphans": self._records(peer, self._orphans.listing()), "leftovers": []}
+
+    def _records(self, peer: Peer, found: list[Judged]) -> list[dict[str, Any]]:
+        return [self._orphans.describe(one) for one in found if self._may_act(peer, one.suspect.process.uid)]
+
+    def _clean_up(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
+        if _switch(message, "dry_run"):
+            return {"orphans": self._records(peer, self._orphans.cleanable()), "leftovers": []}
+        if self._core.policy.dry_run:
+            raise wire.WireError("not-allowed", "the daemon runs with dry_run: it signals nobody")
+        wanted, last = _processes(message.get("processes")), self._core.store.last_event()
+        found = self._orphans.clean_up(
+            wanted, lambda one: self._may_act(peer, one.process.uid), by_uid=peer.uid
+        )
+        return {"orphans": self._records(peer, found), "leftovers": [], "after": last}
+
+    def _explain(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
+        pid = wire.integer_field(message, "pid", least=1)
+        sees_all = self._may_act(peer, None)
+        events = self._core.store.events_about(pid, uid=None if sees_all else peer.uid)
+        try:
+            told = self._orphans.explain(pid)
+        except ProcessGone:
+            if not events:
+                nothing = f"there is no process {pid}, and the history does not name it"
+                raise wire.WireError("unknown-process", nothing) from None
+            return {"explain": report.explanation_of_the_gone(pid, events)}
+        if not self._may_act(peer, told.suspect.process.uid):
+            raise wire.WireError("not-allowed", "that process is another user's")
+        return {"explain": report.explanation(told.suspect, told.verdict, events)}
+
+    def _protect(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
+        id_, name = self._own_process(peer, message)
+        self._spare(peer, id_)
+        return {"pid": id_.pid, "start_ticks": id_.start_ticks, "name": name}
+
+    def _release(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
+        id_, _ = self._own_process(peer, message)
+        if not self._orphans.is_quarantined(id_):
+            raise wire.WireError("not-quarantined", f"process {id_.pid} is not in quarantine")
+        self._spare(peer, id_)
+        return {"pid": id_.pid, "start_ticks": id_.start_ticks}
+
+    def _spare(self, peer: Peer, id_: ProcessId) -> None:
+        """Spare a process whoever would end it: a scan, or the session that it belongs to."""
+        self._core.policy = self._core.policy._replace(spared=self._orphans.spare(id_, peer.uid))
+
+    def _own_process(self, peer: Peer, message: dict[str, Any]) -> tuple[ProcessId, str]:
+        """Return the process that is meant, which must be one that ``peer`` may act on."""
+        pid = wire.integer_field(message, "pid", least=1)
+        try:
+            stat = self._core.observer.proc.stat(pid)
+            told = pidfd.info_of(pid)
+            uid = self._core.observer.owner(pid)[0] if told is None else told.uid
+        except ProcessGone:
+            raise wire.WireError("unknown-process", f"there is no process {pid}") from None
+        if not self._may_act(peer, uid):
+            raise wire.WireError("not-allowed", "that process is another user's")
+        return stat.id, stat.comm
+
+    def _score(self, peer: Peer) -> dict[str, Any]:
+        """Sum up what was left alone although a rule would have had it ended, and what became of it."""
+        events = self._core.store.events_of_kinds("orphan", "killed")
+        if not self._may_act(peer, None):
+            events = [one for one in events if one.get("uid") == peer.uid]
+        condemned = [one for one in events if one["kind"] == "orphan" and one.get("would")]
+        exited_s = [one["after_s"] for one in events if one.get("outcome") == "exited"]
+        claimed = sum(one.get("outcome") == "claimed" for one in events)
+        still = [one for one in self._orphans.listing() if one.given.record.condemned_at_s is not None]
+        return {
+            "since": condemned[0]["at"] if condemned else None,
+            "condemned": len(condemned),
+            "exited": len(exited_s),
+            "exited_after_s": {
+                "median": sorted(exited_s)[len(exited_s) // 2] if exited_s else None,
+                "max": max(exited_s, default=None),
+            },
+            "claimed": claimed,
+            "still_there": len([one for one in still if self._may_act(peer, one.suspect.process.uid)]),
+            "killed": sum(len(one["processes"]) for one in events if one["kind"] == "killed"),
+        }
+
+
+def _switch(message: dict[str, Any], key: str) -> bool:
+    value = message.get(key, False)
+    if not isinstance(value, bool):
+        raise wire.WireError("bad-request", f"{key}: must be true or false, got {value!r:.60}")
+    return value
+
+
+def _processes(value: Any) -> list[ProcessId]:
+    def is_number(number: Any) -> bool:
+        return type(number) is int and 0 <= number < 2**63
+
+    if (
+        not isinstance(value, list)
+        or len(value) > _MAX_PROCESSES
+        or not all(isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in value)
+    ):
+        raise wire.WireError(
+            "bad-request",
+            f"processes: must be a list of at most {_MAX_PROCESSES} pairs of pid and start ticks",
+        )
+    return [ProcessId(pid, start_ticks) for pid, start_ticks in value]
