@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import harness
-from enclosure import Enclosure, Keeper
+from enclosure import Enclosure
 from harness import FAMILY_MARK, ZOO
 
 TRAINER = os.path.join(ZOO, "trainer.py")
@@ -270,7 +270,6 @@ class Zoo:
     def __init__(self, enclosure: Enclosure, animals: Sequence[Animal] = tuple(ANIMALS)) -> None:
         self.enclosure = enclosure
         self.seen: dict[str, Seen] = {}
-        self.claims: dict[str, bool] = {}
         self.why_not: dict[str, str] = {}
         self._pipe = enclosure.scratch.file("up")
         os.mkfifo(self._pipe)
@@ -321,18 +320,7 @@ class Zoo:
         held = {pid: os.pidfd_open(ours) for pid, ours in zip(pids, outer, strict=True)}
         return Seen(self.enclosure, pids[0], pids[1:], held)
 
-    def check_claims(self) -> None:
-        """Note of each animal whether it is what it claims; what becomes true soon is waited for by the caller's scans."""
-        for name, seen in self.seen.items():
-            self.claims[name] = self._animals[name].claim(seen)
-
     def close(self) -> None:
         for seen in self.seen.values():
             seen.close()
         os.close(self._descriptor)
-
-
-def whom_it_speaks_of(keeper: Keeper, seen: Seen) -> dict[int, str]:
-    """Return what the daemon calls each process of an animal that it lists among the orphans."""
-    records = keeper.orphans()
-    return {pid: records[pid]["verdict"] for pid in seen.everyone if pid in records}

@@ -11,12 +11,11 @@ import ctypes
 import functools
 import json
 import os
-import select
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import harness
@@ -31,7 +30,6 @@ INIT = "mount -t tmpfs tmpfs /dev/shm && echo up; sleep infinity & wait"
 COMMAND = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", INIT]
 UP_WITHIN_S = 60.0
 JUDGED_WITHIN_S = 30.0
-SIGNALLED = ("killed", "quarantined", "stuck")  # kinds of events
 
 AGGRESSIVE = """\
 [daemon]
@@ -68,11 +66,16 @@ class Enclosure:
         self.run = uuid.uuid4().hex[:12]
         self.scratch = Scratch()
         self._libc = ctypes.CDLL(None, use_errno=True)
-        self._unshare = subprocess.Popen(
-            COMMAND, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=test_environment(self.run)
-        )
+        with open(self.scratch.file("stderr"), "ab") as errors:
+            self._unshare = subprocess.Popen(
+                COMMAND,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=test_environment(self.run),
+            )
         assert self._unshare.stdout is not None
-        assert self._unshare.stdout.readline() == b"up\n", "the namespace's init could not mount its /dev/shm"
+        assert self._unshare.stdout.readline() == b"up\n", self.read_errors()
         (self.init,) = harness.children_of(self._unshare.pid)
         self._namespaces = [
             os.open(f"/proc/{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC) for pid in ("self", self.init)
@@ -204,8 +207,8 @@ class Keeper:
         with enclosure.births():
             self.daemon.launch()
         self.daemon.wait_ready()
+        self.canaries: set[int] = set()
         self._asker = enclosure.start([sys.executable, ASKER, self.daemon.socket])
-        self.last_event = 0
 
     @property
     def pid(self) -> int:
@@ -245,9 +248,9 @@ class Keeper:
             after, wait_s = page[-1]["seq"], 0
         return found
 
-    def events_of(self, pid: int, *kinds: str) -> list[dict[str, Any]]:
-        """Return the events on record, of ``kinds`` if given, that name ``pid``."""
-        return [event for event in self.events() if _names(event, pid) and event["kind"] in (kinds or _ALL)]
+    def events_of(self, pid: int) -> list[dict[str, Any]]:
+        """Return the events on record that name ``pid``."""
+        return [event for event in self.events() if _names(event, pid)]
 
     def wait_event(self, pid: int, *kinds: str, within_s: float = JUDGED_WITHIN_S) -> dict[str, Any]:
         """Return the part of the first event of ``kinds`` that speaks of ``pid``, with the event as ``event``."""
@@ -265,7 +268,8 @@ class Keeper:
     def wait_scanned(self, canaries: int = 2) -> None:
         """Return when the daemon has judged that many orphans that came one after the other, each since this call.
 
-        It calls nobody an orphan before it has seen it three times, so two of them are six scans.
+        None is judged before orphan_age_limit is over, and meanwhile the daemon looks three times in each cpu_window:
+        two of them are six scans.
         """
         for _ in range(canaries):
             process = self.enclosure.start([sys.executable, CANARY])
@@ -273,6 +277,7 @@ class Keeper:
             word = process.stdout.readline()
             assert word, f"no canary came up:\n{self.enclosure.read_errors()}"
             pid = int(word)
+            self.canaries.add(pid)
             self.wait_event(pid, "killed", "quarantined", "orphan")
             outer = self.enclosure.outer(pid)
             if outer is not None:
@@ -285,20 +290,6 @@ class Keeper:
         self.daemon.close()
 
 
-_ALL = ("orphan", "quarantined", "released", "killed", "stuck", "reaped", "ended", "registered")
-
-
 def _names(event: dict[str, Any], pid: int) -> dict[str, Any]:
     """Return what ``event`` says of ``pid``, empty where it does not name it."""
     return next((part for part in event.get("processes") or [] if part.get("pid") == pid), {})
-
-
-def wait_line(descriptor: int, unread: bytes, within_s: float, why: Callable[[], str]) -> tuple[bytes, bytes]:
-    """Return the next line from ``descriptor``, and what was read behind it."""
-    end_s = time.monotonic() + within_s
-    while b"\n" not in unread:
-        ready, _, _ = select.select([descriptor], [], [], max(0.0, end_s - time.monotonic()))
-        assert ready, f"nothing came within {within_s:g} s: {why()}"
-        unread += os.read(descriptor, 65536)
-    line, _, rest = unread.partition(b"\n")
-    return line, rest
