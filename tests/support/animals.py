@@ -255,7 +255,30 @@ ANIMALS = [
         lambda seen: "grep" in [seen.enclosure.comm(pid) for pid in seen.enclosure.pids()],
     ),
     Animal(
-        "kernel",
+        "gunicorn",
+        'cd "$3" && "$1" -m gunicorn --daemon --workers 1 --bind "unix:$3/socket" --chdir "${2%/*}" served:application',
+        says("gunicorn"),
+        3,
+        module("gunicorn"),
+    ),
+    Animal(
+        "celery",
+        'cd "${2%/*}" && setsid -f "$1" -m celery --app served.tasks worker --pool prefork --concurrency 1 --loglevel ERROR'
+        " </dev/null >/dev/null",
+        says("celery"),
+        3,
+        module("celery"),
+    ),
+    Animal(
+        "jupyter-kernel",
+        'cd "${2%/*}" && setsid -f "$1" -m ipykernel_launcher -f "$3/kernel.json"'
+        " --IPKernelApp.exec_lines='import trainer; trainer.train_within(\"loky\")' </dev/null >/dev/null",
+        says("ipykernel_launcher"),
+        2,
+        module("ipykernel"),
+    ),
+    Animal(
+        "looks-like-a-jupyter-kernel",
         'ln -s "$2" "$3/ipykernel_launcher.py" && ln -s "${2%/*}/stage.py" "$3/stage.py" && cd "$3" &&'
         ' setsid -f "$1" -m ipykernel_launcher loky -- -f "$3/kernel.json" </dev/null >/dev/null',
         says("ipykernel_launcher"),

@@ -146,8 +146,20 @@ def python_daemon() -> None:
     context.open()
 
 
-def say(pids: list[int]) -> None:
-    line = json.dumps({"animal": os.environ[NAME], "pid": os.getpid(), "workers": pids}) + "\n"
+def train_within(kind: str, above: int = 0) -> None:
+    """Start workers in a process that runs somebody else's program, and count it as a worker of ``above`` where that is given."""
+    muster = stage.Muster()
+    trainer = Trainer(muster.pipe)
+    _KEPT.extend([muster, trainer])
+    pids = muster.wait(getattr(trainer, kind)())
+    say([os.getpid(), *pids] if above else pids, above or os.getpid())
+
+
+_KEPT: list[Any] = []
+
+
+def say(workers: list[int], pid: int) -> None:
+    line = json.dumps({"animal": os.environ[NAME], "pid": pid, "workers": workers}) + "\n"
     descriptor = os.open(os.environ[UP], os.O_WRONLY)
     os.write(descriptor, line.encode())
     os.close(descriptor)
@@ -178,7 +190,7 @@ def main() -> None:
             stage.report_as(os.environ[UP], pid)
         stage.report(os.environ[UP])
     else:
-        say(pids)
+        say(pids, os.getpid())
     if options.become == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif options.become == "headless":
