@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from reaperd.linux import helper, shm
@@ -28,6 +28,15 @@ from reaperd.memory import ALL_FILES, Memory, MemoryReader, Wish
 _LONGEST_S = 10  # for removing one user's; a user can have made any number of files
 _READING_S = 5.0  # of what processes have mapped
 _PYTHONS = ("python", "libpython", "pypy", "libpypy")  # how the files begin that an interpreter is
+
+
+class Entry(NamedTuple):
+    """A name in a directory, for as long as ``inode`` is what bears it."""
+
+    directory: str
+    name: str
+    device: str  # as /proc/PID/maps has it
+    inode: int
 
 
 class User(NamedTuple):
@@ -60,26 +69,28 @@ class _Look(NamedTuple):
     denied: set[int]
 
 
-def find_use(proc: ProcFS, names: frozenset[str], uids: frozenset[int]) -> Use:
-    """Return which of ``names`` a living process has mapped or open, at whatever place it sees them.
+def find_use(proc: ProcFS, entries: Collection[Entry], uids: frozenset[int]) -> Use:
+    """Return which names of ``entries`` a living process has mapped or open, at whatever place it sees them.
 
     Processes of ``uids`` are read first: others' that cannot be read in time must not be why these are not.
     """
+    names = frozenset(entry.name for entry in entries)
+    # Who has made a semaphore has it mapped by another name: sem_open(3) links it to its own once it is ready.
+    inodes = {(entry.device, entry.inode): entry.name for entry in entries}
     look = _look(proc, names, uids)
     unread = set(look.theirs)
     for pid, memory in _read_all(proc, look.theirs):
-        files = [one.path.split("/") for one in memory.mapped]
-        look.used.update(*map(names.intersection, files))
-        python = any(file[-1].startswith(_PYTHONS) for file in files)
+        look.used.update(_used(memory, names, inodes))
+        python = any(one.path.rpartition("/")[2].startswith(_PYTHONS) for one in memory.mapped)
         look.users[pid] = look.users[pid]._replace(argv=memory.argv, python=python)
         unread.discard(pid)
-        if not files:  # what runs has a file mapped at least
+        if not memory.mapped:  # what runs has a file mapped at least
             look.denied.add(pid)
     # Of who has ended meanwhile there is nothing left to read.
     unread = {pid for pid in unread if proc.is_alive(look.users[pid].stat.id)}
     denied = {pid for pid in look.denied - unread if _is_running(proc, look.users[pid].stat)}
     for _, memory in _read_all(proc, look.others):
-        look.used.update(*(names.intersection(one.path.split("/")) for one in memory.mapped))
+        look.used.update(_used(memory, names, inodes))
     return Use(
         frozenset(look.used),
         tuple(look.users.values()),
@@ -108,6 +119,13 @@ def _look(proc: ProcFS, names: frozenset[str], uids: frozenset[int]) -> _Look:
     return look
 
 
+def _used(memory: Memory, names: frozenset[str], inodes: Mapping[tuple[str, int], str]) -> Iterator[str]:
+    for one in memory.mapped:
+        yield from names.intersection(one.path.split("/"))
+        if (name := inodes.get((one.device, one.inode))) is not None:
+            yield name
+
+
 def find_bound(proc: ProcFS, names: frozenset[str]) -> frozenset[str]:
     """Return those of ``names`` that a socket is bound in: no descriptor tells its path.
 
@@ -115,7 +133,7 @@ def find_bound(proc: ProcFS, names: frozenset[str]) -> frozenset[str]:
     """
     seen: set[str] = set()
     used: set[str] = set()
-    for pid in proc.listing():
+    for pid in proc.listing() if names else ():
         namespace = proc.network_namespace(pid)
         if not namespace or namespace in seen:
             continue
@@ -149,14 +167,6 @@ def _is_running(proc: ProcFS, stat: Stat) -> bool:
 # -- removing ---------------------------------------------------------------------------------------
 
 
-class Entry(NamedTuple):
-    """A name in a directory; where ``inode`` is given, for as long as that is what bears it."""
-
-    directory: str
-    name: str
-    inode: int | None = None
-
-
 class Removal(NamedTuple):
     """What came of an entry."""
 
@@ -185,7 +195,7 @@ def _remove(entries: list[Entry], uid: int, gid: int) -> list[Removal]:
 def _remove_one(entry: Entry, uid: int, until_s: float) -> Removal:
     with contextlib.suppress(OSError), shm.open_directory(entry.directory) as opened:
         found = shm.stat_here(opened, entry.name)
-        if found is not None and entry.inode in (None, found.inode):
+        if found is not None and found.inode == entry.inode:
             freed_bytes = shm.remove(opened, entry.name, uid, until_s=until_s)
             return Removal(freed_bytes, shm.stat_here(opened, entry.name) is None)
     return Removal()

@@ -30,7 +30,7 @@ def reclaim_work(claims: list[Claim], proc_root: str) -> Callable[[], int]:
 
 def _reclaim_all(claims: list[Claim], proc: ProcFS) -> int:
     found = [(claim, _find(claim, proc)) for claim in claims]
-    wanted = frozenset(entry.name for _, entries in found for entry in entries)
+    wanted = [entry for _, entries in found for entry in entries]
     used = _used_names(proc, wanted, claims[0].session.uid) if wanted else frozenset()
     return sum(
         removal.freed_bytes
@@ -41,10 +41,10 @@ def _reclaim_all(claims: list[Claim], proc: ProcFS) -> int:
     )
 
 
-def _used_names(proc: ProcFS, wanted: frozenset[str], uid: int) -> frozenset[str]:
-    """Return those of ``wanted`` that are in use; all where a process of ``uid`` does not let itself be read."""
+def _used_names(proc: ProcFS, wanted: list[names.Entry], uid: int) -> frozenset[str]:
+    """Return the names of those that are in use; all where a process of ``uid`` does not let itself be read."""
     use = names.find_use(proc, wanted, frozenset((uid,)))
-    return wanted if uid in use.unread else use.names
+    return frozenset(entry.name for entry in wanted) if uid in use.unread else use.names
 
 
 def _find(claim: Claim, proc: ProcFS) -> list[names.Entry]:
@@ -56,9 +56,11 @@ def _find(claim: Claim, proc: ProcFS) -> list[names.Entry]:
         mapped = claim.mapped if directory == shm.SHM else frozenset()
         with contextlib.suppress(OSError), shm.open_directory(os.path.realpath(directory)) as opened:
             for name in shm.candidates(opened, leader.pid, mapped):
-                made = shm.made_at_epoch_s(opened, name)
-                if made is not None and since_epoch_s <= made <= claim.until_epoch_s + _CLOCK_STEP_S:
-                    found.append(names.Entry(os.path.realpath(directory), name))
+                there = shm.stat_here(opened, name)
+                made = there and there.born_epoch_s
+                if there and made and since_epoch_s <= made <= claim.until_epoch_s + _CLOCK_STEP_S:
+                    place = os.path.realpath(directory)
+                    found.append(names.Entry(place, name, shm.device_of(opened), there.inode))
     return [] if _is_reused(leader, proc) else found
 
 

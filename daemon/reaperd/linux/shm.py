@@ -221,6 +221,12 @@ def started_at_epoch_s(start_ticks: int) -> float:
     return boot_s + start_ticks / os.sysconf("SC_CLK_TCK") - 1
 
 
+def device_of(descriptor: int) -> str:
+    """Return the device of an open file, as /proc/PID/maps has it."""
+    device = os.fstat(descriptor).st_dev
+    return f"{os.major(device):02x}:{os.minor(device):02x}"
+
+
 def made_at_epoch_s(directory: int, name: str) -> float | None:
     """Return when an entry was made, in seconds since 1970; None where the file system can't tell."""
     found = stat_here(directory, name)
