@@ -252,7 +252,7 @@ def test_nothing_of_a_living_multiprocessing_script_is_found_in_use_or_not(estat
 def test_what_the_dead_scripts_own_tracker_will_remove_is_left_to_it(estate: Estate) -> None:
     with running(python(JOBLIB)) as (script, _):
         started = {pid: harness.cmdline(pid) for pid in family(script)}
-        # loky's own, and multiprocessing's, which numpy's pickles are
+        # loky's own and multiprocessing's, for the locks of its queues
         trackers = [pid for pid, words in started.items() if "resource_tracker" in " ".join(words)]
         for tracker in trackers:
             os.kill(tracker, signal.SIGSTOP)
@@ -488,6 +488,16 @@ def test_what_somebody_has_mapped_or_open_stays(estate: Estate, old: None) -> No
     assert len(estate.names()) == 4
 
 
+def test_what_is_mapped_by_another_name_of_it_is_in_use(estate: Estate, old: None) -> None:
+    """So its maker has a semaphore: sem_open(3) makes it by another name, then links it, and unlinks the first."""
+    first = estate.left("sem.Ab12Cd")
+    with mapping(first):
+        (SHM / SEMAPHORE).hardlink_to(first)
+        first.unlink()
+        assert estate.names() == set()
+    assert estate.names() == {SEMAPHORE}
+
+
 def test_what_is_seen_elsewhere_in_a_container_is_in_use(estate: Estate) -> None:
     path = estate.left(SEMAPHORE)
     script = f"mount --bind /dev/shm {estate.folder}; exec 3<{estate.folder}/{path.name}; echo; sleep 600"
@@ -539,6 +549,23 @@ def test_nothing_of_a_user_is_found_while_a_process_of_hers_does_not_let_itself_
     assert estate.names(proc=ProcFS(str(root))) == set()
     (root / "7/status").write_text("Name:\tx\nUid:\t5\t5\t5\t5\n")
     assert estate.names(proc=ProcFS(str(root))) == {SEMAPHORE}, "another user's is no reason"
+
+
+def test_who_shows_no_descriptors_may_have_anything_open(estate: Estate) -> None:
+    """As it is for a daemon that may trace everybody and may not pass by file permissions."""
+
+    class Blind(ProcFS):
+        def descriptors(self, pid: int, task: int, *, most: int | None = None) -> dict[int, str]:
+            return {}
+
+        def may_read_descriptors(self, pid: int, task: int) -> bool:
+            return False
+
+    estate.left(SEMAPHORE)
+    assert estate.names(proc=Blind()) == {SEMAPHORE}, "others are no reason"
+    with running(["sleep", "600"], silent=True):
+        assert estate.names(proc=Blind()) == set()
+        assert estate.names() == {SEMAPHORE}
 
 
 HIDING = """
