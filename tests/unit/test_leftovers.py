@@ -30,7 +30,9 @@ import pytest
 from reaperd import leftovers
 from reaperd.leftovers import Leftover, find_leftovers, leftovers_work, remove_leftovers
 from reaperd.linux import helper, shm
-from reaperd.linux.procfs import TICKS_PER_S, ProcFS, Stat
+from reaperd.linux.procfs import PF_EXITING, TICKS_PER_S, ProcFS, Stat
+from reaperd.model import ProcessId
+from reaperd.names import Removal, remove_as_owner
 
 pytestmark = pytest.mark.needs_root
 
@@ -291,6 +293,21 @@ def test_a_living_manager_of_torchs_guards_like_a_tracker(estate: Estate, old: N
     with running([str(manager), "600"], silent=True):
         assert estate.names() == set()
     assert estate.names() == {f"torch_{GONE}_123_0", *NAMELESS}
+    with running(["sh", "-c", f"{manager} 600 & echo; wait"]):
+        assert estate.names() == set(), "its parent lives, and is no interpreter: another than started it"
+
+
+def test_a_tracker_guards_its_own_users_things_alone(estate: Estate, old: None) -> None:
+    manager = estate.folder / "torch_shm_manager"
+    shutil.copy("/bin/sleep", manager)
+    for name in (SEMAPHORE, NAMELESS[0]):
+        estate.left(name)
+    for name in (f"{SEMAPHORE}x", NAMELESS[1]):
+        estate.left(name, uid=OWNER + 1)
+    theirs = {OWNER: {SEMAPHORE, NAMELESS[0]}, OWNER + 1: {f"{SEMAPHORE}x", NAMELESS[1]}}
+    with running([str(manager), "600"], silent=True):
+        assert estate.names(uid=None) & (theirs[OWNER] | theirs[OWNER + 1]) == theirs[OWNER + 1]
+    assert estate.names(uid=None) >= theirs[OWNER] | theirs[OWNER + 1]
 
 
 def test_a_folder_that_an_interpreter_may_remember_stays(estate: Estate, old: None) -> None:
@@ -313,7 +330,7 @@ def later(pid: int, by_s: float) -> ProcFS:
             ticks = stat.id.start_ticks + int(by_s * TICKS_PER_S) * (one == pid)
             return stat._replace(id=stat.id._replace(start_ticks=ticks))
 
-        def is_alive(self, process_id: Any) -> bool:
+        def is_alive(self, process_id: ProcessId) -> bool:
             return True
 
     return Later()
@@ -326,8 +343,10 @@ def test_of_interpreters_started_later_only_the_forked_and_the_spawned_may_remem
     code = "import os, time; pid = os.fork(); pid and print(pid, flush=True); time.sleep(600)"
     with running(python(code)) as (script, line):
         forked = int(line)
+        assert estate.names(ours=[script.pid]) == {"pymp-abcd1234"}, "Reaper's helpers are Reaper's"
         assert estate.names(proc=later(script.pid, 3600)) == set(), "the forked one"
         os.kill(forked, signal.SIGKILL)
+        assert not harness.wait_gone([forked], SOON_S)
         assert estate.names(proc=later(script.pid, 3600)) == {"pymp-abcd1234"}
     spawned = "from multiprocessing.spawn import spawn_main; import time; print(flush=True); time.sleep(600)"
     with running(python(spawned)) as (script, _):
@@ -523,6 +542,16 @@ def test_so_is_one_with_a_socket_in_another_network_namespace(estate: Estate, ol
     assert estate.names() == {torchs.name}
 
 
+def test_where_there_are_more_sockets_than_can_be_read_one_may_be_anywhere(estate: Estate, old: None) -> None:
+    class Crowded(ProcFS):
+        def unix_sockets(self, pid: int) -> bytes | None:
+            return None
+
+    for name in (SEMAPHORE, MEMMAPS):
+        estate.left(name)
+    assert estate.names(proc=Crowded()) == {SEMAPHORE}
+
+
 def test_what_has_changed_lately_may_be_about_to_be_used(
     estate: Estate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -532,6 +561,10 @@ def test_what_has_changed_lately_may_be_about_to_be_used(
     assert estate.names() == set(), "these times are its owner's to set"
     estate.left(SEMAPHORE)
     assert estate.names() == {SEMAPHORE}, "its maker is known to be gone"
+    monkeypatch.setattr(leftovers, "UNUSED_S", 1.5)
+    harness.repeat_until(lambda: True if path.name in estate.names() else None, SOON_S, "it is old enough")
+    path.chmod(0o600)
+    assert estate.names() == {SEMAPHORE}, "it was made long ago, and has changed since"
 
 
 def test_nothing_of_a_user_is_found_while_a_process_of_hers_does_not_let_itself_be_read(
@@ -549,6 +582,31 @@ def test_nothing_of_a_user_is_found_while_a_process_of_hers_does_not_let_itself_
     assert estate.names(proc=ProcFS(str(root))) == set()
     (root / "7/status").write_text("Name:\tx\nUid:\t5\t5\t5\t5\n")
     assert estate.names(proc=ProcFS(str(root))) == {SEMAPHORE}, "another user's is no reason"
+    (root / "7/status").write_text(f"Name:\tx\nUid:\t{OWNER}\t{OWNER}\t{OWNER}\t{OWNER}\n")
+    assert estate.names(proc=ProcFS(str(root))) == set()
+
+    class Ended(ProcFS):
+        def is_alive(self, process_id: ProcessId) -> bool:
+            return False
+
+    assert estate.names(proc=Ended(str(root))) == {SEMAPHORE}, "it has ended meanwhile"
+
+
+@pytest.mark.parametrize("flags", [0, PF_EXITING])
+def test_who_shows_no_mappings_may_have_anything_mapped_unless_on_its_way_out(
+    estate: Estate, flags: int
+) -> None:
+    class Mapless(ProcFS):
+        def stat(self, pid: int) -> Stat:
+            stat = super().stat(pid)
+            return stat._replace(flags=stat.flags | flags)
+
+        def maps(self, pid: int, task: int) -> bytes:
+            return b""
+
+    estate.left(SEMAPHORE)
+    with running(["sleep", "600"], silent=True):
+        assert estate.names(proc=Mapless()) == ({SEMAPHORE} if flags else set())
 
 
 def test_who_shows_no_descriptors_may_have_anything_open(estate: Estate) -> None:
@@ -583,14 +641,15 @@ def test_a_user_finds_what_is_his_own_and_nothing_while_one_of_his_may_not_be_re
         "import json; from reaperd.leftovers import *; print(json.dumps(leftovers_work('/proc', uid=None)()))"
     )
 
-    def found() -> list[str]:
+    def found() -> set[str]:
         with running(look) as (_, line):
-            return [os.path.basename(one["path"]) for one in json.loads(line)["leftovers"]]
+            there = {os.path.basename(one["path"]) for one in json.loads(line)["leftovers"]}
+            return there & {SEMAPHORE, f"{SEMAPHORE}x"}
 
-    assert found() == [SEMAPHORE, f"{SEMAPHORE}x"] or found() == [SEMAPHORE]
+    assert found() == {SEMAPHORE, f"{SEMAPHORE}x"}
     with running(python(HIDING)):
-        assert SEMAPHORE not in found()
-    assert SEMAPHORE in found()
+        assert found() == {f"{SEMAPHORE}x"}
+    assert found() == {SEMAPHORE, f"{SEMAPHORE}x"}
 
 
 # -- removing ---------------------------------------------------------------------------------------
@@ -622,6 +681,16 @@ def test_what_took_a_leftovers_place_since_stays(estate: Estate) -> None:
     assert removed(found) == [False]
     assert path.exists()
     assert removed(estate.find()) == [True]
+
+
+def test_a_name_is_removed_as_long_as_what_was_found_bears_it(estate: Estate) -> None:
+    path = estate.left(SEMAPHORE)
+    (entry,) = [one.entry for one in estate.find()]
+    assert remove_as_owner([entry._replace(inode=entry.inode + 1)], OWNER, OWNER) == [Removal(0, gone=False)]
+    assert path.exists()
+    assert remove_as_owner([entry], OWNER, OWNER) == [Removal(PAGE, gone=True)]
+    assert remove_as_owner([entry], OWNER, OWNER) == [Removal(0, gone=False)]
+    assert remove_as_owner([], OWNER, OWNER) == []
 
 
 def test_a_leftover_that_its_owner_could_not_remove_is_not_removed_for_its_owner(estate: Estate) -> None:
@@ -729,3 +798,4 @@ def test_folders_that_are_gone_or_named_twice_or_through_a_link_are_no_fault(est
         secrets.token_hex(4),
     ]
     assert [one.path for one in estate.find(folders=folders)] == [str(estate.folder / MEMMAPS)]
+    assert [one.path for one in estate.find(folders=[str(link)])] == [str(estate.folder / MEMMAPS)]

@@ -392,8 +392,11 @@ class ProcFS:
 
     def file_system(self, descriptor: int) -> str:
         """Return the kind of file system that one of the caller's open files is on; "" where that is not told."""
-        mount, _ = parse_fdinfo(self._read(f"self/fdinfo/{descriptor}"))
-        return parse_mount_kinds(self._read("self/mountinfo", records=True)).get(mount or 0, "")
+        try:
+            mount, _ = parse_fdinfo(self._read(f"self/fdinfo/{descriptor}"))
+            return parse_mount_kinds(self._read("self/mountinfo", records=True)).get(mount or 0, "")
+        except ProcessGone:  # this /proc does not know the caller
+            return ""
 
     def boot_id(self) -> str:
         """Return the id of this boot (random(4))."""
