@@ -17,6 +17,7 @@ from reaperd.config import ConfigError
 from reaperd.config_files import read_config
 from reaperd.ctl import USAGE, CommandError
 from reaperd.hunt import Hunt
+from reaperd.leftovers import leftovers_work
 from reaperd.linux.procfs import ProcessGone, ProcFS
 from reaperd.marks import MarkReader
 from reaperd.model import ProcessId
@@ -90,6 +91,13 @@ def ask(op: str, **fields: Any) -> dict[str, Any]:
         return _OPERATIONS[op](engine, fields)
     finally:
         engine.marks.memory.close()
+
+
+def leftovers(remove: list[str] | None) -> list[dict[str, Any]]:
+    """Return what the dead left in /dev/shm and in temporary folders; with ``remove``, those that are to go, and whether they did."""
+    uid = None if os.geteuid() == 0 else os.geteuid()
+    found: list[dict[str, Any]] = leftovers_work("/proc", uid=uid, remove=remove)()["leftovers"]
+    return found
 
 
 def _may(one: Suspect) -> bool:
