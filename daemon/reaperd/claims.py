@@ -47,8 +47,8 @@ class Claims:
         return self._members
 
 
-class NoClaims:
-    """Where no daemon knows of sessions: the marks alone tell."""
+class Marks:
+    """What the marks of sessions tell alone, where no daemon knows of any."""
 
     def __init__(self, proc: ProcFS) -> None:
         self._proc = proc

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import pwd
 import resource
 import signal
 import socket
@@ -24,10 +23,10 @@ from reaperd.claims import Claims
 from reaperd.config import Config, ConfigError, render_config, without_effect
 from reaperd.core import Core
 from reaperd.gate_link import GateLink, Peer, Return
+from reaperd.gpu import GpuMeter
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcFS
 from reaperd.linux.systemd import Notifier
-from reaperd.model import Role
 from reaperd.observer import Observer
 from reaperd.orphans import Orphans
 from reaperd.policy import Policy
@@ -35,9 +34,8 @@ from reaperd.poller import Poller
 from reaperd.reaper import Reaper
 from reaperd.scan import Scan
 from reaperd.server import Facts, Server
-from reaperd.signatures import Signature
+from reaperd.settings import kill_policy, scan_rules, uids_of
 from reaperd.store import Store
-from reaperd.verdicts import Fate, Rules
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +115,7 @@ class Daemon:
             self._store,
             Claims(self._core.sessions, proc),
             self._core.sessions.record,
+            GpuMeter(proc).read,
         )
         self._orphans.heed(scan_rules(self._config), self._core.policy, enabled=self._config.scan.enabled)
         self._server = Server(self._core, self._link, self._facts(), self._orphans)
@@ -280,22 +279,7 @@ class Daemon:
             log.warning("%s has no effect yet", name)
 
     def _policy(self) -> Policy:
-        kill, protect = self._config.kill, self._config.protect
-        return Policy(
-            grace_s=kill.grace_s,
-            exit_grace_s=kill.exit_grace_s,
-            tracker_grace_s=kill.tracker_grace_s,
-            reclaim_shm=kill.reclaim_shm,
-            dry_run=kill.dry_run,
-            max_per_uid=self._config.sessions.max_per_uid,
-            untouchable=self._untouchable,
-            daemon_pid=os.getpid(),
-            spared=self._store.spared(),
-            protected_uids=_uids(protect.users, "[protect] users"),
-            protected_names=frozenset(protect.names),
-            # "nginx" is nginx.service, as for systemctl.
-            protected_units=frozenset(unit if "." in unit else f"{unit}.service" for unit in protect.units),
-        )
+        return kill_policy(self._config, self._untouchable, self._store.spared())
 
     def _facts(self) -> Facts:
         sessions = self._config.sessions
@@ -304,41 +288,14 @@ class Daemon:
             config_path=self._config_path,
             config_toml=render_config(self._config, show_secrets=False),
             max_workers=sessions.max_workers,
-            admins=_uids(self._config.access.admins, "[access] admins"),
+            admins=uids_of(self._config.access.admins, "[access] admins"),
             dry_run=self._config.kill.dry_run,
         )
-
-
-def scan_rules(config: Config) -> Rules:
-    """Return the rules that ``[scan]`` sets."""
-    scan = config.scan
-    return Rules(
-        scan.orphan_age_limit_s,
-        scan.cpu_threshold_percent,
-        scan.cpu_window_s,
-        scan.memory_threshold_bytes,
-        Fate(scan.action),
-        scan.quarantine_for_s,
-        tuple(
-            Signature(extra.name, Role(extra.role), "", tokens=extra.tokens)
-            for extra in scan.extra_signatures
-        ),
-    )
 
 
 def set_log_level(config: Config) -> None:
     """Log from the configured level on."""
     logging.getLogger().setLevel(config.daemon.log_level.upper())
-
-
-def _uids(names: tuple[str, ...], where: str) -> frozenset[int]:
-    found = set()
-    for name in names:
-        try:
-            found.add(int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid)
-        except KeyError:
-            log.warning("%s: there is no user %r, ignoring", where, name)
-    return frozenset(found)
 
 
 # -- the socket -------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from reaperd.verdicts import (
 
 log = logging.getLogger(__name__)
 
+_GPU_PACE_S = 30.0
 _LEAST_PACE_S = 0.1  # between two looks of which somebody's CPU is measured
 
 
@@ -110,6 +111,8 @@ class Orphans:
         self._policy = Policy()
         self._enabled = True
         self._look_due_s: float | None = None
+        self._held: Mapping[int, int] = {}  # on GPUs, by pid
+        self._gpu_due_s = 0.0  # since boot
         self.on_end: Callable[[Hunt], None] = lambda _: None
 
     def heed(self, rules: Rules, policy: Policy, *, enabled: bool = True) -> None:
@@ -189,7 +192,7 @@ class Orphans:
 
     def _judge(self, suspects: Iterable[Suspect], now_s: float, *, waived: bool) -> dict[ProcessId, Judged]:
         suspects = list(suspects)
-        gpu = self._gpu() if any(one.is_lost and one.role is Role.WORKER for one in suspects) else {}
+        gpu = self._held_on_gpus(suspects, now_s)
         suspects = [one._replace(gpu_bytes=gpu.get(one.id.pid, 0)) for one in suspects]
         held = held_by_groups(suspects)
         found = {}
@@ -200,6 +203,25 @@ class Orphans:
             given = Circumstances(record, now_s, group_bytes, load, waived)
             found[one.id] = Judged(one, given, judge(one, given, self._rules))
         return found
+
+    def _held_on_gpus(self, suspects: Iterable[Suspect], now_s: float) -> Mapping[int, int]:
+        """Return the GPU memory that processes hold, by pid; only where it can matter, for asking keeps GPUs awake."""
+        oldest_s = now_s - self._rules.age_limit_s
+        old = [
+            one
+            for one in suspects
+            if one.is_lost and one.role is Role.WORKER and self._lost_at_s(one, now_s) <= oldest_s
+        ]
+        if not old:
+            return {}
+        if now_s >= self._gpu_due_s:
+            self._held = self._gpu()
+            self._gpu_due_s = now_s + _GPU_PACE_S
+        return self._held
+
+    def _lost_at_s(self, one: Suspect, now_s: float) -> float:
+        record = self._records.get(one.id)
+        return now_s if record is None else record.lost_at_s
 
     def _judge_again(
         self, ids: Iterable[ProcessId], waived: bool
@@ -274,6 +296,7 @@ class Orphans:
             self._record_event(report.hunt_event("stuck" if stuck else "killed", hunt))
         for id_, target in hunt.targets.items():
             if target.stage is Stage.GONE:
+                self._judged.pop(id_, None)
                 self._drop(id_)
         self.on_end(hunt)
 
@@ -300,6 +323,15 @@ class Orphans:
             self._memory.forget_orphan(id_)
 
     # -- what people ask for -----------------------------------------------------------------
+
+    def is_hunting(self) -> bool:
+        """Say whether somebody is being ended."""
+        return any(not target.done for target in self.hunts.targets().values())
+
+    def wait_s(self) -> float | None:
+        """Return how long nothing is due to those who are being ended; None: for ever."""
+        due_s = self.hunts.next_deadline()
+        return None if due_s is None else max(0.0, due_s - time.monotonic())
 
     def listing(self) -> list[Judged]:
         """Return all that have lost their parent, as last judged."""

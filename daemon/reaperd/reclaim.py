@@ -1,25 +1,17 @@
-"""Frees what a dead session still holds by name: run in a helper, as the session's own user.
-
-As root it only learns which names a living process still uses; it removes as the user, so nothing can be
-removed that the user could not.
-"""
+"""Frees what a dead session still holds by name: run in a helper, as the session's own user."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from reaperd.linux import helper, shm
-from reaperd.linux.procfs import ProcessGone, ProcFS, parse_uid
-from reaperd.memory import ALL_FILES, Memory, MemoryReader, Wish
+from reaperd import names
+from reaperd.linux import shm
+from reaperd.linux.procfs import ProcessGone, ProcFS
 from reaperd.model import ProcessId, Session
 
-_LONGEST_S = 10  # for one claim; a user can have made any number of files
-_READING_S = 5.0  # of what processes have mapped
 _CLOCK_STEP_S = 1.0  # clocks are set now and then, and file systems count in ticks
 
 
@@ -38,13 +30,25 @@ def reclaim_work(claims: list[Claim], proc_root: str) -> Callable[[], int]:
 
 def _reclaim_all(claims: list[Claim], proc: ProcFS) -> int:
     found = [(claim, _find(claim, proc)) for claim in claims]
-    names = frozenset(name for _, entries in found for _, name in entries)
-    used = _used_names(proc, names, claims[0].session.uid) if names else frozenset()
-    return sum(_remove_as_owner(claim, entries, used) for claim, entries in found)
+    wanted = [entry for _, entries in found for entry in entries]
+    used = _used_names(proc, wanted, claims[0].session.uid) if wanted else frozenset()
+    return sum(
+        removal.freed_bytes
+        for claim, entries in found
+        for removal in names.remove_as_owner(
+            (entry for entry in entries if entry.name not in used), claim.session.uid, claim.session.gid
+        )
+    )
 
 
-def _find(claim: Claim, proc: ProcFS) -> list[tuple[str, str]]:
-    """Return (directory, name) of what is there and was made while the leader lived."""
+def _used_names(proc: ProcFS, wanted: list[names.Entry], uid: int) -> frozenset[str]:
+    """Return the names of those that are in use; all where a process of ``uid`` does not let itself be read."""
+    use = names.find_use(proc, wanted, frozenset((uid,)))
+    return frozenset(entry.name for entry in wanted) if uid in use.unread else use.names
+
+
+def _find(claim: Claim, proc: ProcFS) -> list[names.Entry]:
+    """Return what is there and was made while the leader lived."""
     leader = claim.session.leader
     since_epoch_s = shm.started_at_epoch_s(leader.start_ticks)
     found = []
@@ -52,9 +56,11 @@ def _find(claim: Claim, proc: ProcFS) -> list[tuple[str, str]]:
         mapped = claim.mapped if directory == shm.SHM else frozenset()
         with contextlib.suppress(OSError), shm.open_directory(os.path.realpath(directory)) as opened:
             for name in shm.candidates(opened, leader.pid, mapped):
-                made = shm.made_at_epoch_s(opened, name)
-                if made is not None and since_epoch_s <= made <= claim.until_epoch_s + _CLOCK_STEP_S:
-                    found.append((os.path.realpath(directory), name))
+                there = shm.stat_here(opened, name)
+                made = there and there.born_epoch_s
+                if there and made and since_epoch_s <= made <= claim.until_epoch_s + _CLOCK_STEP_S:
+                    place = os.path.realpath(directory)
+                    found.append(names.Entry(place, name, shm.device_of(opened), there.inode))
     return [] if _is_reused(leader, proc) else found
 
 
@@ -68,64 +74,3 @@ def _is_reused(leader: ProcessId, proc: ProcFS) -> bool:
         return stat.id != leader or not stat.dead
     except ProcessGone:
         return False
-
-
-def _used_names(proc: ProcFS, names: frozenset[str], uid: int) -> frozenset[str]:
-    """Return those of ``names`` that a living process has mapped or open, at whatever place it sees them.
-
-    All of them where a process of ``uid`` does not let itself be read.
-    """
-    theirs: dict[int, Wish] = {}
-    others: dict[int, Wish] = {}
-    used: set[str] = set()
-    for pid in proc.listing():
-        with contextlib.suppress(ProcessGone, ValueError):
-            stat = proc.stat(pid)
-            if not stat.dead:
-                wish = Wish(stat, proc.living_task(stat), maps=ALL_FILES)
-                (theirs if parse_uid(proc.status(pid)) == uid else others)[pid] = wish
-                for path in proc.descriptors(pid, wish.task).values():
-                    used |= names.intersection(path.split("/"))
-    # The user's own first: others' processes that cannot be read in time must not be why these are not.
-    memories = _read_all(proc, theirs)
-    unread = [wish for pid, wish in theirs.items() if pid not in memories]
-    for memory in (*memories.values(), *_read_all(proc, others).values()):
-        for one in memory.mapped:
-            used |= names.intersection(one.path.split("/"))
-    for wish in unread:
-        with contextlib.suppress(ProcessGone, ValueError):
-            if proc.stat(wish.stat.id.pid).id == wish.stat.id:
-                return names
-    return frozenset(used)
-
-
-def _read_all(proc: ProcFS, wishes: dict[int, Wish]) -> dict[int, Memory]:
-    """Return what could be read; whoever stalls the reader is not tried again."""
-    reader, found, until_s = MemoryReader(proc), dict[int, Memory](), time.monotonic() + _READING_S
-    while time.monotonic() < until_s and (
-        more := reader.read(wish for pid, wish in wishes.items() if pid not in found)
-    ):
-        found |= more
-    return found
-
-
-def _remove_as_owner(claim: Claim, entries: list[tuple[str, str]], used: frozenset[str]) -> int:
-    """Remove in a child of this helper that is the user, for a user's rights can't be given back."""
-    wanted = [(directory, name) for directory, name in entries if name not in used]
-    if not wanted:
-        return 0
-    child = helper.start_helper(lambda: _remove(wanted, claim.session.uid, claim.session.gid))
-    os.set_blocking(child.reader, True)
-    result = helper.finish_helper(child)
-    return result if isinstance(result, int) else 0
-
-
-def _remove(entries: list[tuple[str, str]], uid: int, gid: int) -> int:
-    helper.become(uid, gid)
-    signal.alarm(_LONGEST_S + 1)  # should it wait for a dead file system: nobody is left then to end it
-    until_s = time.monotonic() + _LONGEST_S
-    freed = 0
-    for directory, name in entries:
-        with contextlib.suppress(OSError), shm.open_directory(directory) as opened:
-            freed += shm.remove(opened, name, uid, until_s=until_s)
-    return freed

@@ -99,12 +99,13 @@ def process_record(target: Target) -> dict[str, Any]:
         "framework": member.framework,
         "signal": signals[-1] if signals else None,
         "signals": signals,
-        "result": _result(target),
+        "result": result_of(target),
         "evidence": list(member.evidence),
     }
 
 
-def _result(target: Target) -> str:
+def result_of(target: Target) -> str:
+    """Return what became of a process, in a word."""
     if target.stage is Stage.GONE:
         return "killed" if target.signals else "exited"
     if target.denied:
@@ -179,7 +180,7 @@ def orphan_record(
         "ends_by_itself": one.signature.alone if one.signature else "",
         "cmdline": list(one.process.argv) or None,
         "evidence": list(verdict.evidence),
-        "result": None if target is None else _result(target),
+        "result": None if target is None or not target.done else result_of(target),
     }
 
 

@@ -235,8 +235,8 @@ def how_recognised(one: Suspect) -> str:
 
 def _lineage(one: Suspect, given: Circumstances) -> tuple[str, ...]:
     now = f"its parent is {one.parent.name} (pid {one.parent.pid})"
-    ago = duration(given.now_s - given.record.lost_at_s)
-    since = f"seen to be an orphan {ago} ago"
+    age_s = given.now_s - given.record.lost_at_s
+    since = f"seen to be an orphan {f'{duration(age_s)} ago' if age_s >= 1 else 'just now'}"
     if one.below is not None:
         return (f"{now}, an orphan itself, {since}",)
     if one.lost_parent is not None:

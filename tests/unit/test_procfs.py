@@ -34,9 +34,13 @@ from reaperd.linux.procfs import (
     parse_innermost_pid,
     parse_maps,
     parse_memfd_link,
+    parse_mount_kinds,
     parse_parent,
+    parse_pids,
     parse_stat,
     parse_uid,
+    parse_uids,
+    parse_unix_sockets,
 )
 from reaperd.model import Namespaces, ProcessId
 
@@ -244,6 +248,8 @@ def test_a_status_without_ids_says_nothing() -> None:
         assert parse_uid(text) is None
         assert parse_gid(text) is None
         assert parse_innermost_pid(text) is None
+        assert parse_uids(text) == frozenset()
+        assert parse_pids(text) == ()
 
 
 def test_a_name_cannot_pose_as_another_line_of_status() -> None:
@@ -256,7 +262,42 @@ def test_the_gid_is_the_real_one_and_the_pid_the_innermost() -> None:
     text = status_text(Gid="100\t200\t300\t400", NSpid="4711\t12\t3")
     assert parse_gid(text) == 100
     assert parse_innermost_pid(text) == 3
+    assert parse_pids(text) == (4711, 12, 3)
     assert parse_innermost_pid(status_text(NSpid="4711")) == 4711
+
+
+def test_whoever_has_a_uid_in_any_way_has_it() -> None:
+    assert parse_uids(status_text(Uid="1\t2\t3\t4")) == {1, 2, 3, 4}
+    assert parse_uids(status_text(Uid="1000\t1000\t1000\t1000")) == {1000}
+
+
+def test_a_bound_socket_is_told_with_its_path_whatever_that_holds() -> None:
+    text = b"""Num       RefCount Protocol Flags    Type St Inode Path
+0000000000000000: 00000002 00000000 00010000 0001 01 20101 /run/a b
+0000000000000000: 00000003 00000000 00000000 0001 03 20102
+0000000000000000: 00000002 00000000 00010000 0001 01 20103 @/abstract
+0000000000000000: 00000002 00000000 00010000 0001 01 20104 relative
+0000000000000000: 00000002 00000000 00010000 0001 01 20105 /tmp/\xff
+"""
+    assert list(parse_unix_sockets(text)) == ["/run/a b", "/tmp/\udcff"]
+
+
+def test_the_kind_of_a_file_system_is_told_by_the_id_of_its_mount() -> None:
+    text = b"""36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
+37 35 0:31 / /a\\040-\\040b rw shared:7 master:1 - tmpfs none rw
+garbage
+"""
+    assert parse_mount_kinds(text) == {36: "ext3", 37: "tmpfs"}
+
+
+def test_an_open_file_is_on_some_kind_of_file_system() -> None:
+    for path, kind in (("/proc", "proc"), ("/dev/shm", "tmpfs"), ("/sys", "sysfs")):
+        directory = os.open(path, os.O_RDONLY)
+        try:
+            assert ProcFS().file_system(directory) == kind
+            assert ProcFS("/nowhere").file_system(directory) == ""
+        finally:
+            os.close(directory)
 
 
 def test_a_pending_sigkill_is_seen_among_the_signals_of_the_thread_and_of_the_process() -> None:

@@ -19,7 +19,21 @@ Ask = Callable[..., dict[str, Any]]
 
 def asker(options: Namespace) -> Ask:
     """Return what answers: the daemon, or with --local the same rules in this process."""
-    return ask_here if options.local else Link.of(options).ask
+    return with_leftovers(ask_here if options.local else Link.of(options).ask)
+
+
+def with_leftovers(ask: Ask) -> Ask:
+    """Return ``ask``, with what concerns leftovers done here: with the caller's rights, whoever is asked for the rest."""
+
+    def asked(op: str, *, leftovers: bool | list[str] = False, **fields: Any) -> dict[str, Any]:
+        reply = ask(op, **fields)
+        if not leftovers:
+            return reply
+        from reaperd.ctl import local
+
+        return {**reply, "leftovers": local.leftovers(None if leftovers is True else leftovers)}
+
+    return asked
 
 
 def ask_here(op: str, **fields: Any) -> dict[str, Any]:

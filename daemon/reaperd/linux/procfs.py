@@ -99,6 +99,12 @@ def parse_uid(status: bytes) -> int | None:
     return int(uids[0]) if len(uids) == 3 and uids[0] == uids[1] == uids[2] else None
 
 
+def parse_uids(status: bytes) -> frozenset[int]:
+    """Return the real, effective, saved and file system uid in the text of /proc/PID/status."""
+    at = status.find(b"\nUid:")
+    return frozenset(map(int, status[at + 5 :].split(b"\n", 1)[0].split())) if at >= 0 else frozenset()
+
+
 def parse_gid(status: bytes) -> int | None:
     """Return the real gid in the text of /proc/PID/status."""
     at = status.find(b"\nGid:")
@@ -115,11 +121,16 @@ def has_pending_sigkill(status: bytes) -> bool:
     return False
 
 
+def parse_pids(status: bytes) -> tuple[int, ...]:
+    """Return ``NSpid:`` in the text of /proc/PID/status: the pid in the namespace of that /proc, and in each below it."""
+    at = status.find(b"\nNSpid:")
+    return tuple(map(int, status[at + 7 :].split(b"\n", 1)[0].split())) if at >= 0 else ()
+
+
 def parse_innermost_pid(status: bytes) -> int | None:
     """Return the last pid in ``NSpid:`` in the text of /proc/PID/status."""
-    at = status.find(b"\nNSpid:")
-    pids = status[at + 7 :].split(b"\n", 1)[0].split() if at >= 0 else []
-    return int(pids[-1]) if pids else None
+    pids = parse_pids(status)
+    return pids[-1] if pids else None
 
 
 def environment_value(environ: bytes, variable: str) -> str:
@@ -138,6 +149,14 @@ def parse_memfd_link(link: str) -> str:
     if link.startswith("/memfd:"):
         return link[7:].removesuffix(" (deleted)")
     return ""
+
+
+def parse_unix_sockets(text: bytes) -> Iterator[str]:
+    """Yield the paths that sockets are bound to in the text of /proc/net/unix."""
+    for line in text.split(b"\n"):
+        fields = line.split(None, 7)
+        if len(fields) == 8 and fields[7].startswith(b"/"):
+            yield fields[7].decode("utf-8", "surrogateescape")
 
 
 class Mapping(NamedTuple):
@@ -167,6 +186,17 @@ def parse_fdinfo(text: bytes) -> tuple[int | None, int | None]:
         return int(value) if value.isdigit() else None
 
     return field(b"mnt_id"), field(b"ino")
+
+
+def parse_mount_kinds(mountinfo: bytes) -> dict[int, str]:
+    """Return the kind of file system by mount id, in the text of /proc/PID/mountinfo (proc_pid_mountinfo(5))."""
+    found = {}
+    for line in mountinfo.split(b"\n"):
+        number, _, rest = line.partition(b" ")
+        _, dash, source = rest.partition(b" - ")
+        if dash and number.isdigit():
+            found[int(number)] = source.partition(b" ")[0].decode("utf-8", "replace")
+    return found
 
 
 class ProcFS:
@@ -269,6 +299,22 @@ class ProcFS:
             return {}
         return {number: self.descriptor(pid, task, number) for number in numbers}
 
+    def may_read_descriptors(self, pid: int, task: int) -> bool:
+        """Say whether it may be asked which descriptors ``pid`` has."""
+        return os.access(f"{self.root}/{pid}/task/{task}/fd", os.R_OK, effective_ids=True)
+
+    def network_namespace(self, pid: int) -> str:
+        """Return the network namespace that ``pid`` lives in; "" where that is not told."""
+        try:
+            return os.readlink(f"{self.root}/{pid}/ns/net")
+        except OSError:
+            return ""
+
+    def unix_sockets(self, pid: int) -> bytes | None:
+        """Return the text of /proc/PID/net/unix, the sockets in its network namespace; None where there is too much."""
+        text = self._read(f"{pid}/net/unix", records=True)
+        return text if len(text) < _MAX_BYTES else None
+
     def memfd_inode(self, pid: int, task: int, number: int) -> int | None:
         """Return the inode of the memfd that descriptor ``number`` of ``pid`` is, None when it is none.
 
@@ -339,6 +385,21 @@ class ProcFS:
         try:
             return os.readlink(f"{self.root}/{pid}/ns/pid")
         except OSError:
+            return ""
+
+    def own_pid_namespace(self) -> str:
+        """Return the pid namespace that the caller lives in; "" where this /proc does not know the caller."""
+        try:
+            return os.readlink(f"{self.root}/self/ns/pid")
+        except OSError:
+            return ""
+
+    def file_system(self, descriptor: int) -> str:
+        """Return the kind of file system that one of the caller's open files is on; "" where that is not told."""
+        try:
+            mount, _ = parse_fdinfo(self._read(f"self/fdinfo/{descriptor}"))
+            return parse_mount_kinds(self._read("self/mountinfo", records=True)).get(mount or 0, "")
+        except ProcessGone:  # this /proc does not know the caller
             return ""
 
     def boot_id(self) -> str:

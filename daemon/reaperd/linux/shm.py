@@ -35,7 +35,8 @@ _MAX_FOLDERS_OPEN, _MAX_IN_A_FOLDER = 100, 100_000
 _STATX_FLAGS = 0x100 | 0x800 | 0x1000 | 0x4000  # SYMLINK_NOFOLLOW, NO_AUTOMOUNT, EMPTY_PATH, STATX_DONT_SYNC
 _STATX_BTIME = 0x800
 _STATX_MASK = 0x7FF | _STATX_BTIME
-_STATX = struct.Struct("=I12xII4xH18xQ24xqI44x8s112x")  # mask, nlink, uid, mode, blocks, btime, device
+# mask, nlink, uid, mode, inode, blocks, btime, ctime, device
+_STATX = struct.Struct("=I12xII4xH2xQ8xQ24xqI4xqI28x8s112x")
 _SYS_OPENAT2 = 437  # on every architecture
 _OPEN_HOW = struct.Struct("=QQQ")
 _RESOLVE_NO_XDEV, _RESOLVE_NO_SYMLINKS = 0x01, 0x04
@@ -52,7 +53,7 @@ def may_have_segments(uid: int) -> bool:
     Also where there are more names than can be looked at.
     """
     with contextlib.suppress(OSError), open_directory(SHM) as shm:
-        names, complete = _names_in(shm, MAX_NAMES)
+        names, complete = names_in(shm, MAX_NAMES)
         unclear = [name for name in names if name.startswith(_MAPPED_PREFIXES)]
         if not complete or len(unclear) > MAX_MEASURED:
             return True
@@ -77,20 +78,29 @@ def held_bytes(pid: int, names: frozenset[str], uid: int) -> int:
     """
     total = 0
     with contextlib.suppress(OSError), open_directory(SHM) as shm:
-        roots = candidates(shm, pid, names, most=MAX_NAMES)
-        for _, _, found in itertools.islice(_walk(shm, roots, uid, levels=MAX_LEVELS), MAX_MEASURED):
-            total += 0 if stat.S_ISDIR(found.mode) else found.blocks * 512
+        total = bytes_of(shm, candidates(shm, pid, names, most=MAX_NAMES), uid)
+    return total
+
+
+def bytes_of(directory: int, names: list[str], uid: int) -> int:
+    """Return what ``names`` in an open directory take on the disk with all that is in them, as far as ``uid`` owns it.
+
+    What is beyond ``MAX_MEASURED`` or ``MAX_LEVELS`` is not counted, so that it does not take long.
+    """
+    total = 0
+    for _, _, found in itertools.islice(_walk(directory, names, uid, levels=MAX_LEVELS), MAX_MEASURED):
+        total += 0 if stat.S_ISDIR(found.mode) else found.blocks * 512
     return total
 
 
 def candidates(directory: int, pid: int, names: frozenset[str], *, most: int | None = None) -> list[str]:
     """Return the entries of an open directory, of the first ``most``, that are the leader's by name, or among ``names``."""
     prefixes = prefixes_of(pid)
-    there, _ = _names_in(directory, most)
+    there, _ = names_in(directory, most)
     return [name for name in there if name.startswith(prefixes) or name in names]
 
 
-def _names_in(directory: int, most: int | None) -> tuple[list[str], bool]:
+def names_in(directory: int, most: int | None) -> tuple[list[str], bool]:
     """Return at most so many of the names in a directory, and whether that is all."""
     with os.scandir(directory) as entries:
         names = [entry.name for entry in itertools.islice(entries, most)]
@@ -105,6 +115,8 @@ class Found(NamedTuple):
     blocks: int  # of 512 bytes
     links: int
     born_epoch_s: float | None  # None where the file system can't tell
+    changed_epoch_s: float  # its owner can make that later, and never earlier
+    inode: int
 
 
 def stat_here(directory: int, path: str) -> Found | None:
@@ -150,7 +162,7 @@ def _walk(directory: int, names: list[str], uid: int, *, levels: int) -> Iterato
                 with contextlib.suppress(OSError):  # it is gone, or cannot be read
                     inner = _open_here(level.directory, name)
                     stack.append(_Level(inner, [], (level.directory, name, found)))
-                    stack[-1].left.extend(_names_in(inner, _MAX_IN_A_FOLDER)[0])
+                    stack[-1].left.extend(names_in(inner, _MAX_IN_A_FOLDER)[0])
     finally:
         for level in stack:
             if level.itself is not None:
@@ -186,9 +198,14 @@ def _statx(directory: int, path: str) -> tuple[Found, bytes] | None:
     buffer = ctypes.create_string_buffer(_STATX.size)
     if _libc().statx(directory, os.fsencode(path), _STATX_FLAGS, _STATX_MASK, buffer) != 0:
         return None
-    mask, links, uid, mode, blocks, seconds, nanoseconds, device = _STATX.unpack(buffer.raw)
-    born_epoch_s = seconds + nanoseconds / 1e9 if mask & _STATX_BTIME else None
-    return Found(mode, uid, blocks, links, born_epoch_s), device
+    mask, links, uid, mode, inode, blocks, *times, device = _STATX.unpack(buffer.raw)
+    born_epoch_s, changed_epoch_s = times[0] + times[1] / 1e9, times[2] + times[3] / 1e9
+    return (
+        Found(
+            mode, uid, blocks, links, born_epoch_s if mask & _STATX_BTIME else None, changed_epoch_s, inode
+        ),
+        device,
+    )
 
 
 @functools.cache
@@ -202,6 +219,12 @@ def started_at_epoch_s(start_ticks: int) -> float:
     """Return when a process started, in seconds since 1970, one second early: clocks are set now and then."""
     boot_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     return boot_s + start_ticks / os.sysconf("SC_CLK_TCK") - 1
+
+
+def device_of(descriptor: int) -> str:
+    """Return the device of an open file, as /proc/PID/maps has it."""
+    device = os.fstat(descriptor).st_dev
+    return f"{os.major(device):02x}:{os.minor(device):02x}"
 
 
 def made_at_epoch_s(directory: int, name: str) -> float | None:
