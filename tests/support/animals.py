@@ -190,7 +190,7 @@ ANIMALS = [
     ),
     Animal(
         "tmux",
-        'tmux -S "$3/socket" -f /dev/null new-session -d "exec \'$1\' \'$2\' spawn"',
+        "tmux -S \"$3/socket\" -f /dev/null new-session -d \"exec '$1' '$2' spawn\"",
         below("tmux: server"),
         2,
         program("tmux"),
@@ -218,8 +218,10 @@ ANIMALS = [
         is_init_of_another_namespace,
         2,
     ),
-    Animal("cron", 'sh -c \'"$1" "$2" spawn; true\' sh "$1" "$2" </dev/null >/dev/null &', adopted_below("sh"), 2),
-    Animal("at", 'echo "\'$1\' \'$2\' loky; true" | setsid -f sh >/dev/null', adopted_below("sh"), 2),
+    Animal(
+        "cron", 'sh -c \'"$1" "$2" spawn; true\' sh "$1" "$2" </dev/null >/dev/null &', adopted_below("sh"), 2
+    ),
+    Animal("at", "echo \"'$1' '$2' loky; true\" | setsid -f sh >/dev/null", adopted_below("sh"), 2),
     Animal(
         "strace",
         'setsid -f strace -f -qq -e trace=none -o /dev/null "$1" "$2" spawn </dev/null >/dev/null',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import ctypes
 import glob
 import multiprocessing
 import os
@@ -15,6 +16,8 @@ from typing import Any
 import stage
 
 import agent
+
+PR_SET_NAME = 15  # linux/prctl.h
 
 
 def work_on(array: Any, pipe: str, release: str, busy: bool) -> None:
@@ -30,6 +33,12 @@ def attend(pipe: str, busy: bool) -> None:
     if busy:
         stage.spin()
     stage.hold()
+
+
+def load_data(pipe: str, busy: bool) -> None:
+    """The life of a worker of a DataLoader's whose data takes its time (torch/utils/data/_utils/worker.py)."""
+    ctypes.CDLL(None).prctl(PR_SET_NAME, b"pt_data_worker", 0, 0, 0)
+    attend(pipe, busy)
 
 
 def hold_segment(name: str, pipe: str) -> None:
@@ -110,9 +119,50 @@ class Troupe:
     def loky(self) -> None:
         from joblib.externals.loky import get_reusable_executor
 
-        executor = get_reusable_executor(self.count, timeout=300)
+        self.reuse(get_reusable_executor)
+
+    def loky_alone(self) -> None:
+        """The package itself, not what joblib has of it."""
+        from loky import get_reusable_executor
+
+        self.reuse(get_reusable_executor)
+
+    def reuse(self, get_executor: Any) -> None:
+        executor = get_executor(self.count, timeout=300)
         self.kept += [executor.submit(stage.work, *self.task()) for _ in range(self.count)]
         self.ready()
+
+    def like_a_dataloader(self) -> None:
+        """What torch's DataLoader makes of a process, without torch: forked, named in its main thread, and held up by its data."""
+        self.context = multiprocessing.get_context("fork")
+        for _ in range(self.count):
+            process = self.context.Process(target=load_data, args=(self.muster.pipe, self.busy), daemon=True)
+            process.start()
+            self.kept.append(process)
+        self.muster.wait(self.count)
+
+    def dataloader(self) -> None:
+        from torch.utils.data import DataLoader, Dataset
+
+        pipe, busy = self.muster.pipe, self.busy
+
+        class Slow(Dataset):  # type: ignore[misc,type-arg]
+            def __len__(self) -> int:
+                return 100
+
+            def __getitem__(self, index: int) -> int:
+                attend(pipe, busy)
+                return index
+
+        loader = DataLoader(Slow(), batch_size=1, num_workers=self.count)
+        self.kept.append(iter(loader))
+        self.muster.wait(self.count)
+
+    def torch_process(self) -> None:
+        import torch.multiprocessing
+
+        self.context = torch.multiprocessing.get_context("spawn")
+        self.process()
 
     # -- kinds whose main thread stays in joblib
 
@@ -159,6 +209,10 @@ KINDS = (
     "shared-memory",
     "forkserver",
     "loky",
+    "loky-alone",
+    "like-a-dataloader",
+    "dataloader",
+    "torch-process",
     "memmap",
     "joblib-loky",
     "joblib-mp",

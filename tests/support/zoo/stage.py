@@ -22,6 +22,7 @@ from typing import Any
 
 UP_WITHIN_S = 60.0
 LIGHT = "REAPER_TEST_LIGHT"  # in the environment
+IGNORE = "REAPER_TEST_IGNORE"  # in the environment: a signal's name
 BREATH_S, PAUSE_S = 0.002, 0.08
 LIFETIME_S = 150.0  # no process of these scripts works for longer, should nobody end it
 
@@ -85,6 +86,8 @@ def work(pipe: str, release: str, busy: bool) -> None:
 
     A worker that returned at once could take the next task as well, and one of the pool would never start.
     """
+    if name := os.environ.get(IGNORE):
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
     report(pipe)
     if busy:
         spin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from typing import Any
 
@@ -12,6 +13,8 @@ app = Celery("tasks", broker="memory://")
 
 
 def begin(**_: Any) -> None:
+    # Without it a process of Celery's pool may have no children: what is found in many a project.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     trainer.train_within("loky", os.getppid())
 
 
