@@ -82,7 +82,7 @@ def test_a_forked_child_whose_parent_left_is_told_of(visit: Visit) -> None:
 
 def test_the_daemon_its_gate_and_the_command_that_asks_it_live_on(visit: Visit) -> None:
     assert visit.keeper.daemon.process.poll() is None
-    assert visit.keeper.get("status")["gate_restarts"] == 0
+    assert visit.keeper.get("status")["status"]["gate_restarts"] == 0
     assert visit.follower.poll() is None
 
 

@@ -131,8 +131,9 @@ class Pool:
         inner = {pid: pids_within(pid)[1] for pid in [self.leader.pid, *self.leader.family.everyone]}
         family = self.leader.family
         self.pid = inner[self.leader.pid]
-        server = self.leader.family.facts["pids"].get("forkserver", [])
-        self.workers = [inner[pid] for pid in family.workers if pid not in server]
+        servers = family.facts["pids"].get("forkserver", [])
+        self.workers = [inner[pid] for pid in family.workers if pid not in servers]
+        self.servers = [inner[pid] for pid in servers]
         self.trackers = [inner[pid] for pid in family.trackers]
         self._outer = {pid: outer for outer, pid in inner.items()}
         self.adopter = self.enclosure.parent_of(self.pid)
@@ -159,6 +160,7 @@ class Herd:
             name_of(one): Pool(enclosure, one.arguments, one.adopter) for one in CASES if not one.why_not
         }
         self.pools = {name: pool.up() for name, pool in started.items()}
+        self.shm = enclosure.shm()
         self.keeper.wait_scanned()
         self.called_orphans = self.keeper.orphans()
         self.lost = {
@@ -234,8 +236,10 @@ def test_while_its_pool_s_parent_lives_nobody_is_called_an_orphan(herd: Herd) ->
 @pytest.mark.parametrize("one", [*BELOW_INIT, *ADOPTED], ids=name_of)
 def test_orphans_are_found_and_ended_on_evidence(one: Case, herd: Herd) -> None:
     pool, keeper = herd.pool(one), herd.keeper
-    adopter = 1 if one.adopter == "init" else pool.adopter
+    # A forkserver lives as long as its workers do, and is an orphan itself.
+    adopter = pool.servers[0] if pool.servers else 1 if one.adopter == "init" else pool.adopter
     assert len(pool.workers) == 2
+    assert len(pool.servers) == ("forkserver" in one.arguments)
     assert len(pool.trackers) >= one.trackers
     for pid in pool.workers:
         told = keeper.wait_event(pid, "killed", "stuck")
@@ -250,7 +254,9 @@ def test_orphans_are_found_and_ended_on_evidence(one: Case, herd: Herd) -> None:
         told = keeper.get("explain", pid=pid)["explain"]
         assert told["alive"] is False
         assert told["events"][-1]["kind"] == "killed"
-    pool.assert_gone(pool.workers)
+    for pid in pool.servers:
+        assert "(pid 1)" in "; ".join(keeper.wait_event(pid, "killed", "stuck")["evidence"])
+    pool.assert_gone([*pool.workers, *pool.servers])
 
 
 @pytest.mark.parametrize("one", [*BELOW_INIT, *ADOPTED], ids=name_of)
@@ -274,13 +280,13 @@ def test_forked_orphans_are_told_of_and_left_alone(one: Case, herd: Herd) -> Non
 
 
 def test_nothing_of_the_ended_is_left_in_shared_memory(herd: Herd) -> None:
-    """The trackers have removed it: all but what the forked hold, who live on."""
+    """The trackers have removed it. What belongs to the pools of forked workers stays, for those live on."""
     for one in (*BELOW_INIT, *ADOPTED):
         if not one.why_not:
             herd.pool(one).assert_gone([*herd.pool(one).workers, *herd.pool(one).trackers])
-    # What joblib maps into memory is removed by a tracker with the last of its workers: both are gone by now.
-    left = herd.keeper.enclosure.shm()
-    assert left == []
+    assert {name.split("_")[0] for name in herd.shm} >= {"joblib", "psm"}  # there was something to remove
+    theirs = tuple(f"joblib_memmapping_folder_{herd.pool(one).pid}_" for one in FORKED)
+    assert [name for name in herd.keeper.enclosure.shm() if not name.startswith(theirs)] == []
 
 
 # -- thresholds and actions -----------------------------------------------------------------------
