@@ -22,7 +22,6 @@ from reaperd.linux.procfs import (
     ProcFS,
     Stat,
     parse_innermost_pid,
-    parse_uid,
 )
 from reaperd.marks import MarkReader, Marks
 from reaperd.memory import Wish
@@ -256,8 +255,7 @@ class Scan:
 
     def _suspect(self, stat: Stat, bearer: _Bearer | None, parents: Parents) -> Suspect:
         lost = self._lost_parent(bearer, stat, parents) if bearer else None
-        told = pidfd.info_of(stat.id.pid)
-        uid = told.uid if told is not None else parse_uid(self._proc.status(stat.id.pid))
+        uid = pidfd.uid_of(stat.id.pid, self._proc)
         process = Process(
             stat.id, stat.ppid, uid, stat.comm, stat.forked,
             cgroup=None, rss_bytes=stat.rss_bytes, cpu_ticks=stat.cpu_ticks,
