@@ -17,7 +17,6 @@ from reaperd.linux import pidfd
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import (
     PF_KTHREAD,
-    TICKS_PER_S,
     ProcessGone,
     ProcFS,
     Stat,
@@ -27,12 +26,11 @@ from reaperd.marks import MarkReader, Marks
 from reaperd.memory import Wish
 from reaperd.model import Process, ProcessId
 from reaperd.parents import ADOPTERS, PYTHONS, STAND_INS, Parents
-from reaperd.reading import marked
+from reaperd.reading import is_settled, marked
 from reaperd.signatures import Signature
 from reaperd.verdicts import Suspect
 
 _ADOPTING_COMMS = frozenset(name[: signatures.COMM_CHARS] for name in ADOPTERS)
-_YOUNG_TICKS = 2 * TICKS_PER_S  # old enough then to have become what it will be
 _TURN_S = 0.0003  # for reading those again who were nobody's: they may have become other programs
 _BETWEEN_ALARMS = 16  # processes
 
@@ -127,7 +125,7 @@ class Scan:
                 continue
             before = self._seen.get(pid)
             interpreted = stat.comm.startswith(PYTHONS) or self._may_bear(stat.comm)
-            settled = bool(stat.flags & PF_KTHREAD) or _is_settled(stat)
+            settled = bool(stat.flags & PF_KTHREAD) or is_settled(stat)
             if stat.dead or stat.flags & PF_KTHREAD:
                 interpreted = False
             elif whole or (
@@ -307,7 +305,3 @@ class Scan:
         if above is not None and above.is_lost and above.signature is not None and above.signature.certain:
             one = found[pid] = one._replace(below=above.id, group=above.group)
         return one
-
-
-def _is_settled(stat: Stat) -> bool:
-    return time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_PER_S - stat.id.start_ticks > _YOUNG_TICKS
