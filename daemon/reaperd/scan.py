@@ -23,7 +23,7 @@ from reaperd.linux.procfs import (
     parse_innermost_pid,
 )
 from reaperd.marks import MarkReader, Marks
-from reaperd.memory import Wish
+from reaperd.memory import Memory, Wish
 from reaperd.model import Process, ProcessId
 from reaperd.parents import ADOPTERS, PYTHONS, STAND_INS, Parents
 from reaperd.reading import is_settled, marked
@@ -31,6 +31,9 @@ from reaperd.signatures import Signature
 from reaperd.verdicts import Suspect
 
 _ADOPTING_COMMS = frozenset(name[: signatures.COMM_CHARS] for name in ADOPTERS)
+_TITLES = tuple(
+    name for row in signatures.SIGNATURES if (name := row.title[: signatures.COMM_CHARS] or row.comm)
+)
 _TURN_S = 0.0003  # for reading those again who were nobody's: they may have become other programs
 _BETWEEN_ALARMS = 16  # processes
 
@@ -139,25 +142,21 @@ class Scan:
             self._note_adopter(stat)
         memories = self._marks.memory.read(wishes.values(), self._alarm) if wishes else {}
         for pid, stat in stats.items():
-            if pid in wishes and pid not in memories:
-                del self._seen[pid]  # it could not be read: the next look tries again
-                continue
-            if pid in memories:
-                memory = memories[pid]
-                found = signatures.find(stat.comm, memory.argv, tuple(memory.variables), self._extra)
+            if pid not in wishes:  # a fork has its parent's command line
+                self._note(stat, signatures.find(stat.comm, ()) or self._inherited(stat))
+            elif pid in memories:
+                self._note(stat, self._find(stat, memories[pid]))
             else:
-                # A fork has its parent's command line.
-                found = signatures.find(stat.comm, ()) or self._inherited(stat)
-            self._note(stat, found)
+                del self._seen[pid]  # it could not be read: the next look tries again
         if self._alarm is not None and self._alarm.rings():
             raise Interrupted
 
     def _may_bear(self, comm: str) -> bool:
         """Say whether a process of that name may bear a signature although it is no interpreter's."""
-        titles = (row.title[: signatures.COMM_CHARS] or row.comm for row in signatures.SIGNATURES)
-        return comm.startswith(tuple(title for title in titles if title)) or any(
-            row.tokens for row in self._extra
-        )
+        return comm.startswith(_TITLES) or bool(self._extra)
+
+    def _find(self, stat: Stat, memory: Memory) -> Signature | None:
+        return signatures.find(stat.comm, memory.argv, tuple(memory.variables), self._extra)
 
     def _inherited(self, stat: Stat) -> Signature | None:
         parent = self._bearers.get(stat.ppid)
@@ -226,7 +225,7 @@ class Scan:
         memories = self._marks.memory.read(wishes.values(), self._alarm) if wishes else {}
         for pid, memory in memories.items():
             stat = wishes[pid].stat
-            found = signatures.find(stat.comm, memory.argv, tuple(memory.variables), self._extra)
+            found = self._find(stat, memory)
             self._note(stat, found)
             if found is None and stat.forked:
                 self._forked[pid] = stat.id
