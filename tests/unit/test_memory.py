@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from specimens import FILE_BYTES, ME, OTHER_ID, SOON_S, child, count_descriptors, die, end, executed, id_of
+from specimens import FILE_BYTES, ME, OTHER_ID, SOON_S, child, die, end, executed, id_of, nothing_left
 
 from agent import wire
 from reaperd import memory, pauses, signatures
-from reaperd.linux import helper
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcessGone, ProcFS, Stat
 from reaperd.memory import ALL_FILES, MemoryReader, Wish
@@ -29,13 +28,8 @@ LONG_S = 30.0  # no test waits for that
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """Fail a test that leaves a descriptor or a child behind."""
-    descriptors, children = count_descriptors(), ProcFS().children(ME)
-    yield
-    assert count_descriptors() == descriptors
-    for pid in helper._left_behind:  # on a crowded machine even SIGKILL takes its time
-        os.waitpid(pid, 0)
-    helper._left_behind.clear()
-    assert ProcFS().children(ME) == children
+    with nothing_left():
+        yield
 
 
 class Faulty(ProcFS):
