@@ -37,6 +37,10 @@ class Hunts:
         """Return who is being ended."""
         return {id_: target for hunt in self._hunts for id_, target in hunt.targets.items()}
 
+    def target_of(self, id_: ProcessId) -> Target | None:
+        """Return how far ``id_`` has been ended, None where nobody is at it."""
+        return next((hunt.targets[id_] for hunt in self._hunts if id_ in hunt.targets), None)
+
     def next_deadline(self) -> float | None:
         """Return the monotonic second at which ``step()`` has something to do, None when nothing is due."""
         due = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import resource
@@ -193,6 +194,7 @@ class Daemon:
             self._core.step()
         if self._scan_due_s <= now_s:
             self._scan_due_s = now_s + self._config.scan.interval_s
+            listing = None
             try:
                 listing = self._core.observer.proc.listing()
                 if self._adoption.sweep(listing):  # what was found below them may be younger
@@ -205,7 +207,7 @@ class Daemon:
                     raise
                 log.warning("cannot look at the sessions: %s, trying again at the next scan", error.strerror)
             self._core.step()
-            self._see_to_orphans(self._orphans.look)
+            self._see_to_orphans(functools.partial(self._orphans.look, listing))
         if self._prune_due_s <= now_s:
             self._prune_due_s = now_s + _PRUNE_EVERY_S
             self._store.prune(self._config.history.keep_s)

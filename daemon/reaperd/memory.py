@@ -17,8 +17,12 @@ from reaperd.linux import helper
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import Mapping, ProcessGone, ProcFS, Stat, environment_value, parse_maps
 from reaperd.pauses import Pauses
+from reaperd.signatures import SIGNATURES
 
-VARIABLES = (wire.LINEAGE_VARIABLE, wire.SPARED_VARIABLE, *wire.TEMP_VARIABLES)
+VARIABLES = (
+    *(wire.LINEAGE_VARIABLE, wire.SPARED_VARIABLE, *wire.TEMP_VARIABLES),
+    *(row.variable for row in SIGNATURES if row.variable),
+)
 # Which mapped files are asked for, by how their paths begin.
 MEMFD_PREFIX = "/memfd:"
 OUR_PAGES = (MEMFD_PREFIX + wire.PAGE_PREFIX,)

@@ -89,8 +89,7 @@ class OrphanRequests:
         pid = wire.integer_field(message, "pid", least=1)
         try:
             stat = self._core.observer.proc.stat(pid)
-            told = pidfd.info_of(pid)
-            uid = self._core.observer.owner(pid)[0] if told is None else told.uid
+            uid = pidfd.uid_of(pid, self._core.observer.proc)
         except ProcessGone:
             raise wire.WireError("unknown-process", f"there is no process {pid}") from None
         if not self._may_act(peer, uid):

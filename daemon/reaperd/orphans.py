@@ -142,7 +142,7 @@ class Orphans:
         for one in told:
             if one.is_lost:
                 self._note(one, now_s)
-        self._judged = self._judge(told, now_s, waived=False)
+        self._judged = self._judge(told)
         self._forget_gone(now_s)
 
     def step(self) -> None:
@@ -190,15 +190,20 @@ class Orphans:
         if before is None or before._replace(samples=()) != record._replace(samples=()):
             self._memory.save_orphan(id_, record)
 
-    def _judge(self, suspects: Iterable[Suspect], now_s: float, *, waived: bool) -> dict[ProcessId, Judged]:
-        suspects = list(suspects)
+    def _judge(
+        self, suspects: Iterable[Suspect], *, waived: bool = False, some: bool = False
+    ) -> dict[ProcessId, Judged]:
+        """Judge ``suspects``; of ``some`` of them, what all hold together was told by the last look."""
+        suspects, now_s = list(suspects), _since_boot_s()
         gpu = self._held_on_gpus(suspects, now_s)
         suspects = [one._replace(gpu_bytes=gpu.get(one.id.pid, 0)) for one in suspects]
         held = held_by_groups(suspects)
         found = {}
         for one in suspects:
             record = self._records.get(one.id) or Record(now_s)
-            group_bytes = max(held.get(one.group, 0), one.process.rss_bytes)
+            last = self._judged.get(one.id) if some else None
+            last_bytes = 0 if last is None else last.given.group_rss_bytes
+            group_bytes = max(held.get(one.group, 0), one.process.rss_bytes, last_bytes)
             load = load_of(record.samples, TICKS_PER_S)
             given = Circumstances(record, now_s, group_bytes, load, waived)
             found[one.id] = Judged(one, given, judge(one, given, self._rules))
@@ -229,15 +234,8 @@ class Orphans:
         """Read processes anew and judge them; whoever is gone, or is another one, is missing."""
         wanted = {id_.pid: id_ for id_ in ids}
         seen = [self._tell(one) for pid, one in self._scan.examine(wanted).items() if wanted[pid] == one.id]
-        # What they hold together was told by the last look at all: some of them may have ended since.
-        found = {}
-        for id_, now in self._judge(seen, _since_boot_s(), waived=waived).items():
-            before = self._judged.get(id_)
-            given = now.given if before is None else now.given._replace(
-                group_rss_bytes=max(before.given.group_rss_bytes, now.given.group_rss_bytes)
-            )  # fmt: skip
-            found[id_] = now.suspect, judge(now.suspect, given, self._rules)
-        return found
+        judged = self._judge(seen, waived=waived, some=True)
+        return {id_: (one.suspect, one.verdict) for id_, one in judged.items()}
 
     # -- what is done about it ---------------------------------------------------------------
 
@@ -353,13 +351,13 @@ class Orphans:
 
     def target_of(self, id_: ProcessId) -> Target | None:
         """Return how far somebody has been ended, None where nobody is at it."""
-        return self.hunts.targets().get(id_)
+        return self.hunts.target_of(id_)
 
     def cleanable(self) -> list[Judged]:
         """Return all orphans with what a clean-up would do to each: age, load and action do not matter for that."""
         self.see()
         lost = [one.suspect for one in self.listing()]
-        return list(self._judge(lost, _since_boot_s(), waived=True).values())
+        return list(self._judge(lost, waived=True).values())
 
     def clean_up(
         self, wanted: Iterable[ProcessId], may: Callable[[Suspect], bool], by_uid: int
@@ -377,15 +375,8 @@ class Orphans:
         seen = self._scan.examine([pid])
         if pid not in seen:
             raise ProcessGone(str(pid))
-        one, now_s = self._tell(seen[pid]), _since_boot_s()
-        told = self._judge([one], now_s, waived=False)[one.id]
-        before = self._judged.get(one.id)
-        if before is None:
-            return told
-        given = told.given._replace(
-            group_rss_bytes=max(before.given.group_rss_bytes, told.given.group_rss_bytes)
-        )
-        return Judged(told.suspect, given, judge(told.suspect, given, self._rules))
+        (judged,) = self._judge([self._tell(seen[pid])], some=True).values()
+        return judged
 
     def is_quarantined(self, id_: ProcessId) -> bool:
         """Say whether a process was stopped, and not released."""

@@ -127,7 +127,7 @@ class ProcessReader:
             if now != (process.ppid, process.comm, process.rss_bytes, process.cpu_ticks):
                 ppid, comm, rss_bytes, cpu_ticks = now
                 process = process._replace(ppid=ppid, comm=comm, rss_bytes=rss_bytes, cpu_ticks=cpu_ticks)
-        settled = known.settled or _is_settled(stat)
+        settled = known.settled or is_settled(stat)
         if process is known.process and settled == known.settled:
             return known
         return known._replace(process=process, settled=settled)
@@ -159,7 +159,7 @@ class ProcessReader:
             return Known(id_), None  # that never changes
         uid = self._uid(pid, handle)
         if not self._coverage.can_belong(uid, id_):
-            return Known(id_, uid, None, stat.image, _is_settled(stat)), None
+            return Known(id_, uid, None, stat.image, is_settled(stat)), None
         marks, wish = self._marks.read_descriptors(stat, uid, hurried=hurried)
         process = Process(
             id=id_,
@@ -177,7 +177,7 @@ class ProcessReader:
         known = Known(id_, uid, process, 0, settled=False)
         if wish is None:
             return known, None
-        whole = known._replace(image=stat.image, settled=_is_settled(stat))
+        whole = known._replace(image=stat.image, settled=is_settled(stat))
         return known, Unread(whole, marks, wish)
 
     def _uid(self, pid: int, handle: int) -> int | None:
@@ -191,7 +191,8 @@ def marked(process: Process, marks: Marks) -> Process:
     return process._replace(argv=argv, lineage=lineage, pages=pages, spared=spared)
 
 
-def _is_settled(stat: Stat) -> bool:
+def is_settled(stat: Stat) -> bool:
+    """Say whether a process is old enough to have become what it will be."""
     return ticks_now() - stat.id.start_ticks > _YOUNG_TICKS
 
 

@@ -17,23 +17,23 @@ from reaperd.linux import pidfd
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import (
     PF_KTHREAD,
-    TICKS_PER_S,
     ProcessGone,
     ProcFS,
     Stat,
     parse_innermost_pid,
-    parse_uid,
 )
 from reaperd.marks import MarkReader, Marks
-from reaperd.memory import Wish
+from reaperd.memory import Memory, Wish
 from reaperd.model import Process, ProcessId
 from reaperd.parents import ADOPTERS, PYTHONS, STAND_INS, Parents
-from reaperd.reading import marked
+from reaperd.reading import is_settled, marked
 from reaperd.signatures import Signature
 from reaperd.verdicts import Suspect
 
 _ADOPTING_COMMS = frozenset(name[: signatures.COMM_CHARS] for name in ADOPTERS)
-_YOUNG_TICKS = 2 * TICKS_PER_S  # old enough then to have become what it will be
+_TITLES = tuple(
+    name for row in signatures.SIGNATURES if (name := row.title[: signatures.COMM_CHARS] or row.comm)
+)
 _TURN_S = 0.0003  # for reading those again who were nobody's: they may have become other programs
 _BETWEEN_ALARMS = 16  # processes
 
@@ -128,7 +128,7 @@ class Scan:
                 continue
             before = self._seen.get(pid)
             interpreted = stat.comm.startswith(PYTHONS) or self._may_bear(stat.comm)
-            settled = bool(stat.flags & PF_KTHREAD) or _is_settled(stat)
+            settled = bool(stat.flags & PF_KTHREAD) or is_settled(stat)
             if stat.dead or stat.flags & PF_KTHREAD:
                 interpreted = False
             elif whole or (
@@ -142,25 +142,21 @@ class Scan:
             self._note_adopter(stat)
         memories = self._marks.memory.read(wishes.values(), self._alarm) if wishes else {}
         for pid, stat in stats.items():
-            if pid in wishes and pid not in memories:
-                del self._seen[pid]  # it could not be read: the next look tries again
-                continue
-            if pid in memories:
-                memory = memories[pid]
-                found = signatures.find(stat.comm, memory.argv, tuple(memory.variables), self._extra)
+            if pid not in wishes:  # a fork has its parent's command line
+                self._note(stat, signatures.find(stat.comm, ()) or self._inherited(stat))
+            elif pid in memories:
+                self._note(stat, self._find(stat, memories[pid]))
             else:
-                # A fork has its parent's command line.
-                found = signatures.find(stat.comm, ()) or self._inherited(stat)
-            self._note(stat, found)
+                del self._seen[pid]  # it could not be read: the next look tries again
         if self._alarm is not None and self._alarm.rings():
             raise Interrupted
 
     def _may_bear(self, comm: str) -> bool:
         """Say whether a process of that name may bear a signature although it is no interpreter's."""
-        titles = (row.title[: signatures.COMM_CHARS] or row.comm for row in signatures.SIGNATURES)
-        return comm.startswith(tuple(title for title in titles if title)) or any(
-            row.tokens for row in self._extra
-        )
+        return comm.startswith(_TITLES) or bool(self._extra)
+
+    def _find(self, stat: Stat, memory: Memory) -> Signature | None:
+        return signatures.find(stat.comm, memory.argv, tuple(memory.variables), self._extra)
 
     def _inherited(self, stat: Stat) -> Signature | None:
         parent = self._bearers.get(stat.ppid)
@@ -229,7 +225,7 @@ class Scan:
         memories = self._marks.memory.read(wishes.values(), self._alarm) if wishes else {}
         for pid, memory in memories.items():
             stat = wishes[pid].stat
-            found = signatures.find(stat.comm, memory.argv, tuple(memory.variables), self._extra)
+            found = self._find(stat, memory)
             self._note(stat, found)
             if found is None and stat.forked:
                 self._forked[pid] = stat.id
@@ -256,8 +252,7 @@ class Scan:
 
     def _suspect(self, stat: Stat, bearer: _Bearer | None, parents: Parents) -> Suspect:
         lost = self._lost_parent(bearer, stat, parents) if bearer else None
-        told = pidfd.info_of(stat.id.pid)
-        uid = told.uid if told is not None else parse_uid(self._proc.status(stat.id.pid))
+        uid = pidfd.uid_of(stat.id.pid, self._proc)
         process = Process(
             stat.id, stat.ppid, uid, stat.comm, stat.forked,
             cgroup=None, rss_bytes=stat.rss_bytes, cpu_ticks=stat.cpu_ticks,
@@ -309,7 +304,3 @@ class Scan:
         if above is not None and above.is_lost and above.signature is not None and above.signature.certain:
             one = found[pid] = one._replace(below=above.id, group=above.group)
         return one
-
-
-def _is_settled(stat: Stat) -> bool:
-    return time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_PER_S - stat.id.start_ticks > _YOUNG_TICKS

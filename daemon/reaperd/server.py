@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from agent import wire
 from reaperd import __version__, report
+from reaperd.census import Interrupted
 from reaperd.core import Core, count_stuck
 from reaperd.gate_link import GateLink, Peer, Return
 from reaperd.ledger import Entry
@@ -127,6 +128,10 @@ class Server:
             reply = self._perform(peer, to, message)
         except wire.WireError as error:
             reply = wire.encode(wire.refusal(error))
+        except Interrupted:
+            reply = wire.encode(
+                wire.refusal(wire.WireError("busy", "a script has just ended, and goes first: try again"))
+            )
         except Exception:  # one request must never end the daemon
             log.exception("cannot answer a request of uid=%d pid=%d", peer.uid, peer.pid)
             mistake = wire.WireError("internal", "the daemon made a mistake; its log has the details")

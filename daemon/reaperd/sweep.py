@@ -126,8 +126,7 @@ class Sweep:
 
     def _is_of(self, pid: int, uid: int, since_ticks: int) -> bool:
         with contextlib.suppress(ProcessGone, PermissionError, ValueError):
-            told = pidfd.info_of(pid)
-            found = parse_uid(self._proc.status(pid)) if told is None else told.uid
+            found = pidfd.uid_of(pid, self._proc)
             return found == uid and self._proc.stat(pid).id.start_ticks >= since_ticks
         return False
 

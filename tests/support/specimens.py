@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.page import SessionPage
+from reaperd.linux import helper
 from reaperd.linux.procfs import ProcessGone, ProcFS, Stat
 from reaperd.model import Cause, CauseKind, Process, ProcessId, Session, Snapshot
 
@@ -239,3 +240,26 @@ def found(snapshot: Snapshot, pid: int) -> Process:
 
 def seen(snapshot: Snapshot, pid: int) -> Process | None:
     return snapshot.processes.get(pid)
+
+
+@contextlib.contextmanager
+def mapping(path: Path) -> Iterator[None]:
+    """Map a file by mmap(2) alone: Python's mmap keeps a descriptor."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    with open(path, "rb") as file:
+        at = libc.mmap(None, FILE_BYTES, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), ctypes.c_long(0))
+    yield
+    libc.munmap(ctypes.c_void_p(at), FILE_BYTES)
+
+
+@contextlib.contextmanager
+def nothing_left() -> Iterator[None]:
+    """Fail a block that leaves a descriptor or a child behind."""
+    descriptors, children = count_descriptors(), ProcFS().children(ME)
+    yield
+    assert count_descriptors() == descriptors
+    for pid in helper._left_behind:  # on a crowded machine even SIGKILL takes its time
+        os.waitpid(pid, 0)
+    helper._left_behind.clear()
+    assert ProcFS().children(ME) == children

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from specimens import ME, SOON_S, count_descriptors
+from specimens import ME, SOON_S, count_descriptors, nothing_left
 
 from reaperd import gpu, pauses
 from reaperd.gpu import GpuMeter
@@ -44,13 +44,8 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """Fail a test that leaves a descriptor or a child behind, or that loads into the core what only a helper may load."""
-    descriptors, children = count_descriptors(), ProcFS().children(ME)
-    yield
-    assert count_descriptors() == descriptors
-    for pid in helper._left_behind:  # on a crowded machine even SIGKILL takes its time
-        os.waitpid(pid, 0)
-    helper._left_behind.clear()
-    assert ProcFS().children(ME) == children
+    with nothing_left():
+        yield
     assert sys.modules.get("pynvml") is None
 
 

@@ -6,7 +6,6 @@ Everything belongs to a uid that nobody else has, so what else runs on the machi
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import mmap
 import os
@@ -26,6 +25,7 @@ from typing import Any
 
 import harness
 import pytest
+from specimens import mapping
 
 from reaperd import leftovers
 from reaperd.leftovers import Leftover, find_leftovers, leftovers_work, remove_leftovers
@@ -150,17 +150,6 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not harness.wait_gone(started, SOON_S)
-
-
-@contextlib.contextmanager
-def mapping(path: Path) -> Iterator[None]:
-    """Map a file by mmap(2) alone: Python's mmap keeps a descriptor."""
-    libc = ctypes.CDLL(None)
-    libc.mmap.restype = ctypes.c_void_p
-    with open(path, "rb") as file:
-        at = libc.mmap(None, PAGE, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), ctypes.c_long(0))
-    yield
-    libc.munmap(ctypes.c_void_p(at), PAGE)
 
 
 # -- left by real scripts ---------------------------------------------------------------------------

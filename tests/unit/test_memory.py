@@ -6,20 +6,21 @@ import mmap
 import os
 import select
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from specimens import FILE_BYTES, ME, OTHER_ID, SOON_S, child, count_descriptors, die, end, executed, id_of
+from specimens import FILE_BYTES, ME, OTHER_ID, SOON_S, child, die, end, executed, id_of, nothing_left
 
 from agent import wire
-from reaperd import memory, pauses
-from reaperd.linux import helper
+from reaperd import memory, pauses, signatures
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcessGone, ProcFS, Stat
 from reaperd.memory import ALL_FILES, MemoryReader, Wish
 from reaperd.model import ProcessId
+from reaperd.signatures import SIGNATURES
 
 LONG_S = 30.0  # no test waits for that
 
@@ -27,13 +28,8 @@ LONG_S = 30.0  # no test waits for that
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """Fail a test that leaves a descriptor or a child behind."""
-    descriptors, children = count_descriptors(), ProcFS().children(ME)
-    yield
-    assert count_descriptors() == descriptors
-    for pid in helper._left_behind:  # on a crowded machine even SIGKILL takes its time
-        os.waitpid(pid, 0)
-    helper._left_behind.clear()
-    assert ProcFS().children(ME) == children
+    with nothing_left():
+        yield
 
 
 class Faulty(ProcFS):
@@ -313,3 +309,17 @@ def test_who_is_in_the_middle_of_an_execve_is_not_taken_for_one_without_an_envir
 def test_a_process_is_known_by_what_it_was_when_it_was_wished_for() -> None:
     with child() as pid:
         assert MemoryReader(ProcFS()).read([wish(pid)]).keys() == {id_of(pid).pid}
+
+
+def test_what_a_signature_is_recognised_by_is_read_of_a_process_that_has_it() -> None:
+    for row in SIGNATURES:
+        if row.variable:
+            with subprocess.Popen(
+                ["cat"], stdin=subprocess.PIPE, env={**os.environ, row.variable: "none"}
+            ) as one:
+                assert one.stdin is not None
+                try:  # Popen() returns once the program has been exec'ed
+                    memory = MemoryReader(ProcFS()).read([wish(one.pid, argv=True)])[one.pid]
+                finally:
+                    one.stdin.close()
+            assert signatures.find("python3", memory.argv, tuple(memory.variables)) == row

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 import secrets
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from specimens import mapping
 
 from reaperd import reclaim
 from reaperd.linux import shm
@@ -73,17 +73,6 @@ def dead(tmp_path: Path) -> Iterator[Dead]:
     yield one
     for path in one.made:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def mapping(path: Path) -> Iterator[None]:
-    """Map a file by mmap(2) alone: Python's mmap keeps a descriptor."""
-    libc = ctypes.CDLL(None)
-    libc.mmap.restype = ctypes.c_void_p
-    with open(path, "rb") as file:
-        at = libc.mmap(None, PAGE, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), ctypes.c_long(0))
-    yield
-    libc.munmap(ctypes.c_void_p(at), PAGE)
 
 
 def freed(*claims: reclaim.Claim) -> int:

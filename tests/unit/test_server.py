@@ -27,7 +27,7 @@ from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.reaper import Reaper
 from reaperd.scan import Scan
-from reaperd.server import Facts, Server
+from reaperd.server import Facts, Server, _Request
 from reaperd.store import Store
 
 ME = os.getpid()
@@ -61,6 +61,7 @@ class World:
 
     def __init__(self, directory: Path) -> None:
         proc, alarm = ProcFS(), Alarm()
+        self.alarm = alarm
         observer = Observer(proc, alarm)
         store = Store(str(directory), observer.boot_id)
         self.core = Core(observer, Reaper(proc, frozenset()), store, Poller(), Policy(), alarm)
@@ -139,3 +140,18 @@ def test_a_page_of_another_session_is_refused_and_not_kept_open(world: World) ->
         opened.append(len(os.listdir("/proc/self/fd")))
     assert opened[0] == opened[1]
     assert world.link.on_record == [{}, {}]
+
+
+def test_a_request_that_a_leader_dies_in_the_middle_of_is_to_be_made_again(world: World) -> None:
+    ours, theirs = socket.socketpair()
+    ringing, writer = os.pipe()
+    world.alarm.watch(ringing)
+    os.write(writer, b"x")
+    with ours:
+        peer = Peer(os.getuid(), os.getgid(), ME, theirs)
+        world.server._answer(_Request(peer, Return(1, b"", peer.uid), {"op": "explain", "pid": ME}))
+    world.alarm.silence(ringing)
+    os.close(ringing)
+    os.close(writer)
+    assert world.link.replies[-1]["kind"] == "busy"
+    assert world.ask("explain", pid=ME)["ok"] is True
