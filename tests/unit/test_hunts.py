@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -71,6 +72,8 @@ def hunting() -> Iterator[Hunting]:
     for id_ in one.hunts.targets():
         if one.reaper.holds(id_):
             one.reaper.drop(id_)
+    del one
+    gc.collect()  # what it has open must not be closed in the middle of a test that counts descriptors
 
 
 def deaf() -> None:
