@@ -21,7 +21,7 @@ from reaperd.reading import Handles, ProcessReader
 # A scan reads some of those again who seemed to be nobody's, for so long: they may have become other programs.
 _TURN_S = 0.0003
 _AHEAD = 32  # processes that are read before the first of them are signalled; then twice as many, and so on
-# A look that took longer lists once more: a worker may have forked meanwhile.
+# A look that took longer asks once more who is there: a worker may have forked meanwhile.
 _RELIST_S, _MAX_RELISTS = 0.001, 3
 
 _MAX_INTERRUPTIONS = 10  # of looks at everybody, in a row
@@ -139,24 +139,27 @@ class Census:
         """Read ``named``, and those of ``new`` that are below ``parents``; return who was read, and who could not be."""
         uids = {session.uid for session in sessions}
         began_s = time.monotonic()
-        left = set(kinship.left_to(self._proc, parents, uids, new))
+        tops, vanished = kinship.left_to(self._proc, parents, uids, new)
+        left = set(tops)
         read = self.known.read_each(sorted(left | named, reverse=True), hold=True, afresh=named)
         for _ in range(_MAX_RELISTS):
             if time.monotonic() - began_s <= _RELIST_S:
                 break
             # A worker may have forked meanwhile: nobody is to be signalled before its children are known, too.
+            started = self.known.list_started()
             began_s = time.monotonic()
-            if not (more := kinship.left_to(self._proc, parents | read, uids, self.known.list_all())):
+            more = kinship.left_to(self._proc, parents | read, uids, started)
+            if not more.tops:
                 break
-            left.update(more)
-            read |= self.known.read_each(more, hold=True)
-        vanished = uids if not left <= self.known.pids() else set()
+            left.update(more.tops)
+            read |= self.known.read_each(more.tops, hold=True)
+        vanished |= not all(map(self.known.could_read, left))
         off: set[int] = set()
         if hurried:
             off = self._put_off({session.id for session in sessions}, named)
         missed = self.known.read_memory(None)
         unread = missed.unread | {pid: uid for uid in uids for pid in off}
-        return read - off, Missed(unread, missed.vanished | vanished)
+        return read - off, Missed(unread, missed.vanished | (uids if vanished else set()))
 
     def _look_at_all(
         self, new: list[int], named: set[int], *, hold: bool, everyone: bool
@@ -220,7 +223,7 @@ class Census:
         living = self.known.living_of(adopters)
         trees: dict[int, list[int]] = {}
         parents = {1, *self.known.pids_of(adopters, new)}
-        for pid, top in kinship.left_to(self._proc, parents, uids, new).items():
+        for pid, top in kinship.left_to(self._proc, parents, uids, new).tops.items():
             trees.setdefault(top, []).append(pid)
         batch: list[list[int]] = []
         most = _AHEAD

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from reaperd.linux import pidfd
 from reaperd.linux.procfs import ProcessGone, ProcFS
 from reaperd.model import ProcessId
 
 _MAX_ANCESTORS = 200
+
+
+class Left(NamedTuple):
+    """Who has been left, or stands below somebody who has."""
+
+    tops: dict[int, int]  # who is the topmost of those that were asked for, above each
+    vanished: bool  # some of those that were asked for were gone before they could be asked
 
 
 def ancestors(proc: ProcFS, pid: int) -> frozenset[ProcessId]:
@@ -47,11 +55,11 @@ def _children(proc: ProcFS, pid: int) -> list[int]:
         return []
 
 
-def left_to(proc: ProcFS, parents: set[int], uids: set[int], new: list[int]) -> dict[int, int]:
+def left_to(proc: ProcFS, parents: set[int], uids: set[int], new: list[int]) -> Left:
     """Return those of ``new`` that are of ``uids`` and stand below ``parents``, as quickly as that can be told.
 
     So does whose chain of parents leads to somebody who ended while all were asked: it has been left by that one. Whose
-    uid cannot be told as quickly counts, too (Linux before 6.13). The values tell who of ``new`` is the topmost above each.
+    uid cannot be told as quickly counts, too (Linux before 6.13).
     """
     above: dict[int, tuple[int, int | None]] = {}  # parent and uid
     gone: set[int] = set()
@@ -72,7 +80,8 @@ def left_to(proc: ProcFS, parents: set[int], uids: set[int], new: list[int]) -> 
         top = tops.get(at) if at not in parents else (chain[-1] if chain else pid)
         if top is not None:
             tops.update(dict.fromkeys(chain or [pid], top))
-    return {pid: top for pid, top in tops.items() if above[pid][1] is None or above[pid][1] in uids}
+    tops = {pid: top for pid, top in tops.items() if above[pid][1] is None or above[pid][1] in uids}
+    return Left(tops, bool(gone))
 
 
 def _parent(proc: ProcFS, pid: int) -> tuple[int, int | None]:

@@ -13,6 +13,7 @@ from reaperd.model import Process, ProcessId
 from reaperd.reading import Handles, Known, ProcessReader, Unread, marked, ticks_now
 
 _BETWEEN_ALARMS = 16  # processes
+_MOST_STARTED = 256  # ids; to list all costs no more than to try as many
 
 
 class Missed(NamedTuple):
@@ -37,6 +38,7 @@ class KnownProcesses:
         self._listing: dict[
             int, int
         ] = {}  # the inodes of /proc/PID: a pid with another one is another process
+        self._last_pid = 0  # that had been given away when all were listed
         self._newest_ticks = 0  # nobody has been read who started later
         self.processes: dict[int, Process] = {}  # of those known
         self.unsettled: set[int] = set()
@@ -47,13 +49,27 @@ class KnownProcesses:
         """Return who was read, or tried to."""
         return self._known.keys()
 
+    def could_read(self, pid: int) -> bool:
+        """Say whether ``pid`` was there, and no zombie, when it was read."""
+        known = self._known.get(pid)
+        return known is not None and known.id is not None
+
     def list_all(self, listing: dict[int, int] | None = None) -> list[int]:
         """List all processes, forget who is gone, and return who is new, the newest first: some do not live long."""
+        self._last_pid = self._proc.last_pid() if listing is None else 0
         before, self._listing = self._listing, self._proc.listing() if listing is None else listing
         if self._listing != before:
             for pid in [pid for pid, one in self._known.items() if self._listing.get(pid) != one.inode]:
                 self.forget(pid)
         return sorted(self._listing.keys() - self._known.keys(), reverse=True)
+
+    def list_started(self) -> list[int]:
+        """Return who may have started since all were listed, the newest first: the ids given away since, threads' too."""
+        before, last = self._last_pid, self._proc.last_pid()
+        self._last_pid = last
+        if not before <= last <= before + _MOST_STARTED:  # too many to be tried, or they began anew
+            return self.list_all()
+        return [pid for pid in range(last, before, -1) if pid not in self._known]
 
     def forget(self, pid: int) -> None:
         """Be as if ``pid`` had not been read."""

@@ -62,13 +62,13 @@ class _Search:
         for member in list(self.members.values()):
             self._descend(member.process.id.pid, member.process.id)
         self._accept_stamped()
-        for process_id, process in self.stamped.items():
-            if process_id not in self.members:
-                self.left_alone[process_id] = (
-                    f"carries the session's stamp, but its parent {process.ppid} is neither a member nor one that"
-                    " adopted it"
-                )
-        return Family(self.members, self.left_alone, self.subreapers)
+        strays = tuple(one for one in self.stamped.values() if one.id not in self.members)
+        for process in strays:
+            self.left_alone[process.id] = (
+                f"carries the session's stamp, but its parent {process.ppid} is neither a member nor one that"
+                " adopted it"
+            )
+        return Family(self.members, self.left_alone, self.subreapers, strays)
 
     def _conspicuous(self) -> Iterable[Process]:
         """Return those that carry a mark of the session, or were found to be members before."""

@@ -215,6 +215,7 @@ class Family(NamedTuple):
     left_alone: Mapping[ProcessId, str]
     # Which of the leader's ancestors were seen to have adopted a member.
     subreapers: frozenset[ProcessId] = frozenset()
+    strays: tuple[Process, ...] = ()  # are left alone for their parent's sake, though they carry the stamp
 
 
 class Usage(NamedTuple):

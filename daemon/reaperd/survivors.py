@@ -17,7 +17,8 @@ from reaperd.census import Interrupted
 from reaperd.escalation import Stage
 from reaperd.kept import Kept
 from reaperd.ledger import Entry
-from reaperd.model import SIGNAL_NAMES, Family, ProcessId, SessionKey, Snapshot
+from reaperd.linux.procfs import ProcessGone
+from reaperd.model import SIGNAL_NAMES, Family, Process, ProcessId, SessionKey, Snapshot
 from reaperd.observer import Observer
 from reaperd.poller import Poller
 from reaperd.reaper import Outcome, Reaper
@@ -39,7 +40,8 @@ class Sight(NamedTuple):
     family: Family
     unread: frozenset[int]  # pids of those who let nobody read them
     whole: bool  # none of them may be a member
-    # Nobody who may have been one was gone before it could be read, as who re-forks all the time is.
+    # Nobody who may have been one was gone, or given to another parent, before it could be judged: so is who re-forks
+    # all the time.
     calm: bool = True
 
 
@@ -187,8 +189,15 @@ class Survivors:
             family,
             frozenset(snapshot.unread),
             uid not in snapshot.unread.values(),
-            uid not in snapshot.vanished,
+            uid not in snapshot.vanished and all(map(self._has_same_parent, family.strays)),
         )
+
+    def _has_same_parent(self, process: Process) -> bool:
+        try:
+            stat = self._observer.proc.stat(process.id.pid)
+        except ProcessGone:
+            return False
+        return stat.id == process.id and not stat.dead and stat.ppid == process.ppid
 
     def _take_in(
         self,
@@ -204,7 +213,8 @@ class Survivors:
         held = self._hold_new(entry, seen.family)
         # Who could not be read may be a member, but one cannot wait for such for ever.
         since_s = looked_at_s - (entry.died_at_s or 0.0)
-        all_read = (seen.whole or since_s >= _PATIENCE_S) and (seen.calm or since_s >= _CALM_WITHIN_S)
+        unchanged_s = min(since_s, looked_at_s - entry.changed_at_s)
+        all_read = (seen.whole or since_s >= _PATIENCE_S) and (seen.calm or unchanged_s >= _CALM_WITHIN_S)
         complete = all_read and len(held.members) == len(seen.family.members)
         looked = ledger.Looked(
             held,

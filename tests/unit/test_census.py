@@ -38,8 +38,8 @@ from specimens import (
 from agent import wire
 from agent.page import SessionPage
 from reaperd import census as census_module
-from reaperd import kinship
-from reaperd.census import Census, Interrupted
+from reaperd import kinship, known
+from reaperd.census import _MAX_RELISTS, Census, Interrupted
 from reaperd.linux import pidfd
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcessGone, ProcFS, Stat
@@ -711,18 +711,17 @@ def test_who_was_forked_during_a_long_look_is_read_before_anybody_is_signalled()
 
 def test_a_look_ends_though_somebody_forks_without_end() -> None:
     class Breeding(Mine):
-        """A /proc in which somebody has forked whenever it is listed, which takes its time."""
+        """A /proc in which somebody has forked whenever it is asked who has."""
 
         breeding = False
-        listings = 0
+        asked = 0
 
-        def listing(self) -> dict[int, int]:
+        def last_pid(self) -> int:
             if self.breeding:
-                self.listings += 1
-                assert self.listings < 60, "it looks for ever"
+                self.asked += 1
+                assert self.asked < 60, "it looks for ever"
                 stack.enter_context(child())
-                select_nothing(0.0015)
-            return super().listing()
+            return super().last_pid()
 
     proc = Breeding(slow_s=0.002)
     census = Observer(proc).census
@@ -731,13 +730,68 @@ def test_a_look_ends_though_somebody_forks_without_end() -> None:
         proc.breeding = True
         snapshot = look(census, dead_session(adopters=frozenset((id_of(ME),))), hold=True)
         assert len(snapshot.processes) > 1
+        assert proc.asked > 1
         census.handles.release()
 
 
-def select_nothing(seconds: float) -> None:
-    until_s = time.monotonic() + seconds
-    while time.monotonic() < until_s:
-        pass
+@pytest.mark.parametrize(("most", "listings"), [(known._MOST_STARTED, 1), (-1, 1 + _MAX_RELISTS)])
+def test_who_has_started_meanwhile_is_told_by_the_ids_given_away_since_unless_those_are_too_many(
+    monkeypatch: pytest.MonkeyPatch, most: int, listings: int
+) -> None:
+    """To list thousands of processes takes longer than some of them live."""
+    monkeypatch.setattr(known, "_MOST_STARTED", most)
+
+    class Counting(Mine):
+        listings = 0
+        looking = False
+
+        def listing(self) -> dict[int, int]:
+            self.listings += 1
+            return super().listing()
+
+        def cgroup(self, pid: int) -> str:
+            if self.looking:
+                born.append(stack.enter_context(child()))
+            return super().cgroup(pid)
+
+    proc = Counting(slow_s=0.002)
+    census = Observer(proc).census
+    born: list[int] = []
+    with contextlib.ExitStack() as stack:
+        look(census, session())
+        stack.enter_context(child())
+        proc.listings, proc.looking = 0, True
+        snapshot = look(census, dead_session(adopters=frozenset((id_of(ME),))), hold=True)
+        assert {born[0], born[1]} <= snapshot.processes.keys()
+        assert proc.listings == listings
+        census.handles.release()
+
+
+@pytest.mark.parametrize("zombie", [False, True])
+def test_who_started_and_ended_between_two_looks_leaves_open_whether_somebody_is_there(zombie: bool) -> None:
+    """It may have handed on to a child that the listing came too early for."""
+
+    class Gone(Mine):
+        pid = 0
+
+        def listing(self) -> dict[int, int]:
+            return {**({self.pid: 1} if self.pid else {}), **super().listing()}
+
+    proc = Gone()
+    census = Observer(proc).census
+    one = dead_session(adopters=frozenset((id_of(ME),)))
+    look(census, session())
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | (os.WNOWAIT if zombie else 0))
+    proc.pid = pid
+    assert look(census, one, hold=True, members=[]).vanished == {UID}
+    proc.pid = 0
+    assert not look(census, one, hold=True, members=[]).vanished
+    if zombie:
+        os.waitpid(pid, 0)
+    census.handles.release()
 
 
 # -- the first look at what a leader left -----------------------------------------------------------
@@ -792,15 +846,15 @@ def test_a_hurried_look_reads_the_members_that_it_was_told_of(census: Census, pa
 
 def test_whoever_dies_in_the_middle_of_a_hurried_look_is_no_trouble(page: SessionPage) -> None:
     class Dying(Mine):
-        """A /proc in which a process ends once all have been read, before they are listed again."""
+        """A /proc in which a process ends once all have been read, before it is asked who has started since."""
 
         armed = 0
 
-        def listing(self) -> dict[int, int]:
+        def last_pid(self) -> int:
             if self.armed == 1:
                 end(self.pid)
             self.armed -= 1
-            return super().listing()
+            return super().last_pid()
 
         pid = 0
 
@@ -814,7 +868,7 @@ def test_whoever_dies_in_the_middle_of_a_hurried_look_is_no_trouble(page: Sessio
         snapshot = look(census, one, hold=True, hurried=True)
         assert proc.armed < 1
         assert found(snapshot, forked).pages == {one.id}
-        assert seen(snapshot, pid) is None
+        assert pid not in {process.id.pid for process in snapshot.marked.get(OTHER_ID, ())}
     census.handles.release()
 
 

@@ -24,7 +24,7 @@ from reaperd.core import Core
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.page import OpenPage
 from reaperd.linux.procfs import ProcFS
-from reaperd.model import UNKNOWN_CAUSE, Family, ProcessId, Session, SessionKey, Snapshot
+from reaperd.model import UNKNOWN_CAUSE, Family, Process, ProcessId, Session, SessionKey, Snapshot
 from reaperd.observer import Observer
 from reaperd.policy import Policy
 from reaperd.poller import Poller
@@ -41,6 +41,7 @@ class FaultyCensus(Census):
 
     fault: type[Exception] | None = None
     vanished: frozenset[int] = frozenset()
+    beside: Process | None = None  # is in each snapshot, too
     looks = 0
 
     def _fail_for(self, sessions: Iterable[Session]) -> None:
@@ -51,6 +52,8 @@ class FaultyCensus(Census):
         self._fail_for(sessions)
         self.looks += 1
         snapshot = super().look(sessions, **options)
+        if self.beside is not None:
+            snapshot = Snapshot({**snapshot.processes, self.beside.id.pid: self.beside}, snapshot.adopters)
         snapshot.vanished = self.vanished
         return snapshot
 
@@ -246,6 +249,26 @@ def test_while_processes_vanish_before_they_can_be_read_a_session_is_not_over(wo
     assert world.ended() == set()
     world.census.vanished = frozenset()
     world.run_until_ended({GOOD})
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_while_one_that_carries_the_stamp_changes_its_parent_a_session_is_not_over(
+    world: World, settled: bool
+) -> None:
+    """It forks and is gone, again and again: what a look cut off from its parent is somebody else's at the next one."""
+    session = world.leader(GOOD)._replace(cgroup="/")
+    with child() as pid:
+        stat = world.observer.proc.stat(pid)
+        stamped = Process(stat.id, stat.ppid, os.getuid(), "hop", cgroup="/", lineage=frozenset((GOOD,)))
+        world.census.beside = stamped if settled else stamped._replace(ppid=0)
+        world.take_on(session)
+        world.end_leaders()
+        if not settled:
+            world.run_until(lambda: world.census.looks >= 3 * ledger.QUIET_LOOKS)
+            assert world.ended() == set()
+            world.census.beside = stamped
+        world.run_until_ended({GOOD})
+        assert world.store.events()[-1]["left_alone"][0]["pid"] == pid
 
 
 @pytest.mark.parametrize("ending", [False, True])

@@ -423,6 +423,7 @@ def test_a_leaders_death_interrupts_a_sweep_and_the_next_one_goes_on_from_there(
 ) -> None:
     proc, observer = crowd
     sweep = Sweep(observer)
+    sweep._at_a_time_s = SOON_S
     proc.at = 10**7 + 100
     with pytest.raises(Interrupted):
         swept(sweep, all_of_them=False)
