@@ -20,6 +20,7 @@ from reaperd.model import Cause, Family, Freed, Member, ProcessId, Role, Session
 # Not at once: while many processes end, looking at them would take the time that the kernel needs for it.
 SPACING_S = (0.02, 0.02, 0.02, 0.02, 0.04, 0.5)
 CLOSE_S = 0.002  # where somebody re-forks
+QUICK_S = 0.02  # a look that took longer is not repeated at once
 # Looks are due at multiples of this, so that one pass serves all sessions that end within it.
 GRID_S = 0.02
 QUIET_LOOKS = 5
@@ -363,7 +364,9 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
     spacing = CLOSE_S if distant < 0 else SPACING_S[min(distant, len(SPACING_S) - 1)]
     # A look that takes long on a crowded machine must not become all that we do, unless somebody forks all the time.
     share = 2 if changed.growth else 5
-    due_s = looked.at_s + max(spacing, share * looked.took_s)
+    # What was found too late may have handed on by now to one that has only just started.
+    at_once = changed.growth > entry.growth and looked.took_s <= QUICK_S
+    due_s = looked.at_s + (0.0 if at_once else max(spacing, share * looked.took_s))
     return changed._replace(look_due_s=due_s if spacing == CLOSE_S else _on_grid(due_s))
 
 

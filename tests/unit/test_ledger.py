@@ -253,6 +253,12 @@ def test_a_slow_look_is_followed_by_a_long_pause_and_a_shorter_one_where_somebod
     assert growing.look_due_s == pytest.approx(10.7)
 
 
+def test_where_somebody_re_forks_a_quick_look_that_has_found_one_is_repeated_at_once() -> None:
+    found = dead(looked(10.0), looked(10.1, member(202), took_s=0.01))
+    assert found.look_due_s == pytest.approx(10.1)
+    assert after(found, looked(10.2, took_s=0.01)).look_due_s == pytest.approx(10.22)
+
+
 def test_a_new_worker_begins_the_looking_anew_and_a_new_tracker_does_not() -> None:
     entry = dead(looked(10.0, member(201)), looked(10.1, member(201)), looked(10.2, member(201)))
     assert entry.quiet_looks == 2

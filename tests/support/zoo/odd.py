@@ -22,7 +22,7 @@ import agent
 PYTHON = sys.executable
 HERE = os.path.abspath(__file__)
 HOP_S = 0.001
-HOPS_FOR_S = float(os.environ.get("REAPER_TEST_HOPS_S", "20"))
+HOPS_FOR_S = float(os.environ.get("REAPER_TEST_HOPS_S", "90"))
 SET_DUMPABLE = 4  # PR_SET_DUMPABLE, linux/prctl.h
 # A shell that starts another one and is gone, deaf to SIGTERM, until a file is removed: an exec each time.
 HOPPING_SHELL = 'trap "" TERM; [ -e "$1" ] || exit 0; sh "$0" "$1" & exit 0'
