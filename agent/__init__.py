@@ -12,9 +12,20 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # `import typing` alone takes longer than all of this module
+    from agent.cleanup import CleanupError, CleanupReport
     from agent.session import RegistrationError, Session, Spared
 
-__all__ = ["RegistrationError", "Session", "progress", "register", "spared", "unregister"]
+__all__ = [
+    "CleanupError",
+    "CleanupReport",
+    "RegistrationError",
+    "Session",
+    "emergency_cleanup",
+    "progress",
+    "register",
+    "spared",
+    "unregister",
+]
 
 
 def register(
@@ -65,6 +76,20 @@ def progress(done: float, total: float | None = None, message: str = "") -> None
     session.progress(done, total, message)
 
 
+def emergency_cleanup(*, socket: str | None = None) -> CleanupReport:
+    """End this user's orphans now, and remove what dead workers left in shared memory and temporary folders.
+
+    As ``reaperctl cleanup`` does it: ages, loads and the daemon's ``action`` do not count, but a process is an orphan only
+    with a framework's signature, without its pool parent, and outside of ``[protect]``. A pool whose parent lives, the
+    caller's own included, is never touched; nor is another user's process, for root neither. A daemon does it (which one:
+    as for ``register()``); without one, a process of the caller's own. Blocks until they have ended, a minute at most.
+    CleanupError: nobody could do it, or the daemon may not (``dry_run``).
+    """
+    from agent import cleanup
+
+    return cleanup.emergency_cleanup(socket)
+
+
 # The daemon has use for the formats alone, and elsewhere than on Linux nothing is done.
 if "reaperd" not in sys.modules and sys.platform == "linux":
     from agent import page, session  # noqa: F401
@@ -75,4 +100,8 @@ def __getattr__(name: str) -> object:
         from agent import session
 
         return getattr(session, name)
+    if name in ("CleanupError", "CleanupReport"):
+        from agent import cleanup
+
+        return getattr(cleanup, name)
     raise AttributeError(f"module 'agent' has no attribute {name!r}")

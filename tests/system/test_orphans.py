@@ -6,6 +6,7 @@ Each daemon has a pid namespace of its own, with settings that are as aggressive
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,17 @@ from typing import Any
 
 import pytest
 from enclosure import AGGRESSIVE, Enclosure, Keeper
-from harness import PARENT, ZOO, Leader, describe, has_ended, pids_within, repeat_until
+from harness import (
+    PARENT,
+    STRANGER,
+    ZOO,
+    Leader,
+    describe,
+    has_ended,
+    interpreter_for,
+    pids_within,
+    repeat_until,
+)
 
 pytestmark = pytest.mark.needs_root
 
@@ -117,14 +128,19 @@ class Pool:
     """A training script that nobody registered, with its workers. Pids are those of the enclosure's namespace."""
 
     def __init__(
-        self, enclosure: Enclosure, arguments: tuple[str, ...], adopter: str = "init", **env: str
+        self,
+        enclosure: Enclosure,
+        arguments: tuple[str, ...],
+        adopter: str = "init",
+        uid: int | None = None,
+        **env: str,
     ) -> None:
         self.enclosure = enclosure
         inside = [*enclosure.inside, *adopting(enclosure, adopter)]
         env = {**DISABLED, **env}
         with enclosure.births():
             self.leader = Leader(
-                enclosure.scratch, enclosure.run, "pools.py", *arguments, inside=inside, env=env
+                enclosure.scratch, enclosure.run, "pools.py", *arguments, inside=inside, env=env, uid=uid
             )
 
     def up(self) -> Pool:
@@ -206,8 +222,8 @@ def start_pool(enclosure: Enclosure) -> Iterator[Callable[..., Pool]]:
     """Start a pool that nobody registered; its workers are up when this returns."""
     pools: list[Pool] = []
 
-    def start(*arguments: str, adopter: str = "init", **env: str) -> Pool:
-        pool = Pool(enclosure, arguments, adopter, **env)
+    def start(*arguments: str, adopter: str = "init", uid: int | None = None, **env: str) -> Pool:
+        pool = Pool(enclosure, arguments, adopter, uid, **env)
         pools.append(pool)
         return pool.up()
 
@@ -459,6 +475,59 @@ def test_a_clean_up_ends_what_no_threshold_would_and_nobody_whose_parent_lives(
         assert keeper.wait_event(pid, "killed")["result"] == "killed"
     dead.assert_gone([*dead.workers, *dead.trackers])
     assert living.alive([*living.workers, living.pid]) == [*living.workers, living.pid]
+
+
+# -- from a script --------------------------------------------------------------------------------
+
+
+def clean_up(enclosure: Enclosure, socket: str) -> dict[str, Any]:
+    """Return what a script that has called ``agent.emergency_cleanup()`` says of it."""
+    script = enclosure.start([sys.executable, os.path.join(ZOO, "cleaner.py")], REAPER_SOCKET=socket)
+    assert script.stdout is not None
+    line = script.stdout.readline()
+    assert line, enclosure.read_errors()
+    assert script.wait() == 0
+    told: dict[str, Any] = json.loads(line)
+    return told
+
+
+@pytest.mark.parametrize("action", ["report", None])
+def test_a_script_ends_its_users_orphans_with_a_daemon_or_without(
+    action: str | None, enclosure: Enclosure, start_pool: Callable[..., Pool]
+) -> None:
+    """What no threshold would end, for they are idle and young; nobody whose parent lives, and nobody else's."""
+    socket = "/nonexistent/reaper.sock"
+    keeper = enclosure.daemon(settings(action, orphan_age_limit='"1h"')) if action else None
+    if keeper:
+        socket = keeper.daemon.socket
+    mine, living = start_pool("joblib-loky", "--idle"), start_pool("joblib-loky", "--idle")
+    theirs = start_pool("joblib-loky", "--idle", uid=STRANGER) if interpreter_for(STRANGER) else None
+    for pool in filter(None, (mine, theirs)):
+        pool.leader.kill9()
+        if keeper:
+            wait_listed(keeper, pool)
+    told = clean_up(enclosure, socket)
+    assert set(mine.workers) <= set(told["killed"]) <= {*mine.workers, *mine.trackers}
+    assert (told["denied"], told["remaining"], told["loaded"]) == ([], [], [])
+    assert all(any("loky" in sentence for sentence in evidence) for evidence in told["evidence"])
+    assert told["own"] == told["own_after"] != []
+    mine.assert_gone([*mine.workers, *mine.trackers])
+    assert living.alive([*living.workers, living.pid]) == [*living.workers, living.pid]
+    if theirs:
+        assert theirs.alive(theirs.workers) == theirs.workers
+    again = clean_up(enclosure, socket)
+    assert (again["killed"], again["reclaimed"], again["remaining"]) == ([], [], [])
+
+
+def test_a_daemon_that_signals_nobody_ends_none_for_a_script_either(
+    enclosure: Enclosure, start_pool: Callable[..., Pool]
+) -> None:
+    keeper = enclosure.daemon(settings("report") + "dry_run = true\n")
+    pool = start_pool("joblib-loky", "--idle")
+    pool.leader.kill9()
+    wait_listed(keeper, pool)
+    assert "dry_run" in clean_up(enclosure, keeper.daemon.socket)["refused"]
+    assert pool.alive(pool.workers) == pool.workers
 
 
 def test_a_worker_that_ignores_sigterm_is_killed(

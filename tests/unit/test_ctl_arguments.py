@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 
 import pytest
 
-from reaperd.ctl import main
+from reaperd.ctl import USAGE, CommandError, main, orphans
 
 COMMANDS = [
     ["status"],
@@ -76,6 +76,23 @@ def test_a_daemon_is_chosen_in_one_way_only(capsys: pytest.CaptureFixture[str], 
 def test_a_timeout_is_a_positive_number(capsys: pytest.CaptureFixture[str], value: str) -> None:
     said = refused(capsys, "ping", f"--timeout={value}")
     assert "must be a number of seconds, more than 0 and at most 1000000" in said
+
+
+@pytest.mark.parametrize("command", ["orphans", "cleanup"])
+def test_an_owner_is_a_user_of_this_machine_or_a_uid(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert main.parse([command]).owner is None
+    assert main.parse([command, "--owner", "root"]).owner == 0
+    assert main.parse([command, "--owner", "4711"]).owner == 4711
+    for value in ("no such user", "-1", "", "a\0b", "²"):
+        assert "must be a user's name or uid" in refused(capsys, command, f"--owner={value}")
+
+
+def test_a_score_is_nobody_s_alone() -> None:
+    with pytest.raises(CommandError, match="leave --owner out") as refusal:
+        orphans.orphans(main.parse(["orphans", "--score", "--owner", "0"]))
+    assert refusal.value.code == USAGE
 
 
 @pytest.mark.parametrize("value", ["", "a\0b"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agent import wire
-from reaperd.ctl import USAGE, CommandError, cleanup, main
+from reaperd.ctl import USAGE, CommandError, cleanup, local, main, orphans
 
 
 def record(pid: int, **more: Any) -> dict[str, Any]:
@@ -81,6 +81,19 @@ def test_only_what_a_dry_run_would_have_ended_is_meant() -> None:
     assert list(target.leftovers) == ["/a"]
     assert not cleanup.target_of({"orphans": [record(2, verdict="spare")]})
     assert not cleanup.target_of(None)
+
+
+def test_of_one_owner_s_alone_is_told_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(op: str, **fields: Any) -> dict[str, Any]:
+        return {"orphans": [record(1, uid=0), record(2, uid=7), record(3)], "after": 5}
+
+    monkeypatch.setattr(local, "leftovers", lambda _: [leftover("/a", uid=7), leftover("/b", uid=0)])
+    told = orphans.complete(ask, 7)("cleanup", leftovers=True)
+    assert [one["pid"] for one in told["orphans"]] == [2]
+    assert [one["path"] for one in told["leftovers"]] == ["/a"]
+    assert told["after"] == 5
+    everything = orphans.complete(ask, None)("cleanup", leftovers=True)
+    assert (len(everything["orphans"]), len(everything["leftovers"])) == (3, 2)
 
 
 def test_exactly_what_was_shown_is_asked_for_by_pid_and_start_time() -> None:

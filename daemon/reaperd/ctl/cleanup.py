@@ -16,7 +16,7 @@ from agent import wire
 from reaperd.ctl import DONE, FAILED, USAGE, CommandError, render_orphans
 from reaperd.ctl.commands import user_of
 from reaperd.ctl.link import Link, follow
-from reaperd.ctl.orphans import Ask, ask_here, document, identity, with_leftovers
+from reaperd.ctl.orphans import Ask, ask_here, complete, document, identity
 from reaperd.ctl.terminal import look_of_stdout, put, put_json, tell
 from reaperd.ctl.units import list_of, number_of, plural, text_of
 
@@ -54,7 +54,7 @@ def cleanup(options: Namespace) -> int:
         why = "prints nothing that could be asked about" if options.json else "cannot ask without a terminal"
         raise CommandError(f"cleanup {why}: say --yes to end the orphans, or --dry-run to see them", USAGE)
     link = None if options.local else Link.of(options)
-    ask = with_leftovers(link.ask if link else ask_here)
+    ask = complete(link.ask if link else ask_here, options.owner)
     reply = ask("cleanup", dry_run=True, leftovers=options.leftovers)
     target = target_of(reply)
     if not options.json:

@@ -141,7 +141,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of one command line; its ``command`` is ``ps``, ``config show`` and the like."""
     parser = _parser()
     options = parser.parse_args(
-        argv, argparse.Namespace(user=False, system=False, socket=None, timeout=5.0, json=False)
+        argv, argparse.Namespace(user=False, system=False, socket=None, timeout=5.0, json=False, owner=None)
     )
     if options.user + options.system + (options.socket is not None) > 1:
         parser.error("--user, --system and --socket exclude each other")
@@ -243,9 +243,19 @@ def _here(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _owner(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--owner",
+        metavar="USER",
+        type=_uid,
+        help="only what is this user's, a name or a uid (default: all you may see)",
+    )
+
+
 def _orphans_options(parser: argparse.ArgumentParser) -> None:
     _reads(parser)
     _here(parser)
+    _owner(parser)
     parser.add_argument("--all", action="store_true", help="those as well that only look like orphans")
     parser.add_argument(
         "--leftovers",
@@ -272,6 +282,7 @@ def _explain_options(parser: argparse.ArgumentParser) -> None:
 def _cleanup_options(parser: argparse.ArgumentParser) -> None:
     _reads(parser)
     _here(parser)
+    _owner(parser)
     parser.add_argument("--dry-run", action="store_true", help="only show what would be ended, and why")
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
     parser.add_argument(
@@ -358,6 +369,19 @@ def _pid(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < len(text) <= 10 and 0 < int(text) <= _HIGHEST_PID):
         raise argparse.ArgumentTypeError(f"must be a pid, a whole number of at least 1, got {text!r:.40}")
     return int(text)
+
+
+def _uid(text: str) -> int:
+    import pwd
+
+    if text.isascii() and text.isdigit() and len(text) <= 10:
+        return int(text)
+    try:
+        return pwd.getpwnam(text).pw_uid
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"must be a user's name or uid, and there is no {text!r:.40}"
+        ) from None
 
 
 def _path(text: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agent import wire
-from reaperd.ctl import DONE, render_orphans
+from reaperd.ctl import DONE, USAGE, CommandError, render_orphans
 from reaperd.ctl.commands import user_of
 from reaperd.ctl.link import Link, refused
 from reaperd.ctl.terminal import look_of_stdout, put, put_json
@@ -19,19 +19,28 @@ Ask = Callable[..., dict[str, Any]]
 
 def asker(options: Namespace) -> Ask:
     """Return what answers: the daemon, or with --local the same rules in this process."""
-    return with_leftovers(ask_here if options.local else Link.of(options).ask)
+    return complete(ask_here if options.local else Link.of(options).ask, options.owner)
 
 
-def with_leftovers(ask: Ask) -> Ask:
-    """Return ``ask``, with what concerns leftovers done here: with the caller's rights, whoever is asked for the rest."""
+def complete(ask: Ask, owner: int | None) -> Ask:
+    """Return ``ask``, with what concerns leftovers done here: with the caller's rights, whoever is asked for the rest.
+
+    Of both, only what is ``owner``'s is told, unless that is None.
+    """
 
     def asked(op: str, *, leftovers: bool | list[str] = False, **fields: Any) -> dict[str, Any]:
         reply = ask(op, **fields)
-        if not leftovers:
-            return reply
-        from reaperd.ctl import local
+        if leftovers:
+            from reaperd.ctl import local
 
-        return {**reply, "leftovers": local.leftovers(None if leftovers is True else leftovers)}
+            reply = {**reply, "leftovers": local.leftovers(None if leftovers is True else leftovers)}
+        if owner is None:
+            return reply
+        theirs = {
+            key: [one for one in list_of(reply, key) if number_of(one, "uid") == owner]
+            for key in ("orphans", "leftovers")
+        }
+        return {**reply, **theirs}
 
     return asked
 
@@ -51,6 +60,8 @@ def orphans(options: Namespace) -> int:
     ask = asker(options)
     look = look_of_stdout()
     if options.score:
+        if options.owner is not None:
+            raise CommandError("orphans --score counts for all whom you may see: leave --owner out", USAGE)
         score = ask("orphans", score=True).get("score")
         if options.json:
             put_json(score)

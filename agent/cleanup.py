@@ -1,0 +1,127 @@
+"""``emergency_cleanup()``: the caller's own orphans are ended now, by ``reaperctl`` in a process of its own.
+
+That is the same engine whether a daemon answers or not, and the caller's process loads nothing of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+_COMMAND = ("-m", "reaperd.ctl.main", "cleanup", "--yes", "--json", "--leftovers")
+# What reaperctl exits with.
+_DONE, _REMAINS, _NO_DAEMON = 0, 1, 3
+
+
+class CleanupError(RuntimeError):
+    """Nobody could be asked to clean up; the text says why. Nothing, or not all, was ended."""
+
+
+class CleanedProcess(NamedTuple):
+    """An orphan, and what became of it."""
+
+    pid: int
+    start_ticks: int  # as in /proc/PID/stat: with the pid, it names one process of this boot
+    framework: str
+    role: str  # "worker" or "tracker"
+    rss_bytes: int  # that it held
+    evidence: tuple[str, ...]  # why it is an orphan, in sentences
+    result: str  # "killed", "denied", "stuck", or "" where nothing was told in time
+
+
+class CleanedFile(NamedTuple):
+    """What dead workers left in shared memory or in a temporary folder, and whether it was removed."""
+
+    path: str
+    kind: str
+    size_bytes: int
+    evidence: tuple[str, ...]  # why nobody uses it, in sentences
+    result: str  # "removed" or "kept"
+
+
+class CleanupReport(NamedTuple):
+    """What ``emergency_cleanup()`` has done; true where there was anything to do."""
+
+    killed: tuple[CleanedProcess, ...]
+    reclaimed: tuple[CleanedFile, ...]
+    denied: tuple[CleanedProcess, ...]  # the kernel does not let whoever sent the signal end them
+    remaining: tuple[
+        CleanedProcess | CleanedFile, ...
+    ]  # had not ended within a minute, or could not be removed
+
+    def __bool__(self) -> bool:
+        """Say whether there was anything to clean up."""
+        return any(self[:])
+
+
+def emergency_cleanup(socket: str | None) -> CleanupReport:
+    """End the caller's own orphans; see ``agent.emergency_cleanup``."""
+    which = [f"--owner={os.geteuid()}", *([f"--socket={socket}"] if socket is not None else [])]
+    done = _run(which)
+    if done.returncode == _NO_DAEMON:
+        done = _run([*which, "--local"])
+    if done.returncode in (_DONE, _REMAINS):
+        try:
+            return _report(json.loads(done.stdout))
+        except (ValueError, TypeError, KeyError):
+            pass  # it has failed before there was anything to tell
+    raise CleanupError(f"the orphans could not be cleaned up: {_reason(done)}")
+
+
+def _run(options: list[str]) -> subprocess.CompletedProcess[str]:
+    if not sys.executable:
+        raise CleanupError(
+            "the orphans could not be cleaned up: this Python does not know its own executable"
+        )
+    try:
+        return subprocess.run(
+            # A module of the working directory must not be taken for ours.
+            [sys.executable, "-I", *_COMMAND, *options],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except (OSError, ValueError) as error:  # ValueError: a socket's path with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise CleanupError(f"the orphans could not be cleaned up: {sys.executable}: {reason}") from None
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"reaperctl exited with {done.returncode}"
+
+
+def _report(told: Any) -> CleanupReport:
+    processes = [
+        CleanedProcess(
+            one["pid"],
+            one["start_ticks"],
+            one["framework"],
+            one["role"],
+            one["rss_bytes"],
+            tuple(one["evidence"]),
+            one["result"] or "",
+        )
+        for one in told["orphans"]
+        # The others are spared, had ended by themselves, or turned out to be none.
+        if one["result"] in ("killed", "denied", "stuck")
+        or (one["result"] is None and one["verdict"] == "kill")
+    ]
+    files = [
+        CleanedFile(one["path"], one["kind"], one["bytes"], tuple(one["evidence"]), one["result"] or "kept")
+        for one in told["leftovers"]
+    ]
+    return CleanupReport(
+        killed=tuple(one for one in processes if one.result == "killed"),
+        reclaimed=tuple(one for one in files if one.result == "removed"),
+        denied=tuple(one for one in processes if one.result == "denied"),
+        remaining=(
+            *(one for one in processes if one.result in ("stuck", "")),
+            *(one for one in files if one.result != "removed"),
+        ),
+    )
