@@ -263,7 +263,7 @@ class Orphans:
         log.info(
             "orphan pid=%d uid=%s framework=%r rule=%s left alone: %s",
             *(id_.pid, one.suspect.process.uid, one.suspect.framework, one.verdict.rule),
-            "; ".join(one.verdict.evidence),
+            "; ".join(one.verdict.prospects),
         )
         self._tell_of(one, "orphan", would=self._rules.action.value)
 

@@ -179,7 +179,7 @@ def orphan_record(
         "quarantined_s": None if stopped_s is None else round(stopped_s, 1),
         "ends_by_itself": one.signature.alone if one.signature else "",
         "cmdline": list(one.process.argv) or None,
-        "evidence": list(verdict.evidence),
+        "evidence": list(verdict.prospects),
         "result": None if target is None or not target.done else result_of(target),
     }
 
@@ -191,7 +191,7 @@ def explanation(one: Suspect, verdict: Verdict, events: list[dict[str, Any]]) ->
         "alive": True,
         "verdict": verdict.fate.value,
         "rule": verdict.rule,
-        "evidence": list(verdict.evidence),
+        "evidence": list(verdict.prospects),
         "session": one.session or one.spared_by_session or None,
         "framework": one.framework,
         "role": one.role.value,

@@ -117,7 +117,14 @@ class Verdict(NamedTuple):
 
     fate: Fate
     rule: str
-    evidence: tuple[str, ...]
+    evidence: tuple[str, ...]  # what was found, and last the reason
+    outlook: str = ""  # what the next scan would do about it: true until then
+
+    @property
+    def prospects(self) -> tuple[str, ...]:
+        """The evidence, with the outlook beside the reason."""
+        *facts, reason = self.evidence
+        return (*facts, f"{reason}: {self.outlook}") if self.outlook else self.evidence
 
 
 # -- CPU ------------------------------------------------------------------------------------------
@@ -182,8 +189,8 @@ def judge(one: Suspect, given: Circumstances, rules: Rules) -> Verdict:
     """Return what is to become of ``one``."""
     facts = (*_identity(one), *_lineage(one, given), *_burden(one, given))
 
-    def verdict(fate: Fate, rule: str, reason: str) -> Verdict:
-        return Verdict(fate, rule, (*facts, reason))
+    def verdict(fate: Fate, rule: str, reason: str, outlook: str = "") -> Verdict:
+        return Verdict(fate, rule, (*facts, reason), outlook)
 
     spared = _spared(one)
     if spared is not None:
@@ -193,7 +200,7 @@ def judge(one: Suspect, given: Circumstances, rules: Rules) -> Verdict:
         reason = "nothing tells it from a program that was put into the background: it is never ended on that evidence"
         return verdict(Fate.REPORT if harm else Fate.SPARE, "uncertain", reason)
     if given.waived:
-        return verdict(Fate.KILL, "cleanup", "its pool is dead: it would be ended by a clean-up")
+        return verdict(Fate.KILL, "cleanup", "its pool is dead", "it would be ended by a clean-up")
     if given.record.quarantined_at_s is not None:
         return verdict(*_quarantined(given, rules))
     if harm is None:
@@ -204,7 +211,7 @@ def judge(one: Suspect, given: Circumstances, rules: Rules) -> Verdict:
         Fate.QUARANTINE: "it would be stopped at the next scan",
         Fate.REPORT: '[scan] action is "report": it is told of, and left alone',
     }[rules.action]
-    return verdict(rules.action, rule, f"{reason}: {would}")
+    return verdict(rules.action, rule, reason, would)
 
 
 def _identity(one: Suspect) -> tuple[str, ...]:
@@ -311,14 +318,15 @@ def _harmless(one: Suspect, given: Circumstances, rules: Rules) -> tuple[str, st
     return "harmless", f"below all thresholds{': ' + alone if alone else ''}"
 
 
-def _quarantined(given: Circumstances, rules: Rules) -> tuple[Fate, str, str]:
+def _quarantined(given: Circumstances, rules: Rules) -> tuple[Fate, str, str, str]:
     stopped_s = given.now_s - (given.record.quarantined_at_s or 0.0)
     left_s = rules.quarantine_for_s - stopped_s
     if left_s <= 0:
         over = f"in quarantine for {duration(stopped_s)}, and quarantine_for is over"
-        return Fate.KILL, "quarantine", f"{over}: it would be ended at the next scan"
+        return Fate.KILL, "quarantine", over, "it would be ended at the next scan"
     return (
         Fate.QUARANTINE,
         "quarantine",
-        f"stopped with SIGSTOP {duration(stopped_s)} ago; it is ended in {duration(left_s)} unless released",
+        f"stopped with SIGSTOP {duration(stopped_s)} ago",
+        f"it is ended in {duration(left_s)} unless released",
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from reaperd import report
 from reaperd.model import Process, ProcessId, Role
 from reaperd.signatures import SIGNATURES, Signature
 from reaperd.verdicts import (
@@ -96,6 +97,27 @@ def test_who_never_ends_by_itself_is_ended_after_an_hour_and_who_does_is_not() -
 @pytest.mark.parametrize("fate", [Fate.KILL, Fate.QUARANTINE, Fate.REPORT])
 def test_the_action_is_what_becomes_of_it(fate: Fate) -> None:
     assert verdict(suspect(), rules=RULES._replace(action=fate)).fate is fate
+
+
+@pytest.mark.parametrize(
+    ("changed", "outlook"),
+    [
+        ({}, "it would be ended at the next scan"),
+        ({"rules": RULES._replace(action=Fate.QUARANTINE)}, "it would be stopped at the next scan"),
+        ({"waived": True}, "it would be ended by a clean-up"),
+        ({"quarantined_at_s": 1390.0}, "it is ended in 9 min 50 s unless released"),
+        ({"quarantined_at_s": 1390.0, "age_s": 10**6}, "it would be ended at the next scan"),
+    ],
+)
+def test_what_would_be_done_is_no_evidence_for_it_has_been_done_by_the_time_it_is_on_record(
+    changed: dict[str, Any], outlook: str
+) -> None:
+    one = verdict(suspect(), **changed)
+    assert one.outlook == outlook
+    assert not any(outlook in sentence for sentence in one.evidence)
+    assert one.prospects == (*one.evidence[:-1], f"{one.evidence[-1]}: {outlook}")
+    assert report.orphan_process(suspect(), one)["evidence"] == list(one.evidence)
+    assert report.explanation(suspect(), one, [])["evidence"] == list(one.prospects)
 
 
 def test_a_parent_that_was_seen_to_end_makes_an_orphan_whoever_is_the_parent_now() -> None:
