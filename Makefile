@@ -76,6 +76,20 @@ bench: $(STAMP) $(BENCH_STAMP) ## measure every promised figure beside others'; 
 	    >"$$($(BENCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tree.pth"
 	@$(BENCH)/bin/python tests/bench/run.py $(BENCH_ARGS)
 
+# An environment of its own: some gigabytes.
+FRAMEWORKS := build/frameworks
+FRAMEWORKS_STAMP := $(FRAMEWORKS)/.installed
+
+$(FRAMEWORKS_STAMP): tests/support/frameworks.txt pyproject.toml | $(STAMP)
+	@echo 'preparing $(FRAMEWORKS) (once, and after a change of its requirements)'
+	@$(BIN)/python -m venv --clear $(FRAMEWORKS)
+	@$(FRAMEWORKS)/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -r $<
+	@touch $@
+
+.PHONY: frameworks
+frameworks: $(FRAMEWORKS_STAMP) ## the tests of orphans, as root, with PyTorch, celery, gunicorn, Jupyter and loky for real
+	$(FRAMEWORKS)/bin/python -m pytest tests/system/test_orphans.py tests/system/test_orphan_zoo.py $(PYTEST_ARGS)
+
 STEPS ?= 300
 SEED ?=
 SESSIONS ?= 4000

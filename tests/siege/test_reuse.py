@@ -21,6 +21,7 @@ pytestmark = pytest.mark.needs_root
 CASES = (  # those that take long first
     "held-while-reaping",
     "held-while-scanning",
+    "held-while-cleaning-up",
     "held-at-the-leaders-end",
     "held-while-stopping",
     "held-while-registering",

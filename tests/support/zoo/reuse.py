@@ -49,6 +49,12 @@ from agent import client, wire
 CANNOT_BE_SHOWN = 3
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
+# What multiprocessing starts, as far as it can be told from outside.
+WORKER = [
+    *(sys.executable, "-I", "-S", "-c"),
+    "from multiprocessing.spawn import spawn_main; import signal; signal.pause()",
+    "--multiprocessing-fork",
+]
 STILL_REAPING = "the reap must not be over, or this proves nothing"
 # Where a case waits for many sessions to be over, one after another.
 QUICK_GRACE_S = 0.3
@@ -595,6 +601,77 @@ def held_while_scanning(daemon: Daemon) -> None:
     at_each_moment(daemon, trial)
 
 
+def held_while_cleaning_up(daemon: Daemon) -> None:
+    """An orphan that nobody registered ends, and its pid goes to a pool that lives, at any moment of a clean-up."""
+
+    def trial(held: Held) -> bool:
+        worker, lasting = start_orphans(daemon, 2)
+        ids = [[pid, start_ticks(pid)] for pid in (worker, lasting)]
+        askers: list[int] = []
+
+        def provoke() -> None:
+            askers.append(fork(lambda: ask(daemon, "cleanup", processes=ids)))
+
+        go_on = held(worker, provoke, lambda: not alive(lasting))
+        innocents = []
+        if go_on is not None:
+            end(worker, child=False)
+            innocents = [reuse_in_a_living_pool(worker)]
+            go_on()
+        assert_reaped([worker, lasting], innocents, QUICK_GONE_S)
+        os.waitpid(askers[0], 0)
+        for innocent in innocents:
+            innocent.end()
+        return bool(innocents)
+
+    at_each_moment(daemon, trial, signalled=True)
+
+
+def start_orphans(daemon: Daemon, count: int) -> list[int]:
+    """Return workers, deaf to SIGTERM, whose pool's parent the daemon has seen alive and is dead now."""
+    channel = Channel()
+
+    def lead() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        channel.say(*(fork(become_worker) for _ in range(count)))
+        hold()
+
+    leader = fork(lead)
+    workers = channel.hear(count)
+    for pid in workers:
+        wait_worker(pid)
+    assert condemned(daemon).isdisjoint(workers)
+    end(leader)
+    harness.repeat_until(lambda: condemned(daemon) >= set(workers) or None, 10.0, f"{workers} are no orphans")
+    return workers
+
+
+def condemned(daemon: Daemon) -> set[int]:
+    found = ask(daemon, "cleanup", dry_run=True)["orphans"]
+    return {one["pid"] for one in found if one["verdict"] == "kill"}
+
+
+def become_worker() -> None:
+    os.execv(WORKER[0], WORKER)
+
+
+def wait_worker(pid: int) -> None:
+    said = "\0".join(WORKER).encode() + b"\0"
+    # Nothing tells when another process has exec'ed.
+    harness.repeat_until(
+        lambda: harness.read_proc(pid, "cmdline") == said or None, 10.0, f"{pid} became no worker"
+    )
+
+
+def reuse_in_a_living_pool(pid: int) -> Innocent:
+    """Give ``pid`` to a worker as ``start_orphans()`` has them, but of a pool whose parent lives: of ours."""
+    folder = f"/dev/shm/joblib_memmapping_folder_{pid}_theirs"
+    os.mkdir(folder)
+    take_pid(pid, become_worker)
+    wait_worker(pid)
+    return Innocent([pid], folder)
+
+
 def held_at_the_leader_s_end(daemon: Daemon) -> None:
     """A dead leader is waited for, and its pid changes hands, at any moment of the reap."""
 
@@ -718,6 +795,7 @@ CASES: dict[str, Callable[[Daemon], None]] = {
     for case in (
         held_while_reaping,
         held_while_scanning,
+        held_while_cleaning_up,
         held_at_the_leader_s_end,
         held_while_stopping,
         held_while_registering,
