@@ -117,7 +117,9 @@ def leftovers_work(
     ours: Collection[int] = (),
     alone: bool = False,
 ) -> Callable[[], dict[str, Any]]:
-    """Return the work of one helper: {"leftovers": records, "left_out": how many more there are}, the biggest first.
+    """Return the work of one helper: {"leftovers": records, "left_out": how many more there are, "withheld": sentences}.
+
+    The biggest come first. ``withheld`` says what may be a leftover, and why that cannot be told.
 
     With ``remove``, only what has one of these paths: it is removed, and its record says whether it is. A path that is
     missing then is no leftover (any more). ``ours`` are Reaper's own processes beside the caller.
@@ -126,41 +128,66 @@ def leftovers_work(
 
     def work() -> dict[str, Any]:
         proc = ProcFS(proc_root)
-        found = find_leftovers(proc, uid=uid, folders=folders, ours=own, alone=alone)
+        found, withheld = survey(proc, uid=uid, folders=folders, ours=own, alone=alone)
         if remove is None:
-            return _answer([_record(one, None) for one in found])
+            return _answer([_record(one, None) for one in found], withheld)
         wanted = [one for one in found if one.path in remove]
         results = {True: "removed", False: "kept"}
-        return _answer([_record(one, results[gone]) for one, gone in _remove(wanted)])
+        return _answer([_record(one, results[gone]) for one, gone in _remove(wanted)], withheld)
 
     return work
 
 
-def find_leftovers(
+class Survey(NamedTuple):
+    """The leftovers that there are, the biggest first, and in sentences what may be more."""
+
+    leftovers: list[Leftover]
+    withheld: list[str]
+
+
+def find_leftovers(proc: ProcFS, **asked: Any) -> list[Leftover]:
+    """Return the leftovers of ``survey()``."""
+    return survey(proc, **asked).leftovers
+
+
+def survey(
     proc: ProcFS,
     *,
     uid: int | None,
     folders: Sequence[str] = TEMP_DIRS,
     ours: Collection[int] = (),
     alone: bool = False,
-) -> list[Leftover]:
-    """Return the leftovers of ``uid``, or of everybody for None, in /dev/shm and ``folders``, the biggest first.
+) -> Survey:
+    """Look for the leftovers of ``uid``, or of everybody for None, in /dev/shm and ``folders``.
 
     ``ours`` are processes of Reaper's own, which make no such names. ``alone``: nobody outside of our pid namespace
     shares these folders. It may wait for a file system of a user's.
     """
-    if not alone and proc.own_pid_namespace() != _MACHINES_PID_NAMESPACE:
-        return []
     directories = dict.fromkeys(os.path.realpath(folder) for folder in (shm.SHM, *folders))
     found = [one for directory in directories for one in _named(proc, directory, uid)]
     if not found:
-        return []
+        return Survey([], [])
+    if not alone and proc.own_pid_namespace() != _MACHINES_PID_NAMESPACE:
+        return Survey(
+            [], [f"{_count(found)} left alone: this is a container, and who outside uses them cannot be seen"]
+        )
     use = find_use(proc, [one.entry for one in found], frozenset(one.there.uid for one in found))
     bound = find_bound(proc, frozenset(one.entry.name for one in found if one.kind.folder))
     judge = _Judge(use, use.names | bound, frozenset((*ours, os.getpid())), alone=alone)
     judged = [(one, judge.evidence(one)) for one in found]
     leftovers = [_leftover(one, evidence) for one, evidence in judged if evidence is not None]
-    return sorted(leftovers, key=lambda one: (-one.size_bytes, one.path))[:_MAX_LEFTOVERS]
+    return Survey(
+        sorted(leftovers, key=lambda one: (-one.size_bytes, one.path))[:_MAX_LEFTOVERS],
+        [
+            f"{_count(blind)} of uid {uid} left alone: a process of theirs cannot be read, and may use them"
+            for uid in sorted({one.there.uid for one in found})
+            if (blind := [one for one in found if one.there.uid == uid and judge.is_blind(one)])
+        ],
+    )
+
+
+def _count(found: list[_Found]) -> str:
+    return f"{len(found)} name{'s' * (len(found) != 1)}"
 
 
 def remove_leftovers(
@@ -232,7 +259,7 @@ class _Judge:
     def evidence(self, one: _Found) -> tuple[str, ...] | None:
         """Return why ``one`` is a leftover, None where it is none."""
         uid = one.there.uid
-        if one.entry.name in self._used or uid in self._use.unread | self._use.denied:
+        if one.entry.name in self._used or self.is_blind(one):
             return None
         maker = self._without_maker(one) if one.owner_pid is None else self._with_maker(one, one.owner_pid)
         if maker is None:
@@ -244,6 +271,10 @@ class _Judge:
             f"not mapped or open in any of {len(self._use.users)} processes",
             *(("seen from a pid namespace of its own, which shares no folders",) if self._alone else ()),
         )
+
+    def is_blind(self, one: _Found) -> bool:
+        """Say whether nobody is seen to use it, but not all who may were seen."""
+        return one.entry.name not in self._used and one.there.uid in self._use.unread | self._use.denied
 
     def _with_maker(self, one: _Found, pid: int) -> str | None:
         # Its own tracker removes it as soon as the last worker has ended; what serves a living parent is not its own.
@@ -320,11 +351,13 @@ def _record(one: Leftover, result: str | None) -> dict[str, Any]:
     }
 
 
-def _answer(records: list[dict[str, Any]]) -> dict[str, Any]:
+def _answer(records: list[dict[str, Any]], withheld: list[str]) -> dict[str, Any]:
     """Return as many of ``records`` as fit into one answer of a helper."""
-    left_bytes = _MAX_ANSWER_BYTES
-    for count, record in enumerate(records):
+    left_bytes = _MAX_ANSWER_BYTES - len(json.dumps(withheld))
+    fit = 0
+    for record in records:
         left_bytes -= len(json.dumps(record)) + 2
         if left_bytes < 0:
-            return {"leftovers": records[:count], "left_out": len(records) - count}
-    return {"leftovers": records, "left_out": 0}
+            break
+        fit += 1
+    return {"leftovers": records[:fit], "left_out": len(records) - fit, "withheld": withheld}

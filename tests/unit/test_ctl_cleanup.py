@@ -87,7 +87,11 @@ def test_of_one_owner_s_alone_is_told_where_that_is_asked_for(monkeypatch: pytes
     def ask(op: str, **fields: Any) -> dict[str, Any]:
         return {"orphans": [record(1, uid=0), record(2, uid=7), record(3)], "after": 5}
 
-    monkeypatch.setattr(local, "leftovers", lambda _: [leftover("/a", uid=7), leftover("/b", uid=0)])
+    monkeypatch.setattr(
+        local,
+        "leftovers",
+        lambda _: {"leftovers": [leftover("/a", uid=7), leftover("/b", uid=0)], "withheld": []},
+    )
     told = orphans.complete(ask, 7)("cleanup", leftovers=True)
     assert [one["pid"] for one in told["orphans"]] == [2]
     assert [one["path"] for one in told["leftovers"]] == ["/a"]

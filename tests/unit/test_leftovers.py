@@ -460,14 +460,18 @@ def test_who_cannot_see_the_whole_machine_finds_nothing_in_what_others_may_share
     estate.left(SEMAPHORE)
     code = (
         "from reaperd.leftovers import *; import sys\n"
-        f"for alone in (False, True): print(len(find_leftovers(ProcFS(), uid={OWNER}, folders=(), alone=alone)))"
+        "for alone in (False, True):\n"
+        f"    found, withheld = survey(ProcFS(), uid={OWNER}, folders=(), alone=alone)\n"
+        "    print(len(found), *withheld)"
     )
     command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-c", code]
     environment = harness.test_environment(os.environ[harness.RUN_MARK])
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=True, timeout=SOON_S
     )
-    assert done.stdout.split() == ["0", "1"]
+    within, alone = done.stdout.splitlines()
+    assert within.startswith("0 1 name left alone: this is a container")
+    assert alone == "1"
 
 
 class Elsewhere(ProcFS):
@@ -632,13 +636,17 @@ def test_a_user_finds_what_is_his_own_and_nothing_while_one_of_his_may_not_be_re
 
     def found() -> set[str]:
         with running(look) as (_, line):
-            there = {os.path.basename(one["path"]) for one in json.loads(line)["leftovers"]}
-            return there & {SEMAPHORE, f"{SEMAPHORE}x"}
+            told = json.loads(line)
+            withheld.append(told["withheld"])
+            return {os.path.basename(one["path"]) for one in told["leftovers"]} & {SEMAPHORE, f"{SEMAPHORE}x"}
 
+    withheld: list[list[str]] = []
     assert found() == {SEMAPHORE, f"{SEMAPHORE}x"}
     with running(python(HIDING)):
         assert found() == {f"{SEMAPHORE}x"}
     assert found() == {SEMAPHORE, f"{SEMAPHORE}x"}
+    why = f"1 name of uid {OWNER} left alone: a process of theirs cannot be read, and may use them"
+    assert [why in told for told in withheld] == [False, True, False]
 
 
 # -- removing ---------------------------------------------------------------------------------------

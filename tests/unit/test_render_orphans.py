@@ -225,6 +225,7 @@ def test_a_record_may_be_hostile_in_every_field_and_still_prints_safely(text: st
     lines = [
         *render.orphans([hostile], look, everything=True, user_of=lambda uid: text),
         *render.leftovers([{**dict.fromkeys(leftover(), text), "evidence": [text]}], look),
+        *render.withheld([text, None], look),
         *render.explanation({**hostile, "alive": True, "session": text, "events": [event]}, look),
         *render.explanation({**hostile, "alive": False, "session": text, "events": [event]}, look),
         *render.outcome(hostile, look),

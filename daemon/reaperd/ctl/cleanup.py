@@ -61,7 +61,7 @@ def cleanup(options: Namespace) -> int:
         _show(reply, target, options)
     if options.dry_run or not target:
         if options.json:
-            put_json(_document(list_of(reply, "orphans"), list_of(reply, "leftovers"), options))
+            put_json(_document(list_of(reply, "orphans"), list_of(reply, "leftovers"), reply, options))
         return DONE
     if not options.yes and not _agreed(target):
         put("nothing was ended")
@@ -74,14 +74,16 @@ def cleanup(options: Namespace) -> int:
     done = carry_out(target, ask, news)
     if options.json:
         spared = [record for record in list_of(reply, "orphans") if identity(record) not in target.processes]
-        put_json(_document([*done.processes.values(), *spared], list(done.leftovers.values()), options))
+        put_json(
+            _document([*done.processes.values(), *spared], list(done.leftovers.values()), reply, options)
+        )
     else:
         _tell_outcome(done, options.wait)
     return FAILED if _remains(done) else DONE
 
 
-def _document(processes: list[Any], leftovers: list[Any], options: Namespace) -> Any:
-    return document(processes, leftovers, with_leftovers=options.leftovers)
+def _document(processes: list[Any], leftovers: list[Any], reply: Any, options: Namespace) -> Any:
+    return document(processes, leftovers, list_of(reply, "withheld"), with_leftovers=options.leftovers)
 
 
 def target_of(reply: Any) -> Target:
@@ -124,6 +126,8 @@ def _show(reply: Any, target: Target, options: Namespace) -> None:
             *([""] if lines else []),
             *render_orphans.leftovers(list(target.leftovers.values()), look, user_of=user_of),
         ]
+    if withheld := render_orphans.withheld(list_of(reply, "withheld"), look):
+        lines += [*([""] if lines else []), *withheld]
     if not target:
         none = "nothing to clean up: no orphan" + (", and no leftover" if options.leftovers else "")
         lines += [*([""] if lines else []), none]

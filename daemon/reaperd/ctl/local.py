@@ -93,11 +93,13 @@ def ask(op: str, **fields: Any) -> dict[str, Any]:
         engine.marks.memory.close()
 
 
-def leftovers(remove: list[str] | None) -> list[dict[str, Any]]:
-    """Return what the dead left in /dev/shm and in temporary folders; with ``remove``, those that are to go, and whether they did."""
+def leftovers(remove: list[str] | None) -> dict[str, Any]:
+    """Return what the dead left in /dev/shm and in temporary folders, as ``leftovers_work()`` has it.
+
+    With ``remove``, those that are to go, and whether they did.
+    """
     uid = None if os.geteuid() == 0 else os.geteuid()
-    found: list[dict[str, Any]] = leftovers_work("/proc", uid=uid, remove=remove)()["leftovers"]
-    return found
+    return leftovers_work("/proc", uid=uid, remove=remove)()
 
 
 def _may(one: Suspect) -> bool:

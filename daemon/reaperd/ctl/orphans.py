@@ -33,7 +33,7 @@ def complete(ask: Ask, owner: int | None) -> Ask:
         if leftovers:
             from reaperd.ctl import local
 
-            reply = {**reply, "leftovers": local.leftovers(None if leftovers is True else leftovers)}
+            reply = {**reply, **local.leftovers(None if leftovers is True else leftovers)}
         if owner is None:
             return reply
         theirs = {
@@ -70,18 +70,20 @@ def orphans(options: Namespace) -> int:
         return DONE
     reply = ask("orphans", leftovers=options.leftovers)
     found, leftovers = list_of(reply, "orphans"), list_of(reply, "leftovers")
+    withheld = list_of(reply, "withheld")
     if options.json:
-        put_json(document(found, leftovers, with_leftovers=options.leftovers))
+        put_json(document(found, leftovers, withheld, with_leftovers=options.leftovers))
         return DONE
     put(render_orphans.orphans(found, look, everything=options.all, user_of=user_of))
     if options.leftovers:
         put(["", *render_orphans.leftovers(leftovers, look, user_of=user_of)])
+        put(render_orphans.withheld(withheld, look))
     return DONE
 
 
-def document(found: list[Any], leftovers: list[Any], *, with_leftovers: bool) -> Any:
+def document(found: list[Any], leftovers: list[Any], withheld: list[Any], *, with_leftovers: bool) -> Any:
     """Return what --json prints: the processes alone unless the leftovers were asked for, too."""
-    return {"orphans": found, "leftovers": leftovers} if with_leftovers else found
+    return {"orphans": found, "leftovers": leftovers, "withheld": withheld} if with_leftovers else found
 
 
 def explain(options: Namespace) -> int:

@@ -203,6 +203,12 @@ def leftovers(found: Sequence[Any], look: Look, *, user_of: Callable[[int], str]
     return [*lines, "", f"{plural(len(found), 'leftover')}, {size(total_bytes)}"]
 
 
+def withheld(sentences: Sequence[Any], look: Look) -> list[str]:
+    """Return what may be leftovers, and why that cannot be told."""
+    known = [plain(one) for one in sentences if isinstance(one, str)]
+    return [line for one in known for line in wrapped(one, look)]
+
+
 # -- the score ------------------------------------------------------------------------------------
 
 
