@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from reaperd.ledger import Target
@@ -18,6 +20,7 @@ class Hunt(NamedTuple):
     targets: dict[ProcessId, Target]
     asked_by_uid: int | None = None
     told_stuck: bool = False
+    gpu_bytes: Mapping[ProcessId, int] = MappingProxyType({})  # that they held, where that was asked for
 
     @property
     def is_over(self) -> bool:

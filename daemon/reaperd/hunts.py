@@ -65,7 +65,8 @@ class Hunts:
             for one, verdict in members:
                 member = Member(one.process, one.role, one.framework, verdict.evidence, marked=False)
                 targets[one.id] = Target(member, Stage.FOUND, now_s, now_s)
-            self._hunts.append(Hunt(uid, members[0][1].rule, waived, now_s, targets, asked_by_uid))
+            hunt = Hunt(uid, members[0][1].rule, waived, now_s, targets, asked_by_uid)
+            self._hunts.append(hunt._replace(gpu_bytes={one.id: one.gpu_bytes for one, _ in members}))
         self.step()
 
     def step(self) -> None:

@@ -143,7 +143,11 @@ def hunt_event(kind: str, hunt: Hunt) -> dict[str, Any]:
     """Return the event that tells how the orphans of one dead pool parent were ended."""
     touched = [target for target in hunt.targets.values() if target.signals or target.denied]
     gone_at_s = [t.gone_at_s for t in touched if t.gone_at_s is not None]
-    freed = sum(t.member.process.rss_bytes for t in touched if t.stage is Stage.GONE)
+    gone = [t.member.process for t in touched if t.stage is Stage.GONE]
+    freed = Freed(
+        rss_bytes=sum(one.rss_bytes for one in gone),
+        gpu_bytes=sum(hunt.gpu_bytes.get(one.id, 0) for one in gone),
+    )
     return event(
         kind,
         uid=hunt.uid,
@@ -154,7 +158,7 @@ def hunt_event(kind: str, hunt: Hunt) -> dict[str, Any]:
             for target in touched
         ],
         latency_s=round(max(gone_at_s) - hunt.began_s, 6) if gone_at_s else None,
-        freed=_freed_record(Freed(rss_bytes=freed)),
+        freed=_freed_record(freed),
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 from specimens import SOON_S, child, id_of
 
+from reaperd import report
 from reaperd.hunt import Hunt
 from reaperd.hunts import Hunts
 from reaperd.ledger import Target
@@ -74,6 +75,18 @@ def hunting() -> Iterator[Hunting]:
             one.reaper.drop(id_)
     del one
     gc.collect()  # what it has open must not be closed in the middle of a test that counts descriptors
+
+
+def test_what_the_ended_held_of_the_machine_is_told(hunting: Hunting) -> None:
+    with child() as one, child() as other:
+        ids = [id_of(one), id_of(other)]
+        hunting.says.update(dict.fromkeys(ids, KILL))
+        held = [suspect(id_)._replace(gpu_bytes=4096) for id_ in ids]
+        held = [each._replace(process=each.process._replace(rss_bytes=512)) for each in held]
+        hunting.hunts.begin([(each, KILL) for each in held], waived=False)
+        hunting.run()
+        event = report.hunt_event("killed", hunting.over[0])
+    assert event["freed"] == {"rss_bytes": 1024, "shm_bytes": 0, "gpu_bytes": 8192}
 
 
 def deaf() -> None:
