@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from agent import wire
 from reaperd import signatures
 from reaperd.census import Interrupted
 from reaperd.linux import pidfd
@@ -280,7 +281,7 @@ class Scan:
             with contextlib.suppress(ProcessGone, PermissionError):
                 marks, wish = self._marks.read_descriptors(stat, one.process.uid, hurried=False)
                 wish = wish._replace(argv=True) if wish is not None else None
-                process = one.process._replace(cgroup=self._proc.cgroup(pid))
+                process = one.process._replace(cgroup=wire.parse_cgroup(self._proc.cgroup(pid)))
                 found[pid] = one._replace(process=process, unread=True), marks, wish
         memories = self._marks.memory.read([wish for _, _, wish in found.values() if wish is not None])
         told = {}

@@ -24,7 +24,8 @@ UP_WITHIN_S = 60.0
 LIGHT = "REAPER_TEST_LIGHT"  # in the environment
 IGNORE = "REAPER_TEST_IGNORE"  # in the environment: a signal's name
 BREATH_S, PAUSE_S = 0.002, 0.08
-LIFETIME_S = 150.0  # no process of these scripts works for longer, should nobody end it
+# No process of these scripts works for longer, should nobody end it.
+LIFETIME_S = float(os.environ.get("REAPER_TEST_LIFETIME_S", "150"))
 
 Command = Callable[[list[str]], None]
 
