@@ -98,7 +98,7 @@ class Scan:
 
     def examine(self, pids: Iterable[int]) -> dict[int, Suspect]:
         """Return what ``pids`` are now, whoever they are, by pid; who is gone, or cannot be read, is missing."""
-        wanted = list(pids)
+        wanted = dict.fromkeys(pids)
         self._read(wanted, {pid: seen.inode for pid, seen in self._seen.items()}, whole=True)
         found = self._suspects([*wanted, *(pid for pid in self._bearers if pid not in wanted)])
         return {one.id.pid: one for one in found if one.id.pid in wanted and one.id.pid in self._seen}
