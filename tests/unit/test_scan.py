@@ -1,0 +1,103 @@
+"""Of whom a scan reads the memory again, and of whom what it read once is enough."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from reaperd import signatures
+from reaperd.linux.alarm import Alarm
+from reaperd.linux.procfs import ProcFS
+from reaperd.marks import MarkReader
+from reaperd.memory import Memory, MemoryReader, Wish
+from reaperd.scan import Scan
+
+SERVICE = os.getpid()  # whose owner the kernel tells; all else about it is made up
+
+
+class Asked(MemoryReader):
+    """Remembers of whom memory was to be read."""
+
+    def __init__(self, proc: ProcFS) -> None:
+        super().__init__(proc)
+        self.pids: list[int] = []
+
+    def read(self, wishes: Iterable[Wish], alarm: Alarm | None = None) -> dict[int, Memory]:
+        wishes = list(wishes)
+        self.pids += [wish.stat.id.pid for wish in wishes]
+        return super().read(wishes, alarm)
+
+
+class Host:
+    """A /proc of init and one service of its, an interpreter that bears no signature."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        proc = ProcFS(str(root))
+        marks = MarkReader(proc)
+        marks.memory = self.asked = Asked(proc)
+        self.scan = Scan(proc, marks)
+        self.become(1, "systemd", ppid=0)
+        self.become(SERVICE, "python3")
+        (root / "1/task/1/children").write_text(str(SERVICE))
+
+    def become(
+        self, pid: int, comm: str, *, ppid: int = 1, ticks: int = 10, image: int = 1, environ: str = ""
+    ) -> None:
+        rest = [0] * 49
+        rest[0], rest[18], rest[24] = ppid, ticks, image
+        task = self.root / f"{pid}/task/{pid}"
+        task.mkdir(parents=True, exist_ok=True)
+        (self.root / f"{pid}/stat").write_text(f"{pid} ({comm}) S " + " ".join(map(str, rest)))
+        (self.root / f"{pid}/status").write_text("Name:\t\nUid:\t0\t0\t0\t0\n")  # before Linux 6.13
+        (self.root / f"{pid}/cgroup").write_text("0::/\n")
+        (task / "cmdline").write_text(f"{comm}\0service.py\0")
+        (task / "environ").write_text(f"HOME=/\0{environ}\0")
+
+    def asked_for(self) -> int:
+        """Look, and return how often the service's memory was read for that."""
+        self.asked.pids.clear()
+        self.scan.look()
+        return self.asked.pids.count(SERVICE)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+def test_a_service_in_python_is_not_read_again_while_it_stays_what_it_is(host: Host) -> None:
+    assert host.asked_for() > 0
+    assert host.asked_for() == 0
+    assert host.asked_for() == 0
+
+
+@pytest.mark.parametrize(
+    "changed", [{"image": 2}, {"ticks": 11}, {"comm": "python3 serving"}], ids=["program", "pid", "title"]
+)
+def test_one_that_becomes_something_else_is_read_again(host: Host, changed: dict[str, str]) -> None:
+    host.asked_for()
+    host.become(SERVICE, **{"comm": "python3", **changed})  # type: ignore[arg-type]
+    assert host.asked_for() > 0
+
+
+def test_one_whose_program_cannot_be_told_is_read_at_every_look(host: Host) -> None:
+    host.become(SERVICE, "python3", image=0)
+    host.asked_for()
+    assert host.asked_for() > 0
+
+
+def test_one_is_read_again_when_other_signatures_are_looked_for(host: Host) -> None:
+    host.asked_for()
+    host.scan.heed((signatures.SIGNATURES[0],))
+    assert host.asked_for() > 0
+
+
+def test_one_that_becomes_a_rank_is_a_suspect(host: Host) -> None:
+    assert host.scan.look() == []
+    host.become(SERVICE, "python3", image=2, environ=f"{signatures.TORCHRUN_VARIABLE}=7")
+    (suspect,) = host.scan.look()
+    assert suspect.framework == "torchrun"
