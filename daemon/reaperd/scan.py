@@ -58,6 +58,14 @@ class _Bearer(NamedTuple):
     lost_parent: ProcessId | None = None
 
 
+class _Face(NamedTuple):
+    """What changes where a process becomes another program, or gives itself a title."""
+
+    id: ProcessId
+    image: int
+    comm: str
+
+
 class Scan:
     """Scans of one /proc."""
 
@@ -68,6 +76,7 @@ class Scan:
         self._seen: dict[int, _Seen] = {}
         self._bearers: dict[int, _Bearer] = {}
         self._forked: dict[int, ProcessId] = {}  # without a signature, with an adopter
+        self._plain: dict[int, _Face] = {}  # the same, but exec'ed: nothing about them is to be read again
         self._adopters: set[int] = {1}
         self._turn: list[int] = []
         self._extra: tuple[Signature, ...] = ()
@@ -79,6 +88,7 @@ class Scan:
             self._seen.clear()
             self._bearers.clear()
             self._forked.clear()
+            self._plain.clear()
 
     # -- looking -----------------------------------------------------------------------------
 
@@ -99,7 +109,7 @@ class Scan:
 
     def examine(self, pids: Iterable[int]) -> dict[int, Suspect]:
         """Return what ``pids`` are now, whoever they are, by pid; who is gone, or cannot be read, is missing."""
-        wanted = list(pids)
+        wanted = dict.fromkeys(pids)
         self._read(wanted, {pid: seen.inode for pid, seen in self._seen.items()}, whole=True)
         found = self._suspects([*wanted, *(pid for pid in self._bearers if pid not in wanted)])
         return {one.id.pid: one for one in found if one.id.pid in wanted and one.id.pid in self._seen}
@@ -108,6 +118,7 @@ class Scan:
         self._seen.pop(pid, None)
         self._bearers.pop(pid, None)
         self._forked.pop(pid, None)
+        self._plain.pop(pid, None)
         if pid != 1:
             self._adopters.discard(pid)
 
@@ -206,6 +217,8 @@ class Scan:
                 adopted.update(self._proc.children(adopter))
         for pid in [pid for pid in self._forked if pid not in adopted]:
             del self._forked[pid]
+        for pid in [pid for pid in self._plain if pid not in adopted]:
+            del self._plain[pid]
         due = [
             pid
             for pid in adopted
@@ -221,7 +234,7 @@ class Scan:
         for pid in pids:
             with contextlib.suppress(ProcessGone, PermissionError, ValueError):
                 stat = self._proc.stat(pid)
-                if not stat.dead:
+                if not stat.dead and self._plain.get(pid) != _face(stat):
                     wishes[pid] = Wish(stat, self._proc.living_task(stat), environ=True, argv=True)
         memories = self._marks.memory.read(wishes.values(), self._alarm) if wishes else {}
         for pid, memory in memories.items():
@@ -230,6 +243,8 @@ class Scan:
             self._note(stat, found)
             if found is None and stat.forked:
                 self._forked[pid] = stat.id
+            elif found is None and stat.image:
+                self._plain[pid] = _face(stat)
 
     # -- suspects ----------------------------------------------------------------------------
 
@@ -305,3 +320,7 @@ class Scan:
         if above is not None and above.is_lost and above.signature is not None and above.signature.certain:
             one = found[pid] = one._replace(below=above.id, group=above.group)
         return one
+
+
+def _face(stat: Stat) -> _Face:
+    return _Face(stat.id, stat.image, stat.comm)

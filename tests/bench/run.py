@@ -23,6 +23,7 @@ import record
 import row_agent
 import row_growth
 import row_idle
+import row_orphans
 import row_reap
 import row_scan
 import row_start
@@ -50,6 +51,7 @@ ROWS: dict[str, Measure] = {
     "syscalls": row_syscalls.measure,
     "start": row_start.measure,
     "growth": row_growth.measure,
+    "orphans": row_orphans.measure,
 }
 
 
