@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from agent import wire
@@ -69,10 +69,17 @@ class _Face(NamedTuple):
 class Scan:
     """Scans of one /proc."""
 
-    def __init__(self, proc: ProcFS, marks: MarkReader, alarm: Alarm | None = None) -> None:
+    def __init__(
+        self,
+        proc: ProcFS,
+        marks: MarkReader,
+        alarm: Alarm | None = None,
+        uid_of: Callable[[int, ProcFS], int | None] = pidfd.uid_of,
+    ) -> None:
         self._proc = proc
         self._marks = marks
         self._alarm = alarm
+        self._uid_of = uid_of  # the kernel is asked for it, whatever /proc says
         self._seen: dict[int, _Seen] = {}
         self._bearers: dict[int, _Bearer] = {}
         self._forked: dict[int, ProcessId] = {}  # without a signature, with an adopter
@@ -268,7 +275,7 @@ class Scan:
 
     def _suspect(self, stat: Stat, bearer: _Bearer | None, parents: Parents) -> Suspect:
         lost = self._lost_parent(bearer, stat, parents) if bearer else None
-        uid = pidfd.uid_of(stat.id.pid, self._proc)
+        uid = self._uid_of(stat.id.pid, self._proc)
         process = Process(
             stat.id, stat.ppid, uid, stat.comm, stat.forked,
             cgroup=None, rss_bytes=stat.rss_bytes, cpu_ticks=stat.cpu_ticks,
