@@ -138,7 +138,7 @@ class Orphans:
         """Look at all suspects and judge them; Interrupted."""
         suspects = self._scan.look(listing)
         now_s = _since_boot_s()
-        told = [self._tell(one) for one in suspects]
+        told = self._tell_all(suspects)
         for one in told:
             if one.is_lost:
                 self._note(one, now_s)
@@ -165,6 +165,12 @@ class Orphans:
             "cpu_threshold",
             "quarantine",
         )
+
+    def _tell_all(self, suspects: Iterable[Suspect]) -> list[Suspect]:
+        """Return ``suspects`` with what the daemon knows of them; the pool of one that is left alone is in use."""
+        told = {one.id: self._tell(one) for one in suspects}
+        left_alone = {id_ for id_, one in told.items() if one.is_claimed}
+        return [one._replace(below=None) if one.below in left_alone else one for one in told.values()]
 
     def _tell(self, one: Suspect) -> Suspect:
         """Return ``one`` with what the daemon knows of it."""
@@ -232,9 +238,9 @@ class Orphans:
         self, ids: Iterable[ProcessId], waived: bool
     ) -> dict[ProcessId, tuple[Suspect, Verdict]]:
         """Read processes anew and judge them; whoever is gone, or is another one, is missing."""
-        wanted = {id_.pid: id_ for id_ in ids}
-        seen = [self._tell(one) for pid, one in self._scan.examine(wanted).items() if wanted[pid] == one.id]
-        judged = self._judge(seen, waived=waived, some=True)
+        wanted = set(ids)
+        told = self._tell_all(self._scan.examine({id_.pid for id_ in wanted}).values())
+        judged = self._judge((one for one in told if one.id in wanted), waived=waived, some=True)
         return {id_: (one.suspect, one.verdict) for id_, one in judged.items()}
 
     # -- what is done about it ---------------------------------------------------------------
@@ -372,10 +378,10 @@ class Orphans:
 
     def explain(self, pid: int) -> Judged:
         """Return what would become of ``pid``, whoever it is; ProcessGone."""
-        seen = self._scan.examine([pid])
-        if pid not in seen:
+        told = [one for one in self._tell_all(self._scan.examine([pid]).values()) if one.id.pid == pid]
+        if not told:
             raise ProcessGone(str(pid))
-        (judged,) = self._judge([self._tell(seen[pid])], some=True).values()
+        (judged,) = self._judge(told, some=True).values()
         return judged
 
     def is_quarantined(self, id_: ProcessId) -> bool:

@@ -114,12 +114,18 @@ class Scan:
         self._read_adopted(listing)
         return self._suspects([*self._bearers, *self._forked])
 
-    def examine(self, pids: Iterable[int]) -> dict[int, Suspect]:
-        """Return what ``pids`` are now, whoever they are, by pid; who is gone, or cannot be read, is missing."""
+    def examine(self, pids: Iterable[int]) -> dict[ProcessId, Suspect]:
+        """Return what ``pids`` are now, whoever they are, and the orphans that they are below of.
+
+        Who is gone, or cannot be read, is missing.
+        """
         wanted = dict.fromkeys(pids)
         self._read(wanted, {pid: seen.inode for pid, seen in self._seen.items()}, whole=True)
-        found = self._suspects([*wanted, *(pid for pid in self._bearers if pid not in wanted)])
-        return {one.id.pid: one for one in found if one.id.pid in wanted and one.id.pid in self._seen}
+        suspects = self._suspects([*wanted, *(pid for pid in self._bearers if pid not in wanted)])
+        found = {one.id: one for one in suspects if one.id.pid in self._seen}
+        asked = {id_: one for id_, one in found.items() if id_.pid in wanted}
+        above = {one.below: found[one.below] for one in asked.values() if one.below in found}
+        return {**above, **asked}
 
     def _forget(self, pid: int) -> None:
         self._seen.pop(pid, None)
@@ -325,7 +331,7 @@ class Scan:
             seen.add(above.id.pid)
             above = found.get(above.process.ppid)
         if above is not None and above.is_lost and above.signature is not None and above.signature.certain:
-            one = found[pid] = one._replace(below=above.id, group=above.group)
+            one = found[pid] = one._replace(below=above.below or above.id, group=above.group)
         return one
 
 

@@ -93,6 +93,11 @@ class Suspect(NamedTuple):
         """Whether its own pool parent is known to be gone."""
         return self.lost_parent is not None or bool(self.parent.adopts) or self.below is not None
 
+    @property
+    def is_claimed(self) -> bool:
+        """Whether somebody has said, or may have, that it is to live on, or sees to its end."""
+        return bool(self.protection or self.unread or self.session or self.spared_by_session)
+
 
 class Sample(NamedTuple):
     """The CPU time that a process had used at one moment."""

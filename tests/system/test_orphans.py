@@ -428,6 +428,29 @@ def test_a_protected_orphan_is_spared(enclosure: Enclosure, start_pool: Callable
     assert keeper.get("explain", pid=protected)["explain"]["rule"] == "protected"
 
 
+def test_the_pool_of_a_protected_orphan_is_in_use_down_to_the_last_of_it(
+    enclosure: Enclosure, start_pool: Callable[..., Pool]
+) -> None:
+    keeper = enclosure.daemon(settings())
+    protected, other = (
+        start_pool("nested", "--method", "spawn", "--workers", "3", "--busy") for _ in range(2)
+    )
+    first = next(pid for pid in protected.workers if enclosure.parent_of(pid) == protected.pid)
+    keeper.get("protect", pid=first)
+    for pool in (protected, other):
+        pool.leader.kill9()
+    for pid in other.workers:
+        assert keeper.wait_event(pid, "killed")["result"] == "killed"
+    keeper.wait_scanned()
+    assert protected.alive(protected.workers) == protected.workers
+    rules = {pid: keeper.get("explain", pid=pid)["explain"]["rule"] for pid in protected.workers}
+    assert rules == {pid: "protected" if pid == first else "parent" for pid in protected.workers}
+    ids = [[pid, int(enclosure.stat(pid)[19])] for pid in protected.workers]
+    assert {record["verdict"] for record in keeper.get("cleanup", processes=ids)["orphans"]} <= {"spare"}
+    keeper.wait_scanned(1)
+    assert protected.alive(protected.workers) == protected.workers
+
+
 # -- a daemon that comes too late to see the parent ------------------------------------------------
 
 

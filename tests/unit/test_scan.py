@@ -64,10 +64,11 @@ def test_an_orphan_in_a_protected_unit_is_protected_whichever_hierarchy_tells(te
     proc = Grouped(text)
     scan = Scan(proc, MarkReader(proc))
     with worker_of_a_shell() as (pid, shell):
-        assert not scan.examine([pid])[pid].is_lost
+        (worker,) = scan.examine([pid]).values()
+        assert not worker.is_lost
         shell.kill()
         shell.wait()
-        orphan = scan.examine([pid])[pid]
+        (orphan,) = scan.examine([pid]).values()
         assert orphan.is_lost
         assert orphan.process.cgroup == UNIT
         policy = Policy(protected_units=frozenset(("guarded.service",)))

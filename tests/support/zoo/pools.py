@@ -35,6 +35,16 @@ def attend(pipe: str, busy: bool) -> None:
     stage.hold()
 
 
+def attend_with_pools(pipe: str, busy: bool, depth: int) -> None:
+    """The life of a process with a worker of its own, who has one, and so on."""
+    if depth:
+        process = multiprocessing.get_context("spawn").Process(
+            target=attend_with_pools, args=(pipe, busy, depth - 1)
+        )
+        process.start()
+    attend(pipe, busy)
+
+
 def load_data(pipe: str, busy: bool) -> None:
     """The life of a worker of a DataLoader's whose data takes its time (torch/utils/data/_utils/worker.py)."""
     ctypes.CDLL(None).prctl(PR_SET_NAME, b"pt_data_worker", 0, 0, 0)
@@ -94,6 +104,14 @@ class Troupe:
             process = self.context.Process(target=attend, args=(self.muster.pipe, self.busy), daemon=True)
             process.start()
             self.kept.append(process)
+        self.muster.wait(self.count)
+
+    def nested(self) -> None:
+        """A worker, which has one of its own, and so on."""
+        arguments = (self.muster.pipe, self.busy, self.count - 1)
+        process = self.context.Process(target=attend_with_pools, args=arguments)
+        process.start()
+        self.kept.append(process)
         self.muster.wait(self.count)
 
     def shared_memory(self) -> None:
@@ -206,6 +224,7 @@ KINDS = (
     "pool",
     "executor",
     "process",
+    "nested",
     "shared-memory",
     "forkserver",
     "loky",
