@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -140,8 +141,18 @@ class World:
             one.subreaper = subreaper
         self.restart()
 
-    def clock(self, *_: int) -> float:
-        return self.machine.now_s
+    @contextlib.contextmanager
+    def time(self) -> Iterator[None]:
+        """Let time pass as the machine says."""
+
+        def now_s(*_: int) -> float:
+            return self.machine.now_s
+
+        with (
+            mock.patch.object(time, "monotonic", now_s),
+            mock.patch.object(time, "clock_gettime", now_s),
+        ):
+            yield
 
     def restart(self) -> None:
         """Begin with a daemon that knows nothing but what the last one kept."""
@@ -391,10 +402,7 @@ def test_nobody_is_called_an_orphan_while_its_pool_lives_and_every_orphan_is_end
     init: machines.Program, action: Fate, steps: list[Any]
 ) -> None:
     world = World(init, action)
-    with (
-        mock.patch.object(time, "monotonic", world.clock),
-        mock.patch.object(time, "clock_gettime", world.clock),
-    ):
+    with world.time():
         for what, one, other in steps:
             if what == "look":
                 world.look(one, other)
@@ -406,3 +414,23 @@ def test_nobody_is_called_an_orphan_while_its_pool_lives_and_every_orphan_is_end
             else:
                 ACTS[what](world, one, other)
         world.end()
+
+
+def test_a_fork_does_not_inherit_what_its_parent_was_before_it_became_another_program() -> None:
+    world = World(INITS[0], Fate.KILL)
+    machine = world.machine
+    with world.time():
+        one = machine.fork(machine.living()[1])
+        machine.exec(one, machines.WORKERS[0])
+        machine.wait(60.0)  # so old that nobody is read again without need
+        world.look()
+        machine.exec(one, TRAINER)
+        child = machine.fork(one)
+        machine.wait(60.0)
+        world.look()
+        machine.exit(one)
+        for _ in range(3):
+            machine.wait(BETWEEN_S)
+            world.look()
+        fates = {judged.suspect.id: judged.verdict.fate for judged in world.orphans.listing()}
+        assert fates == {child.id: Fate.REPORT}
