@@ -187,11 +187,8 @@ class Scan:
         parent = self._bearers.get(stat.ppid)
         if parent is None or parent.signature.comm or parent.id.start_ticks > stat.id.start_ticks:
             return None
-        if (
-            parent.image != stat.image
-        ):  # since it was read, the parent has become the program that forked this one
-            return None
-        return parent.signature
+        # Another image: since it was read, the parent has become the program that has forked this one.
+        return parent.signature if parent.image == stat.image else None
 
     def _note(self, stat: Stat, found: Signature | None) -> None:
         pid = stat.id.pid
