@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 _COMMAND = ("-m", "reaperd.ctl.main", "cleanup", "--yes", "--json", "--leftovers")
 # What reaperctl exits with.
 _DONE, _REMAINS, _NO_DAEMON = 0, 1, 3
+_INTERPRETERS = ("python", "pypy")  # how the names of their files begin
+_WITHIN_S = 180.0  # it waits a minute itself, for what it has ended
 
 
 class CleanupError(RuntimeError):
@@ -61,7 +63,8 @@ def emergency_cleanup(socket: str | None) -> CleanupReport:
     """End the caller's own orphans; see ``agent.emergency_cleanup``."""
     which = [f"--owner={os.geteuid()}", *([f"--socket={socket}"] if socket is not None else [])]
     done = _run(which)
-    if done.returncode == _NO_DAEMON:
+    # Where SIGCHLD is ignored, nobody learns an exit code: 0 stands for any.
+    if not done.stdout and done.returncode in (_DONE, _NO_DAEMON):
         done = _run([*which, "--local"])
     if done.returncode in (_DONE, _REMAINS):
         try:
@@ -72,9 +75,12 @@ def emergency_cleanup(socket: str | None) -> CleanupReport:
 
 
 def _run(options: list[str]) -> subprocess.CompletedProcess[str]:
-    if not sys.executable:
+    executable = sys.executable or ""
+    if getattr(sys, "frozen", False) or not os.path.basename(executable).startswith(_INTERPRETERS):
+        # A program that embeds Python, or was frozen: run with these options, it would be started once more.
         raise CleanupError(
-            "the orphans could not be cleaned up: this Python does not know its own executable"
+            f"the orphans could not be cleaned up: {executable or 'sys.executable'} is no Python interpreter;"
+            " run `reaperctl cleanup` instead"
         )
     try:
         return subprocess.run(
@@ -85,7 +91,12 @@ def _run(options: list[str]) -> subprocess.CompletedProcess[str]:
             text=True,
             errors="replace",
             check=False,
+            timeout=_WITHIN_S,
         )
+    except subprocess.TimeoutExpired:
+        raise CleanupError(
+            f"the orphans could not be cleaned up: reaperctl was not done within {_WITHIN_S:g} s"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a socket's path with a NUL
         reason = getattr(error, "strerror", None) or error
         raise CleanupError(f"the orphans could not be cleaned up: {sys.executable}: {reason}") from None

@@ -130,7 +130,7 @@ class Hunts:
             elif seen is None and target.signals:
                 # Whoever was asked to end may be past being read; it is the same process still.
                 self._send(hunt, target, now_s)
-            elif seen is None or seen[1].fate is not Fate.KILL:
+            elif seen is None or seen[1].fate is not Fate.KILL or seen[0].process.uid != hunt.uid:
                 reason = seen[1].evidence[-1] if seen else "it could not be read any more"
                 log.info("left alone pid=%d: %s", id_.pid, reason)
                 self._let_go(hunt, id_, target._replace(excused=True))

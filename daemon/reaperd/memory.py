@@ -32,6 +32,7 @@ ALL_FILES = ("/",)
 _STALL_S = 0.05
 _IDLE_S = 2.0  # a look is seldom the last; between two scans the helper's memory is worth more
 _MAX_STALLS, _MAX_S = 4, 0.5  # in one batch: then what is left is left
+_MAX_VALUE_CHARS = 64 * 1024  # no variable that means anything is as long
 _DEAR_S = 0.01  # a process whose owner has given it so much to read is not read at every look
 
 
@@ -95,7 +96,8 @@ class MemoryReader:
                     )
             if alarm is not None and alarm.rings():
                 break
-            if len(answers) < len(left) and time.monotonic() < until_s:
+            # Or all of our time went to the first: whoever comes after it must have a turn at the next look.
+            if len(answers) < len(left) and (time.monotonic() < until_s or not answers):
                 self._stalled.begin(left[len(answers)].stat.id)
             left = left[len(answers) + 1 :]
         if not self.keeps_helper:
@@ -121,7 +123,9 @@ class MemoryReader:
             if environ == b"" and not self._proc.stat(pid).image:
                 return None
             variables = {
-                name: value for name in VARIABLES if (value := environment_value(environ or b"", name))
+                name: value
+                for name in VARIABLES
+                if (value := environment_value(environ or b"", name)) and len(value) <= _MAX_VALUE_CHARS
             }
             argv = self._proc.argv(pid, task) if with_argv else ()
             maps = self._proc.maps(pid, task) if prefixes else b""

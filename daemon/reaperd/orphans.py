@@ -168,9 +168,18 @@ class Orphans:
 
     def _tell_all(self, suspects: Iterable[Suspect]) -> list[Suspect]:
         """Return ``suspects`` with what the daemon knows of them; the pool of one that is left alone is in use."""
-        told = {one.id: self._tell(one) for one in suspects}
-        left_alone = {id_ for id_, one in told.items() if one.is_claimed}
-        return [one._replace(below=None) if one.below in left_alone else one for one in told.values()]
+        told = {one.id.pid: self._tell(one) for one in suspects}
+
+        def is_in_use(one: Suspect) -> bool:
+            above, seen = told.get(one.process.ppid), {one.id.pid}
+            while above is not None and above.id.pid not in seen:
+                if above.is_claimed:
+                    return True
+                seen.add(above.id.pid)
+                above = told.get(above.process.ppid)
+            return False
+
+        return [one._replace(below=None) if one.below and is_in_use(one) else one for one in told.values()]
 
     def _tell(self, one: Suspect) -> Suspect:
         """Return ``one`` with what the daemon knows of it."""

@@ -56,6 +56,7 @@ class _Bearer(NamedTuple):
     signature: Signature
     parent: ProcessId | None
     lost_parent: ProcessId | None = None
+    was_below: bool = False  # an orphan that was none of a fork's
 
 
 class _Face(NamedTuple):
@@ -115,17 +116,21 @@ class Scan:
         return self._suspects([*self._bearers, *self._forked])
 
     def examine(self, pids: Iterable[int]) -> dict[ProcessId, Suspect]:
-        """Return what ``pids`` are now, whoever they are, and the orphans that they are below of.
+        """Return what ``pids`` are now, whoever they are, and who stands between them and an orphan that they are below.
 
         Who is gone, or cannot be read, is missing.
         """
         wanted = dict.fromkeys(pids)
         self._read(wanted, {pid: seen.inode for pid, seen in self._seen.items()}, whole=True)
         suspects = self._suspects([*wanted, *(pid for pid in self._bearers if pid not in wanted)])
-        found = {one.id: one for one in suspects if one.id.pid in self._seen}
-        asked = {id_: one for id_, one in found.items() if id_.pid in wanted}
-        above = {one.below: found[one.below] for one in asked.values() if one.below in found}
-        return {**above, **asked}
+        found = {one.id.pid: one for one in suspects if one.id.pid in self._seen}
+        asked: dict[ProcessId, Suspect] = {}
+        for pid in wanted:
+            one = found.get(pid)
+            while one is not None and one.id not in asked:
+                asked[one.id] = one
+                one = found.get(one.process.ppid) if one.below else None
+        return asked
 
     def _forget(self, pid: int) -> None:
         self._seen.pop(pid, None)
@@ -167,8 +172,8 @@ class Scan:
             self._note_adopter(stat)
         memories = self._marks.memory.read(wishes.values(), self._alarm) if wishes else {}
         for pid, stat in stats.items():
-            if pid not in wishes:  # a fork has its parent's command line
-                self._note(stat, signatures.find(stat.comm, ()) or self._inherited(stat))
+            if pid not in wishes:
+                self._note(stat, self._find(stat, Memory()))
             elif pid in memories:
                 self._note(stat, self._find(stat, memories[pid]))
             else:
@@ -181,10 +186,15 @@ class Scan:
         return comm.startswith(_TITLES) or bool(self._extra)
 
     def _find(self, stat: Stat, memory: Memory) -> Signature | None:
+        if stat.forked:  # its command line is its parent's
+            found = signatures.find(stat.comm, (), tuple(memory.variables), self._extra)
+            return found or self._inherited(stat)
         return signatures.find(stat.comm, memory.argv, tuple(memory.variables), self._extra)
 
     def _inherited(self, stat: Stat) -> Signature | None:
-        parent = self._bearers.get(stat.ppid)
+        before, parent = self._bearers.get(stat.id.pid), self._bearers.get(stat.ppid)
+        if before is not None and before.was_below and (before.id, before.image) == (stat.id, stat.image):
+            return before.signature
         if parent is None or parent.signature.comm or parent.id.start_ticks > stat.id.start_ticks:
             return None
         # Another image: since it was read, the parent has become the program that has forked this one.
@@ -288,7 +298,12 @@ class Scan:
             cgroup=None, rss_bytes=stat.rss_bytes, cpu_ticks=stat.cpu_ticks,
         )  # fmt: skip
         group = (-1 if uid is None else uid, *(lost or (stat.ppid, stat.posix_sid, stat.posix_pgid)))
-        return Suspect(process, bearer.signature if bearer else None, parents.of(stat), lost, group=group)
+        row = bearer.signature if bearer else None
+        if bearer is not None and row is not None and stat.forked and not row.comm and not bearer.was_below:
+            # Its command line is its parent's. A forkserver may have died alone, and its workers still be of use to its pool;
+            # and what a worker puts into the background is meant to live on.
+            row = row._replace(certain=False)
+        return Suspect(process, row, parents.of(stat), lost, group=group)
 
     def _lost_parent(self, bearer: _Bearer, stat: Stat, parents: Parents) -> ProcessId | None:
         """Return the parent that a process had before, where it has another one by now because that one has ended."""
@@ -322,18 +337,20 @@ class Scan:
                 told[pid] = one
         return told
 
-    def _find_above(self, pid: int, found: dict[int, Suspect]) -> Suspect | None:
-        """Note of ``pid`` that an orphan above it has started it, where one has; return it as it is then."""
-        one = found[pid]
-        if one.is_lost or one.signature is None or not one.signature.certain:
-            return one
+    def _find_above(self, pid: int, found: dict[int, Suspect]) -> None:
+        """Note of ``pid`` that an orphan above it has started it, where one has."""
+        one, bearer = found[pid], self._bearers.get(pid)
+        if bearer is None or one.is_lost or not bearer.signature.certain:
+            return
         above, seen = found.get(one.process.ppid), {pid}
         while above is not None and above.id.pid not in seen and not above.is_lost:
             seen.add(above.id.pid)
             above = found.get(above.process.ppid)
         if above is not None and above.is_lost and above.signature is not None and above.signature.certain:
-            one = found[pid] = one._replace(below=above.below or above.id, group=above.group)
-        return one
+            self._bearers[pid] = bearer._replace(was_below=True)
+            found[pid] = one._replace(
+                signature=bearer.signature, below=above.below or above.id, group=above.group
+            )
 
 
 def _face(stat: Stat) -> _Face:

@@ -95,8 +95,8 @@ class Suspect(NamedTuple):
 
     @property
     def is_claimed(self) -> bool:
-        """Whether somebody has said, or may have, that it is to live on, or sees to its end."""
-        return bool(self.protection or self.unread or self.session or self.spared_by_session)
+        """Whether somebody has said that it is to live on, or sees to its end."""
+        return bool(self.protection or self.session or self.spared_by_session)
 
 
 class Sample(NamedTuple):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import harness
 import pytest
 from enclosure import AGGRESSIVE, Enclosure, Keeper
 from harness import (
@@ -449,6 +450,22 @@ def test_the_pool_of_a_protected_orphan_is_in_use_down_to_the_last_of_it(
     assert {record["verdict"] for record in keeper.get("cleanup", processes=ids)["orphans"]} <= {"spare"}
     keeper.wait_scanned(1)
     assert protected.alive(protected.workers) == protected.workers
+
+
+def test_workers_whose_forkserver_alone_has_died_are_of_use_still(
+    enclosure: Enclosure, start_pool: Callable[..., Pool]
+) -> None:
+    keeper = enclosure.daemon(settings())
+    pool = start_pool("process", "--method", "forkserver", "--busy")
+    keeper.wait_scanned(1)
+    (server,) = pool.servers
+    harness.end_process(pool._outer[server])
+    keeper.wait_scanned()
+    assert pool.alive(pool.workers) == pool.workers
+    for pid in pool.workers:
+        assert keeper.get("explain", pid=pid)["explain"]["rule"] == "uncertain"
+    found = keeper.get("cleanup", dry_run=True)["orphans"]
+    assert not {one["pid"] for one in found if one["verdict"] == "kill"} & set(pool.workers)
 
 
 # -- a daemon that comes too late to see the parent ------------------------------------------------

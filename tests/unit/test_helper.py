@@ -174,6 +174,13 @@ def ask(one: helper.Answerer, items: Iterable[Any], **bounds: Any) -> Any:
     return one.ask(list(items), **{"stall_s": 0.05, "most_s": SOON_S, **bounds})
 
 
+def test_answers_that_come_faster_than_they_are_taken_in_do_not_go_on_beyond_the_time_there_is() -> None:
+    with asking(lambda _: "x" * (1 << 20)) as one:
+        answers = ask(one, range(10_000), most_s=0.3)
+    assert 0 < len(answers) < 10_000
+    assert all(len(answer) == 1 << 20 for answer in answers)
+
+
 def test_the_results_come_back_in_order() -> None:
     assert map_all(lambda item: [item, os.getppid()], range(500)) == [
         [item, os.getpid()] for item in range(500)

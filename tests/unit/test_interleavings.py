@@ -238,6 +238,10 @@ class World:
         starter, parent = one.starter, one.parent
         if not (one.alive and one.lost and one.bears) or starter is None or parent is None:
             return False
+        if (
+            one.forked and one.comm != LOADS_DATA
+        ):  # it may be what a worker has put into the background, unless it was
+            return False  # seen below its orphaned starter, which may end first
         if starter.alive:
             return parent is starter and starter.execed < one.born and self.must_end(starter)
         return self._is_adopted(one) or self.witnessed.get(one.id, 0) > 1
@@ -259,7 +263,8 @@ class World:
             due = {id_ for id_ in due if self.machine.ever[id_].alive}
             if not due:
                 return
-        raise AssertionError(f"lives on: {[str(self.machine.ever[id_]) for id_ in due]}")
+        living = [f"{self.machine.ever[id_]}: {self.orphans.explain(id_.pid).verdict}" for id_ in due]
+        raise AssertionError(f"lives on: {living}")
 
 
 # -- what can happen --------------------------------------------------------------------------------

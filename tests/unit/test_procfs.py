@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -795,3 +796,16 @@ def test_the_last_pid_changes_with_every_fork_and_every_thread() -> None:
     thread.join()
     seen.append(proc.last_pid())
     assert len(set(seen)) == 3
+
+
+def test_of_a_command_line_of_megabytes_the_beginning_is_told() -> None:
+    command = ["sh", "-c", "read line", *(["\u00ff" * 60_000] * 20)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        end_s = time.monotonic() + 10.0
+        argv: tuple[str, ...] = ()
+        while argv[:1] != ("sh",):  # nothing tells when another process has exec'ed
+            assert time.monotonic() < end_s
+            argv = ProcFS().argv(process.pid, process.pid)
+        process.communicate()
+    assert argv[:3] == ("sh", "-c", "read line")
+    assert sum(len(word.encode()) for word in argv) <= 1 << 16

@@ -75,6 +75,34 @@ def test_an_orphan_in_a_protected_unit_is_protected_whichever_hierarchy_tells(te
         assert policy.protection(orphan.process) == "runs in guarded.service, which [protect] units names"
 
 
+DAEMON = """from multiprocessing.spawn import spawn_main
+import os, time
+if os.fork(): os._exit(0)
+os.setsid()
+if os.fork(): os._exit(0)
+print(os.getpid(), flush=True)
+time.sleep(60)"""
+
+
+def test_what_a_worker_puts_into_the_background_is_no_worker() -> None:
+    """Its command line is that of the worker that has forked it, and init has adopted it."""
+    with subprocess.Popen([sys.executable, "-c", DAEMON], stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        pid = int(worker.stdout.readline())
+        pidfd = os.pidfd_open(pid)
+        try:
+            assert worker.wait() == 0
+            proc = ProcFS()
+            scan = Scan(proc, MarkReader(proc))
+            for found in (scan.look(), scan.examine([pid]).values()):
+                for one in found:
+                    assert one.id.pid != pid or one.signature is None or not one.signature.certain
+            assert pid in {id_.pid for id_ in scan.examine([pid])}
+        finally:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+
+
 # -- whose memory is read again -------------------------------------------------------------------
 
 SERVICE = os.getpid()  # whose owner the kernel tells; all else about it is made up

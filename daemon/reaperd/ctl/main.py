@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -38,6 +39,8 @@ Times are UTC. Set NO_COLOR to do without colours."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what is expected to go wrong becomes one sentence on stderr."""
+    # An ignored SIGCHLD is inherited, and who ignores it cannot wait for a helper.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         try:
             return _run(argv)

@@ -171,9 +171,11 @@ class Answerer:
         if alarm is not None:
             poller.register(alarm.fileno(), select.POLLIN)
         lines: list[bytes] = []
-        rest = b""
+        data = rest = b""
         while len(lines) < len(items) and (left_s := until_s - time.monotonic()) > 0:
-            ready = dict(poller.poll(min(stall_s, left_s) * 1000))
+            # Of very much, only a part was taken in.
+            more_is_there = len(data) >= _PIPE_BYTES
+            ready = dict(poller.poll(0 if more_is_there else min(stall_s, left_s) * 1000))
             if self._questions in ready:
                 try:
                     unsent = unsent[os.write(self._questions, unsent) :]
@@ -189,7 +191,8 @@ class Answerer:
             if alarm is not None and alarm.fileno() in ready:
                 break
             # On a crowded machine it may only not have had its turn.
-            if self._running.pidfd in ready or (not ready and not data and _waits(self._running.pid)):
+            stalls = not ready and not data and not more_is_there and _waits(self._running.pid)
+            if self._running.pidfd in ready or stalls:
                 break
         return lines
 
@@ -217,12 +220,14 @@ def _answer_all(questions: int, writer: int, done: int, answer: Callable[[Any], 
 
 
 def _drain(reader: int) -> bytes:
-    """Return all that can be read at once."""
-    data = b""
+    """Return what can be read at once; little more than the pipe holds, for a helper may go on writing meanwhile."""
+    chunks: list[bytes] = []
+    size = 0
     with contextlib.suppress(BlockingIOError):
-        while chunk := os.read(reader, _CHUNK_BYTES):
-            data += chunk
-    return data
+        while size < _PIPE_BYTES and (chunk := os.read(reader, _CHUNK_BYTES)):
+            chunks.append(chunk)
+            size += len(chunk)
+    return b"".join(chunks)
 
 
 def _waits(pid: int) -> bool:

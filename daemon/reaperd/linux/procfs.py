@@ -16,6 +16,7 @@ PF_EXITING, PF_FORKNOEXEC, PF_KTHREAD = 0x4, 0x40, 0x200000  # linux/sched.h
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _GONE = (FileNotFoundError, ProcessLookupError)  # gone before open(2), or before read(2)
+_MAX_ARGV_BYTES = 64 * 1024
 _MAX_BYTES = 8 * 1024 * 1024  # beyond what execve(2) takes as arguments and environment by default
 _CHUNK_BYTES = 65536
 
@@ -239,8 +240,11 @@ class ProcFS:
         return self._read_permitted(f"{pid}/task/{task}/environ")
 
     def argv(self, pid: int, task: int) -> tuple[str, ...]:
-        """Return the command line; empty for a kernel thread, a zombie or one that may not be read."""
-        text = self._read_permitted(f"{pid}/task/{task}/cmdline") or b""
+        """Return the command line; empty for a kernel thread, a zombie or one that may not be read.
+
+        Of one that fills megabytes, the beginning tells enough.
+        """
+        text = (self._read_permitted(f"{pid}/task/{task}/cmdline") or b"")[:_MAX_ARGV_BYTES]
         return (
             tuple(word.decode("utf-8", "replace") for word in text.rstrip(b"\0").split(b"\0")) if text else ()
         )
