@@ -799,7 +799,7 @@ def test_the_last_pid_changes_with_every_fork_and_every_thread() -> None:
 
 
 def test_of_a_command_line_of_megabytes_the_beginning_is_told() -> None:
-    command = ["sh", "-c", "read line", *(["\u00ff" * 60_000] * 20)]
+    command = ["sh", "-c", "read line", *(["\u00ff" * 60_000] * 10)]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         end_s = time.monotonic() + 10.0
         argv: tuple[str, ...] = ()
