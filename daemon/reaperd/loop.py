@@ -25,6 +25,7 @@ from reaperd.config import Config, ConfigError, render_config, without_effect
 from reaperd.core import Core
 from reaperd.gate_link import GateLink, Peer, Return
 from reaperd.gpu import GpuMeter
+from reaperd.hunt import Hunt
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcFS
 from reaperd.linux.systemd import Notifier
@@ -118,6 +119,7 @@ class Daemon:
             self._core.sessions.record,
             GpuMeter(proc).read,
         )
+        self._orphans.on_end = self._count_ended
         self._orphans.heed(scan_rules(self._config), self._core.policy, enabled=self._config.scan.enabled)
         self._server = Server(self._core, self._link, self._facts(), self._orphans)
         self._tell_without_effect()
@@ -214,6 +216,11 @@ class Daemon:
         if self._notifier.watchdog_s is not None and self._watchdog_due_s <= now_s:
             self._watchdog_due_s = now_s + self._notifier.watchdog_s
             self._notifier.send(f"WATCHDOG=1\nSTATUS={len(self._core.sessions.entries)} sessions")
+
+    def _count_ended(self, hunt: Hunt) -> None:
+        ended, freed = report.ended_by(hunt)
+        self._store.add_total("reaped", ended)
+        self._store.add_total("freed_bytes", freed.rss_bytes)
 
     def _see_to_orphans(self, work: Callable[[], None]) -> None:
         """Do what is due about orphans: after the sessions, and no mistake in it may keep the daemon from those."""

@@ -142,12 +142,8 @@ def orphan_outcome(id_: ProcessId, uid: int | None, outcome: str, after_s: float
 def hunt_event(kind: str, hunt: Hunt) -> dict[str, Any]:
     """Return the event that tells how the orphans of one dead pool parent were ended."""
     touched = [target for target in hunt.targets.values() if target.signals or target.denied]
+    _, freed = ended_by(hunt)
     gone_at_s = [t.gone_at_s for t in touched if t.gone_at_s is not None]
-    gone = [t.member.process for t in touched if t.stage is Stage.GONE]
-    freed = Freed(
-        rss_bytes=sum(one.rss_bytes for one in gone),
-        gpu_bytes=sum(hunt.gpu_bytes.get(one.id, 0) for one in gone),
-    )
     return event(
         kind,
         uid=hunt.uid,
@@ -160,6 +156,13 @@ def hunt_event(kind: str, hunt: Hunt) -> dict[str, Any]:
         latency_s=round(max(gone_at_s) - hunt.began_s, 6) if gone_at_s else None,
         freed=_freed_record(freed),
     )
+
+
+def ended_by(hunt: Hunt) -> tuple[int, Freed]:
+    """Return how many have ended after a signal of ours, and what that has given back to the machine."""
+    gone = [t.member.process for t in hunt.targets.values() if t.signals and t.stage is Stage.GONE]
+    gpu_bytes = sum(hunt.gpu_bytes.get(one.id, 0) for one in gone)
+    return len(gone), Freed(rss_bytes=sum(one.rss_bytes for one in gone), gpu_bytes=gpu_bytes)
 
 
 def orphan_record(

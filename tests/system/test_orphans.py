@@ -515,6 +515,9 @@ def test_a_clean_up_ends_what_no_threshold_would_and_nobody_whose_parent_lives(
         assert keeper.wait_event(pid, "killed")["result"] == "killed"
     dead.assert_gone([*dead.workers, *dead.trackers])
     assert living.alive([*living.workers, living.pid]) == [*living.workers, living.pid]
+    status = keeper.get("status")["status"]
+    assert status["reaped_total"] == len(dead.workers)
+    assert status["freed_bytes_total"] > 0
 
 
 # -- from a script --------------------------------------------------------------------------------

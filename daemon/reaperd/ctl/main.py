@@ -330,7 +330,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...
     ("protect", "have one running process left alone", _process_options),
     ("release", "let a process go on that was stopped, and leave it alone", _process_options),
     ("monitor", "show what there is, and what it takes, again and again", _monitor_options),
-    ("events", "print what happened: sessions that began, ended and were reaped", _events_options),
+    ("events", "print what happened: to sessions, to orphans, and to the daemon itself", _events_options),
     ("stop", "end a session: its leader, then what that leaves behind", _stop_options),
     ("ping", "ask the daemon whether it is there", _reads),
     ("doctor", "check whether this machine lets Reaper do its work, and say what to do if not", _reads),
