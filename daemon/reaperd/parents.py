@@ -11,16 +11,17 @@ from reaperd.verdicts import Parent
 
 PYTHONS = ("python", "pypy")  # how the name of an interpreter's file begins
 
-# They adopt what others leave, and start no pool of workers: process 1 of a machine or of a container, managers of a user's
-# services, container runtimes' shims (they call prctl(2), PR_SET_CHILD_SUBREAPER).
-ADOPTERS = frozenset(
+# They adopt what others leave, and start no pool of workers: process 1 of a machine, managers of services (they call
+# prctl(2), PR_SET_CHILD_SUBREAPER).
+ADOPTERS = frozenset(("systemd", "init", "openrc-init", "s6-svscan", "runit", "runit-init", "runsvdir"))
+# As process 1 of a container these are, or stand for, an init. Anywhere else they are who has started their child, as conmon
+# and a container's shim are: a pool may have each worker started so.
+STAND_INS = frozenset(
     {
-        *("systemd", "init", "tini", "tini-static", "dumb-init", "docker-init", "catatonit", "conmon", "openrc-init"),
-        *("s6-svscan", "runit", "runit-init", "runsvdir", "containerd-shim", "containerd-shim-runc-v2"),
+        *("tini", "tini-static", "dumb-init", "docker-init", "catatonit"),
+        *("sh", "bash", "dash", "ash", "zsh", "ksh", "sleep", "tail", "cat", "pause", "busybox"),
     }
 )  # fmt: skip
-# As process 1 of a container these stand for an init; anywhere else they adopt nobody.
-STAND_INS = frozenset({"sh", "bash", "dash", "ash", "zsh", "ksh", "sleep", "tail", "cat", "pause", "busybox"})
 
 
 class _Told(NamedTuple):

@@ -81,12 +81,21 @@ def test_an_unknown_parent_may_have_started_it_whatever_its_session(tree: Tree) 
     assert not adopts(tree, tree.child(70, sid=40))
 
 
-def test_a_shell_adopts_as_process_1_of_a_container_alone(tree: Tree) -> None:
-    tree.add(70, "bash", "/bin/bash", inner=1)
-    tree.add(71, "bash", "/bin/bash", inner=7)
+@pytest.mark.parametrize("name", ["bash", "tini", "dumb-init"])
+def test_what_stands_in_for_an_init_adopts_as_process_1_of_a_container_alone(tree: Tree, name: str) -> None:
+    """Anywhere else a pool may have its workers started by it."""
+    tree.add(70, name, f"/bin/{name}", inner=1)
+    tree.add(71, name, f"/bin/{name}", inner=7)
     child = tree.child(70, sid=1)
     assert adopts(tree, child)
     assert not adopts(tree, child._replace(ppid=71))
+
+
+@pytest.mark.parametrize("name", ["conmon", "containerd-shim-runc-v2"])
+def test_what_runs_containers_has_started_what_is_below_it(tree: Tree, name: str) -> None:
+    """With podman run --pid=host that is a worker's parent from the beginning, while its pool lives."""
+    tree.add(812, name, f"/usr/bin/{name}")
+    assert not adopts(tree, tree.child(812))
 
 
 def test_a_users_own_manager_adopts(tree: Tree) -> None:
@@ -101,12 +110,12 @@ def test_the_file_that_runs_goes_before_the_name_that_a_process_gives_itself(tre
 
 
 def test_where_that_may_not_be_asked_the_name_must_do(tree: Tree) -> None:
-    tree.add(812, "tini")
+    tree.add(812, "systemd")
     assert adopts(tree, tree.child(812))
 
 
 def test_who_is_younger_than_its_child_has_not_adopted_it(tree: Tree) -> None:
-    tree.add(812, "tini", "/usr/bin/tini", ticks=21)
+    tree.add(812, "systemd", "/usr/lib/systemd/systemd", ticks=21)
     assert not adopts(tree, tree.child(812, ticks=20))
 
 
