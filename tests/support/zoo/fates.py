@@ -44,8 +44,8 @@ def start_ticks() -> int:
         return int(file.read().rpartition(b") ")[2].split()[19])
 
 
-def tell_of_birth(starter: int, *, certain: bool) -> None:
-    tell(born=os.getpid(), ticks=start_ticks(), starter=starter, certain=certain)
+def tell_of_birth(starter: int, *, certain: bool, forked: bool = False) -> None:
+    tell(born=os.getpid(), ticks=start_ticks(), starter=starter, certain=certain, forked=forked)
 
 
 def is_over() -> bool:
@@ -65,7 +65,7 @@ def attend_children() -> None:
 def work(seed: int, starter: int, certain: int = 1, depth: int = 0, stays: int = 0) -> None:
     """The life of a worker: ``stays``: it neither exits nor becomes another program."""
     dice = random.Random(seed)
-    tell_of_birth(starter, certain=bool(certain))
+    tell_of_birth(starter, certain=bool(certain), forked=depth > 0)
     held = b"\1" * HELD_BYTES
     end_s = time.monotonic() + stage.LIFETIME_S
     while time.monotonic() < end_s:
