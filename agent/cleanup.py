@@ -21,6 +21,10 @@ _WITHIN_S = 180.0  # it waits a minute itself, for what it has ended
 class CleanupError(RuntimeError):
     """Nobody could be asked to clean up; the text says why. Nothing, or not all, was ended."""
 
+    def __init__(self, reason: str) -> None:
+        """Say that it failed, and why."""
+        super().__init__(f"the orphans could not be cleaned up: {reason}")
+
 
 class CleanedProcess(NamedTuple):
     """An orphan, and what became of it."""
@@ -50,9 +54,8 @@ class CleanupReport(NamedTuple):
     killed: tuple[CleanedProcess, ...]
     reclaimed: tuple[CleanedFile, ...]
     denied: tuple[CleanedProcess, ...]  # the kernel does not let whoever sent the signal end them
-    remaining: tuple[
-        CleanedProcess | CleanedFile, ...
-    ]  # had not ended within a minute, or could not be removed
+    # What had not ended within a minute, or could not be removed.
+    remaining: tuple[CleanedProcess | CleanedFile, ...]
 
     def __bool__(self) -> bool:
         """Say whether there was anything to clean up."""
@@ -71,21 +74,19 @@ def emergency_cleanup(socket: str | None) -> CleanupReport:
             return _report(json.loads(done.stdout))
         except (ValueError, TypeError, KeyError):
             pass  # it has failed before there was anything to tell
-    raise CleanupError(f"the orphans could not be cleaned up: {_reason(done)}")
+    raise CleanupError(_reason(done))
 
 
 def _run(options: list[str]) -> subprocess.CompletedProcess[str]:
     executable = sys.executable or ""
     if getattr(sys, "frozen", False) or not os.path.basename(executable).startswith(_INTERPRETERS):
         # A program that embeds Python, or was frozen: run with these options, it would be started once more.
-        raise CleanupError(
-            f"the orphans could not be cleaned up: {executable or 'sys.executable'} is no Python interpreter;"
-            " run `reaperctl cleanup` instead"
-        )
+        no_python = f"{executable or 'sys.executable'} is no Python interpreter"
+        raise CleanupError(f"{no_python}; run `reaperctl cleanup` instead")
     try:
         return subprocess.run(
             # A module of the working directory must not be taken for ours.
-            [sys.executable, "-I", *_COMMAND, *options],
+            [executable, "-I", *_COMMAND, *options],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -94,12 +95,10 @@ def _run(options: list[str]) -> subprocess.CompletedProcess[str]:
             timeout=_WITHIN_S,
         )
     except subprocess.TimeoutExpired:
-        raise CleanupError(
-            f"the orphans could not be cleaned up: reaperctl was not done within {_WITHIN_S:g} s"
-        ) from None
+        raise CleanupError(f"reaperctl was not done within {_WITHIN_S:g} s") from None
     except (OSError, ValueError) as error:  # ValueError: a socket's path with a NUL
         reason = getattr(error, "strerror", None) or error
-        raise CleanupError(f"the orphans could not be cleaned up: {sys.executable}: {reason}") from None
+        raise CleanupError(f"{executable}: {reason}") from None
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:

@@ -145,11 +145,6 @@ class Survey(NamedTuple):
     withheld: list[str]
 
 
-def find_leftovers(proc: ProcFS, **asked: Any) -> list[Leftover]:
-    """Return the leftovers of ``survey()``."""
-    return survey(proc, **asked).leftovers
-
-
 def survey(
     proc: ProcFS,
     *,
@@ -198,7 +193,8 @@ def remove_leftovers(
     folders = [os.path.dirname(one.path) for one in asked]
     uids = {one.uid for one in asked}
     uid = uids.pop() if len(uids) == 1 else None
-    still = {one.entry for one in find_leftovers(proc, uid=uid, folders=folders, ours=ours, alone=alone)}
+    there = survey(proc, uid=uid, folders=folders, ours=ours, alone=alone).leftovers
+    still = {one.entry for one in there}
     gone = {one for one, is_gone in _remove([one for one in asked if one.entry in still]) if is_gone}
     return [(one, one in gone) for one in asked]
 

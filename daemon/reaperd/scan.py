@@ -239,10 +239,8 @@ class Scan:
         for adopter in self._adopters & listing.keys() | {1}:
             with contextlib.suppress(ProcessGone, PermissionError):
                 adopted.update(self._proc.children(adopter))
-        for pid in [pid for pid in self._forked if pid not in adopted]:
-            del self._forked[pid]
-        for pid in [pid for pid in self._plain if pid not in adopted]:
-            del self._plain[pid]
+        self._forked = {pid: one for pid, one in self._forked.items() if pid in adopted}
+        self._plain = {pid: one for pid, one in self._plain.items() if pid in adopted}
         due = [
             pid
             for pid in adopted
@@ -299,10 +297,10 @@ class Scan:
         )  # fmt: skip
         group = (-1 if uid is None else uid, *(lost or (stat.ppid, stat.posix_sid, stat.posix_pgid)))
         row = bearer.signature if bearer else None
-        if bearer is not None and row is not None and stat.forked and not row.comm and not bearer.was_below:
+        if bearer is not None and stat.forked and not bearer.signature.comm and not bearer.was_below:
             # Its command line is its parent's. A forkserver may have died alone, and its workers still be of use to its pool;
             # and what a worker puts into the background is meant to live on.
-            row = row._replace(certain=False)
+            row = bearer.signature._replace(certain=False)
         return Suspect(process, row, parents.of(stat), lost, group=group)
 
     def _lost_parent(self, bearer: _Bearer, stat: Stat, parents: Parents) -> ProcessId | None:

@@ -28,7 +28,7 @@ import pytest
 from specimens import mapping
 
 from reaperd import leftovers
-from reaperd.leftovers import Leftover, find_leftovers, leftovers_work, remove_leftovers
+from reaperd.leftovers import Leftover, leftovers_work, remove_leftovers, survey
 from reaperd.linux import helper, shm
 from reaperd.linux.procfs import PF_EXITING, TICKS_PER_S, ProcFS, Stat
 from reaperd.model import ProcessId
@@ -71,7 +71,7 @@ class Estate:
     def find(self, **settings: Any) -> list[Leftover]:
         asked: dict[str, Any] = {"uid": OWNER, "folders": [str(self.folder)], **settings}
         before = len(os.listdir("/proc/self/fd"))
-        found = find_leftovers(asked.pop("proc", ProcFS()), **asked)
+        found = survey(asked.pop("proc", ProcFS()), **asked).leftovers
         assert len(os.listdir("/proc/self/fd")) == before
         return found
 
