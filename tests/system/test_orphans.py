@@ -429,27 +429,33 @@ def test_a_protected_orphan_is_spared(enclosure: Enclosure, start_pool: Callable
     assert keeper.get("explain", pid=protected)["explain"]["rule"] == "protected"
 
 
-def test_the_pool_of_a_protected_orphan_is_in_use_down_to_the_last_of_it(
-    enclosure: Enclosure, start_pool: Callable[..., Pool]
+@pytest.mark.parametrize("place", [0, 1], ids=["orphan", "child-of-an-orphan"])
+def test_the_pool_of_whoever_is_protected_is_in_use_down_to_the_last_of_it(
+    place: int, enclosure: Enclosure, start_pool: Callable[..., Pool]
 ) -> None:
     keeper = enclosure.daemon(settings())
     protected, other = (
         start_pool("nested", "--method", "spawn", "--workers", "3", "--busy") for _ in range(2)
     )
-    first = next(pid for pid in protected.workers if enclosure.parent_of(pid) == protected.pid)
+    chain = [protected.pid]
+    while len(chain) <= len(protected.workers):
+        chain.append(next(pid for pid in protected.workers if enclosure.parent_of(pid) == chain[-1]))
+    first, *below = chain[1 + place :]
     keeper.get("protect", pid=first)
     for pool in (protected, other):
         pool.leader.kill9()
     for pid in other.workers:
         assert keeper.wait_event(pid, "killed")["result"] == "killed"
+    for pid in chain[1 : 1 + place]:
+        keeper.wait_event(pid, "killed")
     keeper.wait_scanned()
-    assert protected.alive(protected.workers) == protected.workers
-    rules = {pid: keeper.get("explain", pid=pid)["explain"]["rule"] for pid in protected.workers}
-    assert rules == {pid: "protected" if pid == first else "parent" for pid in protected.workers}
-    ids = [[pid, int(enclosure.stat(pid)[19])] for pid in protected.workers]
+    assert protected.alive([first, *below]) == [first, *below]
+    rules = {pid: keeper.get("explain", pid=pid)["explain"]["rule"] for pid in [first, *below]}
+    assert rules == {first: "protected", **dict.fromkeys(below, "parent")}
+    ids = [[pid, int(enclosure.stat(pid)[19])] for pid in [first, *below]]
     assert {record["verdict"] for record in keeper.get("cleanup", processes=ids)["orphans"]} <= {"spare"}
     keeper.wait_scanned(1)
-    assert protected.alive(protected.workers) == protected.workers
+    assert protected.alive([first, *below]) == [first, *below]
 
 
 def test_workers_whose_forkserver_alone_has_died_are_of_use_still(
@@ -573,11 +579,13 @@ def test_a_daemon_that_signals_nobody_ends_none_for_a_script_either(
     assert pool.alive(pool.workers) == pool.workers
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_worker_that_ignores_sigterm_is_killed(
-    enclosure: Enclosure, start_pool: Callable[..., Pool]
+    method: str, enclosure: Enclosure, start_pool: Callable[..., Pool]
 ) -> None:
+    """A forkserver has ended by then, and no orphan stands above its workers any more."""
     keeper = enclosure.daemon(settings())
-    pool = start_pool("executor", "--method", "spawn", "--busy", REAPER_TEST_IGNORE="SIGTERM")
+    pool = start_pool("executor", "--method", method, "--busy", REAPER_TEST_IGNORE="SIGTERM")
     for pid in pool.workers:
         assert int(_status(enclosure, pid, "SigIgn"), 16) >> (signal.SIGTERM - 1) & 1
     pool.leader.kill9()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -81,6 +84,14 @@ def test_only_what_a_dry_run_would_have_ended_is_meant() -> None:
     assert list(target.leftovers) == ["/a"]
     assert not cleanup.target_of({"orphans": [record(2, verdict="spare")]})
     assert not cleanup.target_of(None)
+
+
+def test_who_was_started_with_sigchld_ignored_looks_with_a_helper_all_the_same() -> None:
+    code = "import signal, runpy, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+    code += "sys.argv[1:] = ['orphans', '--local', '--json']; runpy.run_module('reaperd.ctl.main', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert isinstance(json.loads(done.stdout), list)
 
 
 def test_of_one_owner_s_alone_is_told_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ class Hunting:
     def __init__(self) -> None:
         self.poller = Poller()
         self.says: dict[ProcessId, Verdict] = {}
+        self.uid = os.getuid()  # whose they are when they are judged again
         self.held: list[bool] = []  # whether a pidfd was open whenever somebody was judged again
         self.over: list[Hunt] = []
         self.reaper = Reaper(ProcFS(), frozenset())
@@ -49,7 +50,11 @@ class Hunting:
         del waived
         wanted = list(ids)
         self.held += [self.reaper.holds(id_) for id_ in wanted]
-        return {id_: (suspect(id_), self.says[id_]) for id_ in wanted if id_ in self.says}
+        now = {id_: suspect(id_) for id_ in wanted if id_ in self.says}
+        return {
+            id_: (one._replace(process=one.process._replace(uid=self.uid)), self.says[id_])
+            for id_, one in now.items()
+        }
 
     def begin(self, *ids: ProcessId, group: int = 1) -> None:
         self.says.update({id_: KILL for id_ in ids if id_ not in self.says})
@@ -134,6 +139,15 @@ def test_whom_something_spares_at_the_last_moment_is_not_signalled(hunting: Hunt
         assert target.excused
         assert ProcFS().is_alive(id_)
         assert not hunting.reaper.holds(id_)
+
+
+def test_who_has_become_another_users_at_the_last_moment_is_not_signalled(hunting: Hunting) -> None:
+    hunting.uid += 1
+    with orphan() as id_:
+        hunting.begin(id_)
+        (target,) = hunting.run().values()
+        assert (target.signals, target.excused) == ((), True)
+        assert ProcFS().is_alive(id_)
 
 
 def test_who_is_spared_after_it_was_asked_to_end_is_not_killed(hunting: Hunting) -> None:

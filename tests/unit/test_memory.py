@@ -45,6 +45,7 @@ class Faulty(ProcFS):
         self.execs: set[int] = set()
         self.empty: set[int] = set()
         self.secret: set[int] = set()
+        self.huge: set[int] = set()
 
     def stat(self, pid: int) -> Stat:
         return super().stat(ME)._replace(image=0 if pid in self.execs | self.secret else 1)
@@ -61,6 +62,8 @@ class Faulty(ProcFS):
             return None
         if pid in self.execs | self.empty:
             return b""
+        if pid in self.huge:
+            return b"HOME=/\0TMPDIR=/" + b"x" * memory._MAX_VALUE_CHARS + b"\0"
         select.select([], [], [], self.idle.get(pid, 0.0))
         until_s = time.thread_time() + self.slow.get(pid, 0.0)
         while time.thread_time() < until_s:
@@ -158,6 +161,14 @@ def test_what_may_not_be_read_is_empty() -> None:
         die(pid)
         for memory_ in MemoryReader(ProcFS()).read([one]).values():
             assert (memory_.variables, memory_.argv) == ({}, ())
+
+
+def test_a_variable_that_fills_the_memory_of_whoever_asks_is_none() -> None:
+    proc = Faulty()
+    proc.huge = {1}
+    memories = MemoryReader(proc).read([invented(1), invented(2)])
+    assert memories[1].variables == {}
+    assert memories[2].variables == {"TMPDIR": "/2"}
 
 
 # -- who blocks -------------------------------------------------------------------------------------
@@ -262,6 +273,14 @@ def test_a_batch_has_its_time_and_who_was_left_has_not_stalled() -> None:
     left = [pid for pid in pids if pid not in first]
     assert read(reader, *left).keys() >= set(left) - stalls(reader)
     assert len(stalls(reader) - first.keys()) == 0
+
+
+def test_who_takes_all_the_time_there_is_leaves_it_to_those_behind_the_next_time() -> None:
+    proc = Faulty()
+    reader = MemoryReader(proc)
+    proc.slow = {1: SOON_S}
+    assert read(reader, 1, 2) == {}
+    assert read(reader, 1, 2) == told(2)
 
 
 def test_the_alarm_ends_a_batch_and_is_nobodys_fault() -> None:
