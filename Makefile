@@ -90,6 +90,12 @@ $(FRAMEWORKS_STAMP): tests/support/frameworks.txt pyproject.toml | $(STAMP)
 frameworks: $(FRAMEWORKS_STAMP) ## the tests of orphans, as root, with PyTorch, celery, gunicorn, Jupyter and loky for real
 	$(FRAMEWORKS)/bin/python -m pytest tests/system/test_orphans.py tests/system/test_orphan_zoo.py $(PYTEST_ARGS)
 
+EXAMPLES ?= 1000
+
+.PHONY: interleavings
+interleavings: $(STAMP) ## random lives of pools against the scan and its verdicts, more of them than in make test; EXAMPLES=n
+	REAPER_TEST_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/unit/test_interleavings.py
+
 STEPS ?= 300
 SEED ?=
 SESSIONS ?= 4000

@@ -69,20 +69,25 @@ class OrphanRequests:
         return {"explain": report.explanation(told.suspect, told.verdict, events)}
 
     def _protect(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
-        id_, name = self._own_process(peer, message)
-        self._spare(peer, id_)
+        undo, (id_, name) = _switch(message, "undo"), self._own_process(peer, message)
+        if not undo:
+            self._heed(self._orphans.spare(id_, peer.uid))
+        elif id_ in self._core.policy.spared:
+            self._heed(self._orphans.spare_no_longer(id_, peer.uid))
+        else:
+            raise wire.WireError("not-protected", f"process {id_.pid} was not spared by hand")
         return {"pid": id_.pid, "start_ticks": id_.start_ticks, "name": name}
 
     def _release(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
         id_, _ = self._own_process(peer, message)
         if not self._orphans.is_quarantined(id_):
             raise wire.WireError("not-quarantined", f"process {id_.pid} is not in quarantine")
-        self._spare(peer, id_)
+        self._heed(self._orphans.spare(id_, peer.uid))
         return {"pid": id_.pid, "start_ticks": id_.start_ticks}
 
-    def _spare(self, peer: Peer, id_: ProcessId) -> None:
-        """Spare a process whoever would end it: a scan, or the session that it belongs to."""
-        self._core.policy = self._core.policy._replace(spared=self._orphans.spare(id_, peer.uid))
+    def _heed(self, spared: frozenset[ProcessId]) -> None:
+        """Spare these whoever would end them: a scan, or the session that they belong to."""
+        self._core.policy = self._core.policy._replace(spared=spared)
 
     def _own_process(self, peer: Peer, message: dict[str, Any]) -> tuple[ProcessId, str]:
         """Return the process that is meant, which must be one that ``peer`` may act on."""
@@ -97,16 +102,21 @@ class OrphanRequests:
         return stat.id, stat.comm
 
     def _score(self, peer: Peer) -> dict[str, Any]:
-        """Sum up what was left alone although a rule would have had it ended, and what became of it."""
+        """Sum up what was left alone although a rule would have had it ended, and what became of it.
+
+        A clean-up that somebody asked for says nothing of the rules.
+        """
         events = self._core.store.events_of_kinds("orphan", "killed")
         if not self._may_act(peer, None):
             events = [one for one in events if one.get("uid") == peer.uid]
-        condemned = [one for one in events if one["kind"] == "orphan" and one.get("would")]
-        exited_s = [one["after_s"] for one in events if one.get("outcome") == "exited"]
-        claimed = sum(one.get("outcome") == "claimed" for one in events)
-        still = [one for one in self._orphans.listing() if one.given.record.condemned_at_s is not None]
+        condemned = {_first(one): one["at"] for one in events if one["kind"] == "orphan" and one.get("would")}
+        became = [one for one in events if "outcome" in one and _first(one) in condemned]
+        exited_s = [one["after_s"] for one in became if one["outcome"] == "exited"]
+        claimed = sum(one["outcome"] == "claimed" for one in became)
+        still = [one.suspect for one in self._orphans.listing() if one.suspect.id in condemned]
+        by_rules = [one for one in events if one["kind"] == "killed" and one.get("asked_by_uid") is None]
         return {
-            "since": condemned[0]["at"] if condemned else None,
+            "since": min(condemned.values(), default=None),
             "condemned": len(condemned),
             "exited": len(exited_s),
             "exited_after_s": {
@@ -114,9 +124,15 @@ class OrphanRequests:
                 "max": max(exited_s, default=None),
             },
             "claimed": claimed,
-            "still_there": len([one for one in still if self._may_act(peer, one.suspect.process.uid)]),
-            "killed": sum(len(one["processes"]) for one in events if one["kind"] == "killed"),
+            "still_there": len([one for one in still if self._may_act(peer, one.process.uid)]),
+            "killed": sum(len(one["processes"]) for one in by_rules),
         }
+
+
+def _first(one: dict[str, Any]) -> ProcessId:
+    """Return whom an event about one process is about."""
+    process = one["processes"][0]
+    return ProcessId(process["pid"], process["start_ticks"])
 
 
 def _switch(message: dict[str, Any], key: str) -> bool:

@@ -60,6 +60,9 @@ class Memory(Protocol):
     def spare(self, id_: ProcessId) -> None:
         """Keep that somebody was."""
 
+    def spare_no_longer(self, id_: ProcessId) -> None:
+        """Drop that again."""
+
 
 class Belongs(Protocol):
     """Who knows the registered sessions."""
@@ -118,7 +121,7 @@ class Orphans:
     def heed(self, rules: Rules, policy: Policy, *, enabled: bool = True) -> None:
         """Go by these rules from now on."""
         self._rules, self._enabled = rules, enabled
-        self._policy = policy._replace(spared=self._memory.spared())
+        self._policy = policy._replace(spared=self._spared())
         self._scan.heed(rules.extra)
         self.hunts.grace_s = policy.grace_s
 
@@ -280,7 +283,10 @@ class Orphans:
             *(id_.pid, one.suspect.process.uid, one.suspect.framework, one.verdict.rule),
             "; ".join(one.verdict.prospects),
         )
-        self._tell_of(one, "orphan", would=self._rules.action.value)
+        # Who only may be an orphan would have been left alone whatever the action is.
+        self._tell_of(
+            one, "orphan", would=None if one.verdict.rule == "uncertain" else self._rules.action.value
+        )
 
     def _quarantine(self, one: Judged) -> None:
         id_ = one.suspect.id
@@ -401,7 +407,8 @@ class Orphans:
     def spare(self, id_: ProcessId, by_uid: int) -> frozenset[ProcessId]:
         """Never end this process from now on, and let it go on where it is in quarantine; return all who are spared so."""
         self._memory.spare(id_)
-        self._policy = self._policy._replace(spared=self._memory.spared())
+        self._policy = self._policy._replace(spared=self._spared())
+        log.info("protected pid=%d asked_by_uid=%d", id_.pid, by_uid)
         if self.is_quarantined(id_) and self.hunts.resume(id_):
             self._keep(id_, self._records[id_]._replace(quarantined_at_s=None))
             log.info("released pid=%d asked_by_uid=%d", id_.pid, by_uid)
@@ -409,6 +416,21 @@ class Orphans:
             if judged is not None:
                 self._tell_of(judged, "released", signal="SIGCONT")
         return self._policy.spared
+
+    def spare_no_longer(self, id_: ProcessId, by_uid: int) -> frozenset[ProcessId]:
+        """Judge this process as any other from now on; return all who are still spared by hand."""
+        self._memory.spare_no_longer(id_)
+        self._policy = self._policy._replace(spared=self._spared())
+        log.info("protected no longer pid=%d asked_by_uid=%d", id_.pid, by_uid)
+        return self._policy.spared
+
+    def _spared(self) -> frozenset[ProcessId]:
+        """Return who is spared by hand and lives, and forget the others: there are never more than processes."""
+        spared = self._memory.spared()
+        alive = frozenset(id_ for id_ in spared if self._proc.is_alive(id_))
+        for id_ in spared - alive:
+            self._memory.spare_no_longer(id_)
+        return alive
 
     def describe(self, one: Judged) -> dict[str, Any]:
         """Return what is told of one orphan."""

@@ -184,7 +184,7 @@ def orphan_record(
         "rss_bytes": one.process.rss_bytes,
         "gpu_bytes": one.gpu_bytes,
         "quarantined_s": None if stopped_s is None else round(stopped_s, 1),
-        "ends_by_itself": one.signature.alone if one.signature else "",
+        "ends_by_itself": _alone(one),
         "cmdline": list(one.process.argv) or None,
         "evidence": list(verdict.prospects),
         "result": None if target is None or not target.done else result_of(target),
@@ -193,6 +193,7 @@ def orphan_record(
 
 def explanation(one: Suspect, verdict: Verdict, events: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what ``explain`` says of a process that lives."""
+    is_workers = one.signature is not None or one.process.forked
     return {
         "pid": one.id.pid,
         "alive": True,
@@ -200,12 +201,17 @@ def explanation(one: Suspect, verdict: Verdict, events: list[dict[str, Any]]) ->
         "rule": verdict.rule,
         "evidence": list(verdict.prospects),
         "session": one.session or one.spared_by_session or None,
-        "framework": one.framework,
-        "role": one.role.value,
-        "ends_by_itself": one.signature.alone if one.signature else "",
+        "framework": one.framework if is_workers else None,
+        "role": one.role.value if is_workers else None,
+        "ends_by_itself": _alone(one),
         "cmdline": list(one.process.argv) or None,
         "events": events,
     }
+
+
+def _alone(one: Suspect) -> str | None:
+    """Return what such a process does once its parent is gone, in words."""
+    return (one.signature.alone or None) if one.signature else None
 
 
 def explanation_of_the_gone(pid: int, events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -221,7 +227,7 @@ def explanation_of_the_gone(pid: int, events: list[dict[str, Any]]) -> dict[str,
         "session": last.get("session"),
         "framework": told.get("framework"),
         "role": told.get("role"),
-        "ends_by_itself": "",
+        "ends_by_itself": None,
         "cmdline": None,
         "events": events,
     }

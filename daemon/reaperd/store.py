@@ -199,6 +199,10 @@ class Store:
         """Put on record that a process is spared."""
         self._write("REPLACE INTO spared VALUES (?, ?, ?)", *id_, self._boot_id)
 
+    def spare_no_longer(self, id_: ProcessId) -> None:
+        """Take it off the record that a process is."""
+        self._write("DELETE FROM spared WHERE pid = ? AND start_ticks = ?", *id_)
+
     def events_of_kinds(self, *kinds: str) -> list[dict[str, Any]]:
         """Return the events of some kinds, oldest first."""
         marks = ", ".join("?" * len(kinds))

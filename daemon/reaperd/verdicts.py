@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from reaperd.model import Process, ProcessId, Role
-from reaperd.signatures import FORKED, Signature
+from reaperd.signatures import FORKED, OTHER, Signature
 from reaperd.words import duration, size
 
 STAYS_S = (
@@ -32,6 +32,7 @@ class Fate(enum.Enum):
     KILL = "kill"
     QUARANTINE = "quarantine"
     REPORT = "report"
+    WAIT = "wait"  # an orphan that no rule condemns yet
     SPARE = "spare"
 
 
@@ -81,7 +82,7 @@ class Suspect(NamedTuple):
     @property
     def framework(self) -> str:
         """What it is shown as."""
-        return self.signature.framework if self.signature else FORKED if self.process.forked else "python"
+        return self.signature.framework if self.signature else FORKED if self.process.forked else OTHER
 
     @property
     def role(self) -> Role:
@@ -209,7 +210,7 @@ def judge(one: Suspect, given: Circumstances, rules: Rules) -> Verdict:
     if given.record.quarantined_at_s is not None:
         return verdict(*_quarantined(given, rules))
     if harm is None:
-        return verdict(Fate.SPARE, *_harmless(one, given, rules))
+        return verdict(Fate.WAIT, *_harmless(one, given, rules))
     rule, reason = harm
     would = {
         Fate.KILL: "it would be ended at the next scan",

@@ -427,6 +427,8 @@ def test_a_protected_orphan_is_spared(enclosure: Enclosure, start_pool: Callable
     keeper.wait_scanned()
     assert pool.alive(pool.workers) == [protected]
     assert keeper.get("explain", pid=protected)["explain"]["rule"] == "protected"
+    assert keeper.get("protect", pid=protected, undo=True)["pid"] == protected
+    assert keeper.wait_event(protected, "killed")["result"] == "killed"
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["orphan", "child-of-an-orphan"])
@@ -524,6 +526,33 @@ def test_a_clean_up_ends_what_no_threshold_would_and_nobody_whose_parent_lives(
     status = keeper.get("status")["status"]
     assert status["reaped_total"] == len(dead.workers)
     assert status["freed_bytes_total"] > 0
+
+
+def reaperctl(enclosure: Enclosure, *words: str) -> bytes:
+    """Return what a command printed as JSON."""
+    command = enclosure.start([sys.executable, "-m", "reaperd.ctl.main", *words, "--json"])
+    assert command.stdout is not None
+    told = command.stdout.read()
+    assert command.wait() == 0, enclosure.read_errors()
+    return told
+
+
+def test_without_a_daemon_orphans_are_watched_and_cleaned_up_but_for_whoever_is_named(
+    enclosure: Enclosure, start_pool: Callable[..., Pool]
+) -> None:
+    dead, living = (start_pool("joblib-loky", "--idle") for _ in range(2))
+    dead.leader.kill9()
+    left, *others = dead.workers
+    told = reaperctl(enclosure, "monitor", "--local", "--duration", "1", "--interval", "0.2")
+    lines = [json.loads(line) for line in told.splitlines()]
+    assert len(lines) > 1
+    assert [line["orphans"]["processes"] for line in lines] == [len(dead.workers)] * len(lines)
+    assert {one["pid"] for one in lines[-1]["busiest"]} >= set(dead.workers)
+    assert lines[-1]["sessions"] is None
+    records = json.loads(reaperctl(enclosure, "cleanup", "--local", "--yes", "--except", str(left)))
+    assert [one["pid"] for one in records if one["result"] == "killed"] == others
+    assert dead.alive(dead.workers) == [left]
+    assert living.alive([*living.workers, living.pid]) == [*living.workers, living.pid]
 
 
 # -- from a script --------------------------------------------------------------------------------

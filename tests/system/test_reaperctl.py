@@ -134,10 +134,28 @@ def test_without_a_daemon_one_sentence_says_where_and_why_and_how_to_start_one(
 ) -> None:
     path = scratch.file("none.sock")
     done = ctl(run, *words, "--socket", path)
+    or_here = (
+        words[0] in ("orphans", "explain", "cleanup", "monitor") and words[-1] != "--score"
+    ) * ", or say --local to do without one"
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr == (
         f"reaperctl: no daemon answers: {path}: No such file or directory. "
-        f"Start one there with `reaperd --socket {path}`\n"
+        f"Start one there with `reaperd --socket {path}`{or_here}\n"
+    )
+
+
+@pytest.mark.needs_root
+def test_a_daemon_that_one_may_not_ask_is_not_said_to_be_none(run: str, scratch: Scratch) -> None:
+    path = scratch.file("none.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(path)
+        listener.listen()
+        os.chmod(path, 0o600)
+        os.chmod(scratch.path, 0o711)
+        done = ctl(run, "ping", "--socket", path, uid=SOMEBODY)
+    assert done.returncode == 3
+    assert done.stderr == (
+        f"reaperctl: no daemon may be asked: {path}: Permission denied. Ask as the user whose daemon that is\n"
     )
 
 

@@ -113,7 +113,6 @@ def test_a_socket_is_a_path(capsys: pytest.CaptureFixture[str], value: str) -> N
         ["explain"],
         ["protect", "4711", "--local"],
         ["release", "1", "2"],
-        ["monitor", "--local"],
     ],
 )
 def test_a_wrong_command_line_says_where_to_read_on(
@@ -182,7 +181,11 @@ def test_monitor_takes_no_time_that_is_none(capsys: pytest.CaptureFixture[str], 
     assert "must be" in refused(capsys, "monitor", option)
 
 
-@pytest.mark.parametrize("words", [["orphans"], ["explain", "1"], ["cleanup"]])
+def test_a_duration_that_is_none_is_told_that_0_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "must be 0, for no end, or a number of seconds" in refused(capsys, "monitor", "--duration=-1")
+
+
+@pytest.mark.parametrize("words", [["orphans"], ["explain", "1"], ["cleanup"], ["monitor"]])
 def test_what_works_without_a_daemon_takes_local(words: list[str]) -> None:
     assert main.parse([*words, "--local"]).local is True
     assert main.parse(words).local is False

@@ -111,6 +111,22 @@ def test_of_one_owner_s_alone_is_told_where_that_is_asked_for(monkeypatch: pytes
     assert (len(everything["orphans"]), len(everything["leftovers"])) == (3, 2)
 
 
+def test_whoever_is_named_is_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "ask", lambda op, **fields: {"orphans": [record(1), record(2)]})
+    words = ["cleanup", "--local", "--dry-run", "--except", "2", "--except", "3"]
+    assert cleanup.cleanup(main.parse([*words, "--json"])) == 0
+    told = {one["pid"]: (one["verdict"], one["evidence"][-1]) for one in json.loads(capsys.readouterr().out)}
+    assert told == {1: ("kill", "why"), 2: ("spare", "you said to leave it alone")}
+    assert cleanup.cleanup(main.parse(words)) == 0
+    shown = capsys.readouterr().out
+    assert "dry run: would end this process" in shown
+    assert "left alone:" in shown
+    assert cleanup.cleanup(main.parse([*words, "--except", "1"])) == 0
+    assert "nothing to clean up\n" in capsys.readouterr().out
+
+
 def test_exactly_what_was_shown_is_asked_for_by_pid_and_start_time() -> None:
     daemon = Daemon(None, event(1, ended(1), ended(2)))
     carry_out(daemon, 1, 2, paths=["/a"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -30,6 +31,7 @@ RULES = Rules(age_limit_s=0.0, cpu_window_s=1.0, memory_threshold_bytes=1, quara
 POLICY = Policy(grace_s=0.5)
 ENDED_WITHIN = 20  # looks, one a second
 BETWEEN_S = 1.0
+EXAMPLES = int(os.environ.get("REAPER_TEST_EXAMPLES", "200"))
 
 
 class ReadHere(MemoryReader):
@@ -111,6 +113,9 @@ class Kept:
         return frozenset()
 
     def spare(self, id_: ProcessId) -> None:
+        raise AssertionError(id_)
+
+    def spare_no_longer(self, id_: ProcessId) -> None:
         raise AssertionError(id_)
 
 
@@ -393,7 +398,7 @@ STEP = st.one_of(ACT, ACT, ACT, ACT, LOOK, CALM, st.sampled_from([("step", 0, 0)
 
 # Without Phase.shrink: that takes minutes, and what was done is short enough to be read.
 @settings(
-    max_examples=1000,
+    max_examples=EXAMPLES,
     deadline=None,
     phases=[Phase.reuse, Phase.generate],
     suppress_health_check=list(HealthCheck),

@@ -339,6 +339,38 @@ def test_an_event_says_when_what_who_why_how_many_how_fast_and_what_it_freed() -
     )
 
 
+LOKY = {"framework": "loky", "result": "kept", "signal": None}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"kind": "orphan", "would": "kill", "rule": "stays"}, "would have been ended, rule stays"),
+        ({"kind": "orphan", "would": "quarantine", "rule": "gpu"}, "would have been stopped, rule gpu"),
+        ({"kind": "orphan", "would": "report", "rule": "gpu"}, "told of, and left alone, rule gpu"),
+        ({"kind": "orphan", "rule": "uncertain"}, "told of, and left alone, rule uncertain"),
+        ({"kind": "orphan", "outcome": "exited", "after_s": 330.2}, "ended by itself 5 min 30 s later"),
+        ({"kind": "orphan", "outcome": "claimed", "after_s": 2.0}, "belongs to a session after all"),
+        ({"kind": "quarantined", "rule": "gpu"}, "stopped, rule gpu"),
+        ({"kind": "released", "rule": "protected"}, "goes on, rule protected"),
+    ],
+)
+def test_an_event_about_one_orphan_says_which_whose_and_what_became_of_it(
+    fields: dict[str, Any], words: str
+) -> None:
+    one = {"uid": 1000, "processes": [{"pid": 4711, **LOKY}], **fields}
+    assert render.what_happened(one) == f"pid 4711 (loky), uid 1000, {words}"
+
+
+def test_an_event_about_orphans_that_were_ended_names_the_first_of_them_and_who_asked_for_it() -> None:
+    processes = [{"pid": pid, **LOKY, "signal": "SIGTERM"} for pid in range(1, 11)]
+    one = {"kind": "killed", "uid": 7, "asked_by_uid": 0, "rule": "cleanup", "processes": processes}
+    assert render.what_happened(one) == (
+        "pids 1, 2, 3, 4, 5, 6, 7, 8, 2 more (loky), uid 7, rule cleanup, asked for by uid 0, "
+        "10 processes (10 SIGTERM)"
+    )
+
+
 def test_an_event_of_the_daemon_itself_has_no_session_and_no_trailing_blanks() -> None:
     one = event(kind="stopped", session=None, uid=None, cause=None)
     assert render.event(one, Look()) == "2026-01-31T11:47:00Z  stopped"

@@ -83,7 +83,16 @@ def test_what_is_no_orphan_is_not_counted(rule: str) -> None:
 
 
 def test_an_orphan_that_is_too_young_to_be_judged_is_counted() -> None:
-    assert categories(figures(orphans=(orphan(7, verdict="spare", rule="age"),))) == {7: "orphans"}
+    assert categories(figures(orphans=(orphan(7, verdict="wait", rule="age"),))) == {7: "orphans"}
+
+
+def test_without_a_daemon_nothing_is_said_of_it_nor_of_sessions() -> None:
+    found = render.figures(None, [orphan(7)], None, NOW)
+    assert render.document(found)["sessions"] is None
+    lines = render.frame(found, Look())
+    assert lines[0].endswith("without a daemon: nobody knows of sessions")
+    assert not any("reaperd" in line or "reaped" in line for line in lines)
+    assert categories(found) == {7: "orphans"}
 
 
 def test_sums_are_of_what_is_known_and_unknown_where_nothing_is() -> None:

@@ -116,10 +116,10 @@ def test_what_is_no_orphan_is_counted_unless_everything_is_asked_for(rule: str) 
     assert any(line.startswith("   5  alice  spare") for line in listed(record(), other, everything=True))
 
 
-@pytest.mark.parametrize("rule", ["age", "harmless", "spared"])
-def test_an_orphan_that_is_spared_for_now_is_shown(rule: str) -> None:
-    lines = listed(record(verdict="spare", rule=rule))
-    assert lines[1].startswith("4711  alice  spare")
+def test_an_orphan_that_no_rule_condemns_yet_is_shown() -> None:
+    lines = listed(record(verdict="wait", rule="age", orphaned_s=0.02))
+    assert lines[1].startswith("4711  alice  wait")
+    assert lines[1].split()[4] == "now"
     assert not any("--all" in line for line in lines)
 
 
@@ -362,6 +362,7 @@ def test_an_explanation_is_a_verdict_then_the_evidence_then_what_such_a_process_
     [
         ({"verdict": "quarantine"}, "is an orphan, and is stopped or to be stopped until somebody decides"),
         ({"verdict": "report"}, "is told of, and otherwise left alone"),
+        ({"verdict": "wait"}, "is an orphan that no rule would have ended yet"),
         ({"verdict": "spare"}, "is left alone"),
         ({"verdict": None}, "has no verdict: it was not judged"),
         ({"verdict": "odd"}, "has no verdict: odd"),
@@ -371,6 +372,11 @@ def test_an_explanation_is_a_verdict_then_the_evidence_then_what_such_a_process_
 def test_every_verdict_is_a_sentence(fields: dict[str, Any], sentence: str) -> None:
     found = render.explanation(explained(**fields, rule=None), Look())
     assert found[0] == f"pid 4711 (loky worker) {sentence}"
+
+
+def test_of_what_is_no_framework_s_nothing_is_said_of_its_work() -> None:
+    found = render.explanation(explained(framework=None, role=None, verdict="spare", rule=None), Look())
+    assert found[0] == "pid 4711 is left alone"
 
 
 def test_of_a_process_that_is_gone_it_is_told_what_happened_and_of_that_one_alone() -> None:

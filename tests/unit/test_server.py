@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sqlite3
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from agent import wire
 from agent.page import SessionPage
+from reaperd import report
 from reaperd.claims import Claims
 from reaperd.core import Core
 from reaperd.gate_link import Peer, Return
@@ -155,3 +157,51 @@ def test_a_request_that_a_leader_dies_in_the_middle_of_is_to_be_made_again(world
     os.close(writer)
     assert world.link.replies[-1]["kind"] == "busy"
     assert world.ask("explain", pid=ME)["ok"] is True
+
+
+def test_whoever_is_protected_can_be_judged_again(world: World) -> None:
+    assert world.ask("protect", pid=ME, undo=True)["kind"] == "not-protected"
+    assert world.ask("protect", pid=ME)["ok"] is True
+    assert {one.pid for one in world.core.policy.spared} == {ME}
+    assert world.ask("explain", pid=ME)["explain"]["rule"] == "protected"
+    assert world.ask("protect", pid=ME, undo=1)["kind"] == "bad-request"
+    assert world.ask("protect", pid=ME, undo=True)["ok"] is True
+    assert world.core.policy.spared == world.core.store.spared() == frozenset()
+    assert world.ask("explain", pid=ME)["explain"]["rule"] == "parent"
+
+
+def test_whoever_was_protected_is_forgotten_once_it_has_ended(world: World) -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        assert world.ask("protect", pid=child.pid)["ok"] is True
+        assert {one.pid for one in world.core.store.spared()} == {child.pid}
+    assert world.ask("protect", pid=ME)["ok"] is True
+    assert {one.pid for one in world.core.store.spared()} == {ME}
+
+
+def event(kind: str, pid: int, **more: Any) -> dict[str, Any]:
+    return report.event(kind, uid=os.getuid(), processes=[{"pid": pid, "start_ticks": 1}], **more)
+
+
+def test_the_score_counts_what_rules_would_have_ended_and_no_clean_up(world: World) -> None:
+    events = [
+        event("orphan", 1, would="kill", rule="stays"),
+        event("orphan", 2, would="kill", rule="gpu"),
+        event("orphan", 3, rule="uncertain"),
+        event("orphan", 1, outcome="exited", after_s=3.0),
+        event("orphan", 3, outcome="exited", after_s=9.0),
+        event("orphan", 2, outcome="claimed", after_s=1.0),
+        event("killed", 4, rule="cleanup", asked_by_uid=0),
+        event("killed", 5, rule="gpu", asked_by_uid=None),
+    ]
+    for one in events:
+        world.core.sessions.record(one)
+    score = world.ask("orphans", score=True)["score"]
+    del score["since"]
+    assert score == {
+        "condemned": 2,
+        "exited": 1,
+        "exited_after_s": {"median": 3.0, "max": 3.0},
+        "claimed": 1,
+        "still_there": 0,
+        "killed": 1,
+    }

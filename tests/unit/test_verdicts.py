@@ -81,7 +81,7 @@ def test_an_orphan_that_is_always_busy_is_ended_whatever_it_holds() -> None:
     ],
 )
 def test_who_was_not_seen_to_be_busy_all_the_time_is_not_ended_for_it(samples: tuple[Sample, ...]) -> None:
-    assert told(verdict(suspect(), group_bytes=0, samples=samples)) == (Fate.SPARE, "harmless")
+    assert told(verdict(suspect(), group_bytes=0, samples=samples)) == (Fate.WAIT, "harmless")
 
 
 def test_gpu_memory_counts_from_the_first_byte_on() -> None:
@@ -89,9 +89,9 @@ def test_gpu_memory_counts_from_the_first_byte_on() -> None:
 
 
 def test_who_never_ends_by_itself_is_ended_after_an_hour_and_who_does_is_not() -> None:
-    assert told(verdict(suspect(EXECUTOR), group_bytes=0, age_s=STAYS_S - 1)) == (Fate.SPARE, "harmless")
+    assert told(verdict(suspect(EXECUTOR), group_bytes=0, age_s=STAYS_S - 1)) == (Fate.WAIT, "harmless")
     assert told(verdict(suspect(EXECUTOR), group_bytes=0, age_s=STAYS_S)) == (Fate.KILL, "stays")
-    assert told(verdict(suspect(LOKY), group_bytes=0, age_s=STAYS_S)) == (Fate.SPARE, "harmless")
+    assert told(verdict(suspect(LOKY), group_bytes=0, age_s=STAYS_S)) == (Fate.WAIT, "harmless")
 
 
 @pytest.mark.parametrize("fate", [Fate.KILL, Fate.QUARANTINE, Fate.REPORT])
@@ -166,10 +166,10 @@ def test_whom_nothing_tells_from_a_program_in_the_background_is_told_of_at_most(
 
 
 def test_nobody_is_judged_before_the_age_limit_or_by_one_look_alone() -> None:
-    assert told(verdict(suspect(), age_s=299)) == (Fate.SPARE, "age")
+    assert told(verdict(suspect(), age_s=299)) == (Fate.WAIT, "age")
     assert verdict(suspect(), age_s=300).fate is Fate.KILL
     at_once = RULES._replace(age_limit_s=0.0)
-    assert told(verdict(suspect(), age_s=0, rules=at_once)) == (Fate.SPARE, "age")
+    assert told(verdict(suspect(), age_s=0, rules=at_once)) == (Fate.WAIT, "age")
     assert verdict(suspect(), age_s=0.1, rules=at_once).fate is Fate.KILL
 
 

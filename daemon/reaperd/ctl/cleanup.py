@@ -21,6 +21,7 @@ from reaperd.ctl.terminal import look_of_stdout, put, put_json, tell
 from reaperd.ctl.units import list_of, number_of, plural, text_of
 
 _ROOM_BYTES = wire.MAX_REQUEST_BYTES - 512  # beside the other fields of a request
+_EXCEPT = "except"  # the rule that spares whom the caller named
 _TELL = ("killed", "stuck")  # the kinds of event that say what became of an orphan
 
 Id = tuple[int, int]
@@ -56,6 +57,7 @@ def cleanup(options: Namespace) -> int:
     link = None if options.local else Link.of(options)
     ask = complete(link.ask if link else ask_here, options.owner)
     reply = ask("cleanup", dry_run=True, leftovers=options.leftovers)
+    reply["orphans"] = [_left_out(one, options.leave) for one in list_of(reply, "orphans")]
     target = target_of(reply)
     if not options.json:
         _show(reply, target, options)
@@ -86,6 +88,14 @@ def _document(processes: list[Any], leftovers: list[Any], reply: Any, options: N
     return document(processes, leftovers, list_of(reply, "withheld"), with_leftovers=options.leftovers)
 
 
+def _left_out(record: Any, leave: list[int]) -> Any:
+    """Return a record as it is, or as that of one that is to be left alone."""
+    if text_of(record, "verdict") != "kill" or number_of(record, "pid") not in leave:
+        return record
+    evidence = [*list_of(record, "evidence")[:-1], "you said to leave it alone"]
+    return {**record, "verdict": "spare", "rule": _EXCEPT, "evidence": evidence}
+
+
 def target_of(reply: Any) -> Target:
     """Return whom a dry run would have ended."""
     processes = {
@@ -114,7 +124,9 @@ def _show(reply: Any, target: Target, options: Namespace) -> None:
     if target.processes:
         lines += render_orphans.table(list(target.processes.values()), look, user_of=user_of)
     spared = [record for record in list_of(reply, "orphans") if identity(record) not in target.processes]
-    spared = [record for record in spared if render_orphans.is_orphan(record)]
+    spared = [
+        record for record in spared if render_orphans.is_orphan(record) or text_of(record, "rule") == _EXCEPT
+    ]
     if spared:
         lines += [
             *([""] if lines else []),
@@ -129,7 +141,9 @@ def _show(reply: Any, target: Target, options: Namespace) -> None:
     if withheld := render_orphans.withheld(list_of(reply, "withheld"), look):
         lines += [*([""] if lines else []), *withheld]
     if not target:
-        none = "nothing to clean up: no orphan" + (", and no leftover" if options.leftovers else "")
+        none = "nothing to clean up"
+        if not spared:
+            none += ": no orphan" + (", and no leftover" if options.leftovers else "")
         lines += [*([""] if lines else []), none]
     elif options.dry_run:
         asked = target.in_words()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import time
@@ -25,6 +26,10 @@ class NoDaemonError(CommandError):
         super().__init__(f"{reason}. {advice}", NO_DAEMON)
         self.reason = reason
         self.advice = advice
+
+    def or_here(self) -> NoDaemonError:
+        """Return it with the advice of a command that can do without a daemon."""
+        return NoDaemonError(self.reason, f"{self.advice}, or say --local to do without one")
 
 
 def sockets_of(options: Namespace) -> list[str]:
@@ -86,6 +91,8 @@ def _no_daemon(reasons: list[str], socket: str) -> NoDaemonError:
     tried = "; ".join(dict.fromkeys(reasons))
     if "pyzmq cannot be imported" in tried:
         return NoDaemonError(f"cannot ask any daemon: {tried}", "Install it with `pip install pyzmq`")
+    if os.strerror(errno.EACCES) in tried:
+        return NoDaemonError(f"no daemon may be asked: {tried}", "Ask as the user whose daemon that is")
     return NoDaemonError(f"no daemon answers: {tried}", how_to_start(socket))
 
 

@@ -5,9 +5,10 @@ Nothing is remembered from one call to the next: since when somebody has been an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from agent import wire
@@ -48,6 +49,9 @@ class _Forgetful:
         return frozenset()
 
     def spare(self, id_: ProcessId) -> None:
+        del id_
+
+    def spare_no_longer(self, id_: ProcessId) -> None:
         del id_
 
 
@@ -93,6 +97,26 @@ def ask(op: str, **fields: Any) -> dict[str, Any]:
         engine.marks.memory.close()
 
 
+@contextlib.contextmanager
+def watching() -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """Give what looks at the orphans again and again, and returns their records; since when they are is known from the first on."""
+    engine = _Engine()
+
+    def look() -> list[dict[str, Any]]:
+        engine.orphans.see()
+        return _records(engine)
+
+    try:
+        engine.measure()
+        yield look
+    finally:
+        engine.marks.memory.close()
+
+
+def _records(engine: _Engine) -> list[dict[str, Any]]:
+    return [engine.orphans.describe(one) for one in engine.orphans.listing() if _may(one.suspect)]
+
+
 def leftovers(remove: list[str] | None) -> dict[str, Any]:
     """Return what the dead left in /dev/shm and in temporary folders, as ``leftovers_work()`` has it.
 
@@ -110,8 +134,7 @@ def _list(engine: _Engine, fields: dict[str, Any]) -> dict[str, Any]:
     if fields.get("score"):
         raise wire.WireError("bad-request", "only a daemon keeps the score: leave --local out")
     engine.measure()
-    found = [engine.orphans.describe(one) for one in engine.orphans.listing() if _may(one.suspect)]
-    return {"orphans": found, "leftovers": []}
+    return {"orphans": _records(engine), "leftovers": []}
 
 
 def _explain(engine: _Engine, fields: dict[str, Any]) -> dict[str, Any]:

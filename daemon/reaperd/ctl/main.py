@@ -277,6 +277,13 @@ def _process_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pid", metavar="PID", type=_pid, help="the process")
 
 
+def _protect_options(parser: argparse.ArgumentParser) -> None:
+    _process_options(parser)
+    parser.add_argument(
+        "--undo", action="store_true", help="have it judged as any other again, after protect or release"
+    )
+
+
 def _explain_options(parser: argparse.ArgumentParser) -> None:
     _process_options(parser)
     _here(parser)
@@ -286,6 +293,15 @@ def _cleanup_options(parser: argparse.ArgumentParser) -> None:
     _reads(parser)
     _here(parser)
     _owner(parser)
+    parser.add_argument(
+        "--except",
+        dest="leave",
+        metavar="PID",
+        type=_pid,
+        action="append",
+        default=[],
+        help="leave this one alone (may be given several times)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only show what would be ended, and why")
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
     parser.add_argument(
@@ -300,6 +316,7 @@ def _cleanup_options(parser: argparse.ArgumentParser) -> None:
 
 def _monitor_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON: one line an interval")
+    _here(parser)
     parser.add_argument(
         "--duration",
         metavar="N",
@@ -327,7 +344,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...
     ("orphans", "print the workers that outlived their pool, and what becomes of them", _orphans_options),
     ("explain", "print how one process is judged, and on what evidence", _explain_options),
     ("cleanup", "end the orphans now: show them, ask, and end them", _cleanup_options),
-    ("protect", "have one running process left alone", _process_options),
+    ("protect", "have one running process left alone", _protect_options),
     ("release", "let a process go on that was stopped, and leave it alone", _process_options),
     ("monitor", "show what there is, and what it takes, again and again", _monitor_options),
     ("events", "print what happened: to sessions, to orphans, and to the daemon itself", _events_options),
@@ -358,7 +375,14 @@ def _seconds(text: str) -> float:
 
 
 def _duration(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else _seconds(text)
+    if text in ("0", "0.0"):
+        return 0.0
+    try:
+        return _seconds(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be 0, for no end, or {str(error).removeprefix('must be ')}"
+        ) from None
 
 
 def _interval(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -45,19 +46,34 @@ class Sheet(Protocol):
 
 def monitor(options: Namespace) -> int:
     """Show what there is, every interval."""
-    link = Link.of(options)
-    end_s = time.monotonic() + options.duration if options.duration else math.inf
-
-    def look() -> Figures:
-        return _look(link, end_s)
-
-    first = look()  # before the terminal is taken over: there may be no daemon
-    try:
-        with _sheet(options) as sheet:
-            watch(look, sheet, first, interval_s=options.interval, end_s=end_s)
-    except Signalled as ended:
-        return 128 + ended.number  # as a shell says it
+    with _looking(options) as look_by:
+        end_s = time.monotonic() + options.duration if options.duration else math.inf
+        look = functools.partial(look_by, end_s)
+        try:
+            first = look()  # before the terminal is taken over: there may be no daemon
+        except NoDaemonError as error:
+            raise error.or_here() from None
+        try:
+            with _sheet(options) as sheet:
+                watch(look, sheet, first, interval_s=options.interval, end_s=end_s)
+        except Signalled as ended:
+            return 128 + ended.number  # as a shell says it
     return DONE
+
+
+@contextlib.contextmanager
+def _looking(options: Namespace) -> Iterator[Callable[[float], Figures]]:
+    """Give what looks, and is over by a monotonic second: at the daemon's answers, or with --local from here.
+
+    From here, nobody knows of sessions.
+    """
+    if not options.local:
+        yield functools.partial(_look, Link.of(options))
+        return
+    from reaperd.ctl import local
+
+    with local.watching() as records:
+        yield lambda _: render_monitor.figures(None, records(), None, datetime.now(timezone.utc))
 
 
 def watch(

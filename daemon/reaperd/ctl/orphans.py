@@ -9,7 +9,7 @@ from typing import Any
 from agent import wire
 from reaperd.ctl import DONE, USAGE, CommandError, render_orphans
 from reaperd.ctl.commands import user_of
-from reaperd.ctl.link import Link, refused
+from reaperd.ctl.link import Link, NoDaemonError, refused
 from reaperd.ctl.terminal import look_of_stdout, put, put_json
 from reaperd.ctl.text import field
 from reaperd.ctl.units import list_of, number_of
@@ -29,7 +29,10 @@ def complete(ask: Ask, owner: int | None) -> Ask:
     """
 
     def asked(op: str, *, leftovers: bool | list[str] = False, **fields: Any) -> dict[str, Any]:
-        reply = ask(op, **fields)
+        try:
+            reply = ask(op, **fields)
+        except NoDaemonError as error:
+            raise (error if "score" in fields else error.or_here()) from None  # only a daemon keeps the score
         if leftovers:
             from reaperd.ctl import local
 
@@ -98,13 +101,19 @@ def explain(options: Namespace) -> int:
 
 def protect(options: Namespace) -> int:
     """Have one running process left alone."""
-    reply = Link.of(options).ask("protect", pid=options.pid)
+    undo = {"undo": True} if options.undo else {}
+    reply = Link.of(options).ask("protect", pid=options.pid, **undo)
     if options.json:
         put_json(_process(reply, "name"))
     else:
         name = field(reply, "name")
         who = f"pid {options.pid}" + (f" ({name})" if name else "")
-        put(f"{who} is left alone from now on; what it starts is judged as ever")
+        done = (
+            "is judged as any other again"
+            if undo
+            else "is left alone from now on; what it starts is judged as ever"
+        )
+        put(f"{who} {done}")
     return DONE
 
 

@@ -204,6 +204,8 @@ _KIND_COLOURS = {
     "started": "green",
 }
 _KIND_COLUMNS = 11  # "quarantined"
+_OF_ONE_ORPHAN = ("orphan", "quarantined", "released")  # the kinds of event that name it already
+_MAX_PIDS = 8  # of orphans that were ended together
 
 
 def no_events(*, of_session: bool, since: bool) -> str:
@@ -279,6 +281,8 @@ def what_happened(one: Any) -> str:
 def _of_kind(fields: dict[str, Any]) -> list[str]:
     """Return what only one kind of event has to say."""
     kind = text_of(fields, "kind")
+    if "rule" in fields or "outcome" in fields:
+        return _of_orphans(fields)
     if kind == "registered":
         adopted = "adopted" if fields.get("adopted") is True else ""
         return [f"leader {_whole(fields.get('leader'), 'pid')}", adopted]
@@ -288,9 +292,40 @@ def _of_kind(fields: dict[str, Any]) -> list[str]:
     return [f"reaperd {field(fields, 'version')}"] if kind == "started" else []
 
 
+def _of_orphans(fields: dict[str, Any]) -> list[str]:
+    """Return who an event about orphans that nobody registered is about, and what only such an event has to say."""
+    uid, asked, after_s = (number_of(fields, key) for key in ("uid", "asked_by_uid", "after_s"))
+    facts = [_pids_of(fields), "" if uid is None else f"uid {int(uid)}"]
+    would, outcome, kind = (text_of(fields, key) for key in ("would", "outcome", "kind"))
+    if outcome == "claimed":
+        facts.append("belongs to a session after all")
+    elif outcome:
+        facts.append("ended by itself" + ("" if after_s is None else f" {duration(after_s)} later"))
+    elif kind == "orphan":
+        done = {"kill": "would have been ended", "quarantine": "would have been stopped"}
+        facts.append(done.get(would, "told of, and left alone"))
+    else:
+        facts.append({"quarantined": "stopped", "released": "goes on"}.get(kind, ""))
+    rule = field(fields, "rule")
+    facts.append(f"rule {rule}" if rule else "")
+    return [*facts, "" if asked is None else f"asked for by uid {int(asked)}"]
+
+
+def _pids_of(fields: dict[str, Any]) -> str:
+    """Return "pids 12, 13 (loky)", the first few."""
+    processes = list_of(fields, "processes")
+    pids = [_whole(one, "pid") for one in processes]
+    if not pids:
+        return ""
+    more = [f"{len(pids) - _MAX_PIDS} more"] if len(pids) > _MAX_PIDS else []
+    framework = field(processes[0], "framework")
+    named = f"pid{'' if len(pids) == 1 else 's'} {', '.join([*pids[:_MAX_PIDS], *more])}"
+    return named + (f" ({framework})" if framework else "")
+
+
 def _processes(one: Any) -> str:
     processes, latency = list_of(one, "processes"), number_of(one, "latency_s")
-    if not processes:
+    if not processes or text_of(one, "kind") in _OF_ONE_ORPHAN:
         return ""
     count = plural(len(processes), "process")
     if isinstance(one, dict) and one.get("dry_run") is True:

@@ -49,7 +49,7 @@ class Figures(NamedTuple):
 
     at: datetime
     status: Any
-    sessions: int
+    sessions: int | None  # None, and no status: no daemon was asked
     processes: tuple[Shown, ...]
 
     def sum_of(self, category: str | None = None) -> Sum:
@@ -74,10 +74,13 @@ def _sum(values: Iterable[float | None]) -> float | None:
     return round(sum(known), 1) if known or not every else None
 
 
-def figures(sessions: list[Any], orphans: list[Any], status: Any, at: datetime) -> Figures:
-    """Return what the daemon's answers to ``ps``, ``orphans`` and ``status`` come to; nobody is counted twice."""
+def figures(sessions: list[Any] | None, orphans: list[Any], status: Any, at: datetime) -> Figures:
+    """Return what the answers to ``ps``, ``orphans`` and ``status`` come to; nobody is counted twice.
+
+    ``sessions`` and ``status`` are None where no daemon was asked.
+    """
     found: dict[int, Shown] = {}
-    for session in sessions:
+    for session in sessions or []:
         lives = text_of(session, "phase") in ("watched", "")
         name = field(session, "name") or field(session, "id")
         leader = session.get("leader") if isinstance(session, dict) else None
@@ -91,7 +94,7 @@ def figures(sessions: list[Any], orphans: list[Any], status: Any, at: datetime) 
             _add(found, record, "trackers")
         elif is_orphan(record):
             _add(found, record, "orphans")
-    return Figures(at, status, len(sessions), tuple(found.values()))
+    return Figures(at, status, None if sessions is None else len(sessions), tuple(found.values()))
 
 
 def _add(found: dict[int, Shown], record: Any, category: str, session: str = "") -> None:
@@ -153,6 +156,8 @@ def _time(at: datetime) -> str:
 
 def _head(found: Figures, look: Look) -> list[str]:
     status = found.status
+    if found.sessions is None:
+        return wrapped(f"{_time(found.at)}  without a daemon: nobody knows of sessions", look)
     pid, up_s = number_of(status, "pid"), number_of(status, "uptime_s")
     who = [
         f"reaperd {field(status, 'version') or '?'}",

@@ -17,8 +17,6 @@ from reaperd.words import duration, size
 NO_ORPHANS = "no orphans: every worker that was found has its parent, or belongs to a session"
 NO_LEFTOVERS = "no leftovers: shared memory and temporary folders of the known frameworks are in use, or gone"
 
-# Rules that leave alone what is no orphan, or what others see to: of interest to none but who asks for everything.
-_CHATTER = ("parent", "session", "protected", "tracker", "uncertain")
 _VERDICT_COLOURS = {"kill": "red", "quarantine": "yellow", "report": "cyan", "spare": "dim"}
 _GONE = ("killed", "exited")
 _NAME_COLUMNS = 12  # of a user
@@ -29,8 +27,8 @@ _MAX_FACTS = 50
 
 
 def is_orphan(record: Any) -> bool:
-    """Say whether a record is of an orphan, and not merely of what resembles one."""
-    return text_of(record, "verdict") != "spare" or text_of(record, "rule") not in _CHATTER
+    """Say whether a record is of an orphan, and not of what merely resembles one, or is seen to by others."""
+    return text_of(record, "verdict") != "spare"
 
 
 # -- the table ------------------------------------------------------------------------------------
@@ -171,6 +169,8 @@ def _age(record: Any) -> str:
     age_s = number_of(record, "orphaned_s")
     if age_s is None:
         return "-"
+    if age_s < 1:
+        return "now"
     return duration(round(age_s / 60) * 60 if age_s >= 60 else round(age_s))
 
 
@@ -297,6 +297,7 @@ def _sentence(found: Any) -> str:
         "kill": "is an orphan, and is to be ended",
         "quarantine": "is an orphan, and is stopped or to be stopped until somebody decides",
         "report": "is told of, and otherwise left alone",
+        "wait": "is an orphan that no rule would have ended yet",
         "spare": "is left alone",
     }
     return f"{who} {said.get(verdict) or 'has no verdict: ' + (field(found, 'verdict') or 'it was not judged')}{by}"
