@@ -322,7 +322,7 @@ def test_only_who_is_busy_is_ended_where_memory_does_not_count(
     (pid,) = idle.workers
     assert idle.alive([pid]) == [pid]
     told = keeper.orphans()[pid]
-    assert told["verdict"] == "spare"
+    assert told["verdict"] == "wait"
     assert told["rule"] in ("harmless", "age")
     assert told["ends_by_itself"]
 
