@@ -56,6 +56,8 @@ test: lint check ## lint, then every test: unit, system, siege, and as root thos
 .PHONY: check
 check: $(STAMP) ## every test, without lint; PYTEST_ARGS="-k name" chooses
 	$(BIN)/python -m pytest $(SUITE) $(PYTEST_ARGS)
+	@# In a process of their own: with scikit-learn in it, one is too large for tests that look at themselves.
+	$(BIN)/python -m pytest tests/train $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 # An environment of its own: what Reaper is measured against is none of its dependencies.
 BENCH := build/bench
@@ -95,6 +97,17 @@ EXAMPLES ?= 1000
 .PHONY: interleavings
 interleavings: $(STAMP) ## random lives of pools against the scan and its verdicts, more of them than in make test; EXAMPLES=n
 	REAPER_TEST_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/unit/test_interleavings.py
+
+MOMENTS ?= 20
+
+.PHONY: moments
+moments: $(STAMP) ## end a real grid search at random moments, and resume it; MOMENTS=n of each kind take n minutes
+	REAPER_TEST_MOMENTS=$(MOMENTS) $(BIN)/python -m pytest tests/system/test_moments.py $(PYTEST_ARGS)
+
+.PHONY: joblib
+joblib: $(STAMP) ## joblib's own tests of parallel loops, with the backend "reaper" among those that they are about
+	@mkdir -p build/joblib
+	REAPER_SOCKET=/nonexistent $(BIN)/python -W ignore tests/support/joblib_suite.py build/joblib -q -k reaper
 
 STEPS ?= 300
 SEED ?=

@@ -12,18 +12,31 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # `import typing` alone takes longer than all of this module
+    import os
+    from contextlib import AbstractContextManager
+
     from agent.cleanup import CleanupError, CleanupReport
+    from agent.limits import Estimator
     from agent.session import RegistrationError, Session, Spared
+    from agent.status import Status, StatusError
+    from agent.training import ProcessManager
 
 __all__ = [
     "CleanupError",
     "CleanupReport",
+    "ProcessManager",
     "RegistrationError",
     "Session",
+    "Status",
+    "StatusError",
     "emergency_cleanup",
+    "limit_workers",
+    "n_jobs",
     "progress",
+    "read_status",
     "register",
     "spared",
+    "training_session",
     "unregister",
 ]
 
@@ -76,6 +89,86 @@ def progress(done: float, total: float | None = None, message: str = "") -> None
     session.progress(done, total, message)
 
 
+def training_session(
+    name: str | None = None,
+    *,
+    max_workers: int | None = None,
+    status_file: str | os.PathLike[str] | None = None,
+    monitoring_interval: float = 30.0,
+    orphan_age_limit: float = 300.0,
+    cpu_threshold: float = 50.0,
+    socket: str | None = None,
+    required: bool = False,
+    grace: float = 5.0,
+) -> ProcessManager:
+    """Return a context in which this process is the leader of a session, and which leaves nothing of what is started in it.
+
+        with agent.training_session(name="risk", status_file="run.json") as session:
+            GridSearchCV(model, grid, n_jobs=session.n_jobs).fit(X, y)
+
+    On any way out (the end, an exception, a signal, ``sys.exit()``) the workers that were started inside are gone before
+    control returns: pools are ended by their own means, then everybody else by SIGTERM and, after ``grace`` seconds, by
+    SIGKILL. Trackers of shared memory end with this process; what was there before, and what ``spared()`` started, lives on.
+
+    In the main thread SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP raise SystemExit (128 + the signal's number); the
+    second one ends everything at once. A signal that was ignored stays so, and a handler of one's own stays in charge.
+    Afterwards all handlers are as they were.
+
+    ``max_workers`` limits ``n_jobs`` (None: the daemon's ``[sessions] max_workers``, else 4). ``status_file`` is written at
+    the start and at the end; see ``read_status()``. ``socket`` and ``required`` are as for ``register()``. Without a daemon a
+    thread looks every ``monitoring_interval`` seconds for workers that lost their pool, and warns (logger ``agent``) of one
+    that has been an orphan for ``orphan_age_limit`` seconds and uses ``cpu_threshold`` percent of a core.
+
+    Nested sessions are one to the daemon; each ends what was started inside it. RuntimeError: entered twice.
+    """
+    from agent import training
+
+    return training.ProcessManager(
+        max_workers,
+        monitoring_interval,
+        orphan_age_limit,
+        cpu_threshold,
+        name=name,
+        status_file=status_file,
+        socket=socket,
+        required=required,
+        grace=grace,
+    )
+
+
+def n_jobs(limit: int | None = None) -> int:
+    """Return how many workers to start: the least of ``limit``, the CPUs this process may use, and ``REAPER_MAX_WORKERS``.
+
+    ``limit`` None is the daemon's ``[sessions] max_workers``, 4 where none has told it. CPUs are counted with the affinity,
+    the cgroup's quota and ``LOKY_MAX_CPU_COUNT``. ValueError for less than 1.
+    """
+    from agent import limits
+
+    return limits.n_jobs(limit)
+
+
+def limit_workers(estimator: Estimator, limit: int | None = None) -> AbstractContextManager[Estimator]:
+    """Return a context in which ``estimator`` and all in it (steps, searches and their grids) have at most ``n_jobs(limit)`` workers.
+
+    The outermost that asks for more than one worker gets the limit, what works inside its workers gets 1; None stays None.
+    Afterwards each asks for what it did before.
+    """
+    from agent import limits
+
+    return limits.limit_workers(estimator, limit)
+
+
+def read_status(path: str | os.PathLike[str]) -> Status:
+    """Return what a ``status_file`` says of a run; a dead run never reads as running, with a daemon or without.
+
+    ``state`` is ``running``, ``completed``, ``failed``, ``interrupted``, ``killed``, or ``unknown`` for one that says that it runs
+    on another machine or in another pid namespace. OSError where there is no file (yet), StatusError for what is none.
+    """
+    from agent import status
+
+    return status.read_status(path)
+
+
 def emergency_cleanup(*, socket: str | None = None) -> CleanupReport:
     """End this user's orphans now, and remove what dead workers left in shared memory and temporary folders.
 
@@ -104,4 +197,12 @@ def __getattr__(name: str) -> object:
         from agent import cleanup
 
         return getattr(cleanup, name)
+    if name in ("Status", "StatusError"):
+        from agent import status
+
+        return getattr(status, name)
+    if name == "ProcessManager":
+        from agent import training
+
+        return training.ProcessManager
     raise AttributeError(f"module 'agent' has no attribute {name!r}")

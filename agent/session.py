@@ -68,6 +68,8 @@ class _Process:
         self.page: SessionPage | None = None
         self.outer_lineage: str | None = None
         self.sparing = 0
+        self.limits: list[int] = []  # of the training sessions that go on in here, the innermost last
+        self.progress: tuple[float, float | None, str] | None = None  # as it was told last
         self.spared: list[tuple[int, int]] = []  # (pid, start ticks) of what was started under spared()
         self.spared_mark: SparedMark | None = None
         self.outer_spared: str | None = None
@@ -90,7 +92,7 @@ def register(
         return Session("", name, os.getpid())
     if sys.platform != "linux":
         return _without_daemon(
-            Session("", name, os.getpid()), "Reaper works on Linux only", required=required, stacklevel=4
+            Session("", name, os.getpid()), "Reaper works on Linux only", required=required
         )
     with _process.lock:
         session = _process.session
@@ -110,7 +112,6 @@ def register(
                     Session("", name, os.getpid()),
                     f"the session cannot be marked: {error}",
                     required=required,
-                    stacklevel=4,
                 )
         if session.socket is None and (required or time.monotonic() >= _process.retry_at_s):
             _announce(session, paths or sockets.candidate_sockets(socket), float(timeout), required)
@@ -214,7 +215,7 @@ def _announce(session: Session, paths: list[str], timeout_s: float, required: bo
             page.write_record([path])
             return
     _process.retry_at_s = time.monotonic() + _RETRY_S
-    _without_daemon(session, "; ".join(reasons), required=required, stacklevel=5)
+    _without_daemon(session, "; ".join(reasons), required=required)
 
 
 def _temp_dirs() -> list[str]:
@@ -225,7 +226,7 @@ def _temp_dirs() -> list[str]:
     ]
 
 
-def _without_daemon(session: Session, reason: str, *, required: bool, stacklevel: int) -> Session:
+def _without_daemon(session: Session, reason: str, *, required: bool) -> Session:
     if required:
         raise RegistrationError(f"no Reaper daemon watches this session: {reason}")
     if not _process.warned:
@@ -235,9 +236,17 @@ def _without_daemon(session: Session, reason: str, *, required: bool, stacklevel
         warnings.warn(
             f"no Reaper daemon watches this session, training goes on without one: {reason}",
             RuntimeWarning,
-            stacklevel=stacklevel,
+            stacklevel=_frames_of_ours(),
         )
     return session
+
+
+def _frames_of_ours() -> int:
+    """Return how far up the stack the caller of this package is, as ``warnings.warn()`` counts for whoever asks this."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "agent":
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def unregister() -> None:
@@ -266,6 +275,41 @@ def _remove_environment_stamp(session_id: str) -> None:
         os.environ.pop(wire.LINEAGE_VARIABLE, None)
 
 
+def is_registered() -> bool:
+    """Say whether this process belongs to a session, as its leader or as a worker."""
+    return _process.session is not None
+
+
+def last_progress() -> dict[str, object] | None:
+    """Return what ``agent.progress()`` was told last, None before it was."""
+    told = _process.progress
+    return None if told is None else {"done": told[0], "total": told[1], "message": told[2]}
+
+
+def limit_of_workers() -> int | None:
+    """Return how many workers this process may have: the innermost training session's, else the daemon's; None without any."""
+    if _process.limits:
+        return _process.limits[-1]
+    session = _process.session
+    return None if session is None else session.max_workers
+
+
+def push_limit(limit: int) -> None:
+    """Let a training session that begins in this process say how many workers there may be."""
+    _process.limits.append(limit)
+
+
+def pop_limit(limit: int) -> None:
+    """Take that back."""
+    _process.limits.remove(limit)
+
+
+def name_of_session() -> str:
+    """Return what this process's session is called, "" where there is none."""
+    session = _process.session
+    return "" if session is None else session.name
+
+
 def progress(done: float, total: float | None = None, message: str = "") -> None:
     """Say how far the session is; see ``agent.progress``."""
     page, session = _process.page, _process.session
@@ -273,6 +317,7 @@ def progress(done: float, total: float | None = None, message: str = "") -> None
         return
     try:
         page.write_progress(done, total, message)
+        _process.progress = done, total, message
     except (TypeError, AttributeError):
         raise TypeError(
             f"done and total must be numbers and message a text, got {done!r}, {total!r}, {message!r}"
@@ -342,6 +387,11 @@ def _children() -> set[tuple[int, int]]:
         except OSError:  # a thread or a child that has just ended
             continue
     return found
+
+
+def spared_processes() -> list[tuple[int, int]]:
+    """Return (pid, start ticks) of what this process has started under ``spared()``."""
+    return list(_process.spared)
 
 
 def _spared_session() -> str | None:

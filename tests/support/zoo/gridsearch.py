@@ -20,13 +20,13 @@ class SlowClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.pipe = pipe
         self.depth = depth
 
-    def fit(self, X: Any, y: Any) -> SlowClassifier:  # noqa: N803
+    def fit(self, X: Any, y: Any) -> SlowClassifier:
         stage.report(self.pipe)
         stage.spin()
         self.classes_ = numpy.unique(y)
         return self
 
-    def predict(self, X: Any) -> Any:  # noqa: N803
+    def predict(self, X: Any) -> Any:
         return numpy.zeros(len(X), dtype=int)
 
 

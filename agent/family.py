@@ -1,0 +1,349 @@
+"""What this process has started since a moment, and how it is ended from in here, without a daemon's help.
+
+The daemon looks harder (daemon/reaperd/lineage.py): this is for the way out of a ``training_session()``, while the
+leader lives and so do the links to its parents. Trackers and forkservers are left to the process that uses them: they
+end with it, and ending them sooner leaks what they guard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from agent import session, wire
+
+_TRACKER_MAINS = ("resource_tracker import main", "semaphore_tracker import main")
+_SERVER_MAIN = "from multiprocessing.forkserver import main"
+_SETTLE_S = 0.02  # between two looks, the second of which is to find nobody
+_KILLED_WITHIN_S = 2.0  # SIGKILL takes effect at once; who outlives it is in the kernel (state D)
+
+Id = tuple[int, int]  # pid, start ticks
+
+
+class Process(NamedTuple):
+    """One process in /proc (proc(5))."""
+
+    pid: int
+    ppid: int
+    start_ticks: int
+    state: str
+    cpu_ticks: int
+
+    @property
+    def id(self) -> Id:
+        """Who it is, for as long as the machine runs."""
+        return self.pid, self.start_ticks
+
+
+class Family:
+    """Everybody that this process has started since the family began, directly or not, and that it did not spare."""
+
+    def __init__(self, session_id: str) -> None:
+        """Begin now; ``session_id`` is the mark that is in the environment of whoever is started ("" for none)."""
+        self._session = session_id
+        self._pid = os.getpid()
+        everybody = _everybody()
+        # A forkserver starts workers for whoever asks: those that it has by now are not ours, later ones are.
+        before = [one for one in _below(self._pid, everybody) if not self._serves(one)]
+        self._before = frozenset(one.id for one in before)
+        self._pools_before = _pools()  # held: an id() that is given back may be another pool's
+        self._since_ticks = _ticks_now()
+
+    def workers(self) -> list[Process]:
+        """Return those that live, trackers and forkservers apart."""
+        everybody = _everybody()
+        below = [one for one in _below(self._pid, everybody, self._left_out()) if one.state not in "ZX"]
+        return [one for one in (*below, *self._lost(everybody)) if not self._serves(one)]
+
+    def lost(self) -> list[Process]:
+        """Return those of the workers that have lost their parent: who bears our mark, and is below somebody else."""
+        return [one for one in self._lost(_everybody()) if not self._serves(one)]
+
+    def _lost(self, everybody: dict[int, Process]) -> list[Process]:
+        ours = {self._pid, *(one.pid for one in _below(self._pid, everybody))}
+        strangers = [one for one in everybody.values() if one.pid not in ours]
+        lost = [one for one in strangers if self._is_lost_member(one, everybody)]
+        # What an orphan has started is lost with it, whatever its environment says.
+        return [*lost, *(below for one in lost for below in _below(one.pid, everybody) if below not in lost)]
+
+    def _left_out(self) -> frozenset[Id]:
+        """Return whose children are no business of ours: who was there before, the workers of such pools, and the spared."""
+        old = {pid for pool, _ in self._pools_before.values() for pid in _pids_of(pool)}
+        ids = {(pid, ticks) for pid in old if (ticks := _start_ticks(pid)) is not None}
+        return self._before | frozenset(session.spared_processes()) | ids
+
+    def _is_lost_member(self, one: Process, everybody: dict[int, Process]) -> bool:
+        """Say whether ``one`` bears our mark though its parent has ended."""
+        if not self._session or one.start_ticks < self._since_ticks or one.state in "ZX":
+            return False
+        # Process 1 adopts, or a subreaper above us: below anybody else it is somebody else's job (at, sbatch).
+        if one.id in self._before or one.ppid not in (1, *_ancestors(self._pid, everybody)):
+            return False
+        try:
+            variables = _read_bytes(f"/proc/{one.pid}/environ").split(b"\0")
+            same_cgroup = _read_bytes(f"/proc/{one.pid}/cgroup") == _read_bytes(f"/proc/{self._pid}/cgroup")
+        except OSError:  # it is another user's, or gone
+            return False
+        return (
+            same_cgroup
+            and _names(variables, wire.LINEAGE_VARIABLE, self._session)
+            and not _names(variables, wire.SPARED_VARIABLE, self._session)
+        )
+
+    def _serves(self, one: Process) -> bool:
+        """Say whether a process is a tracker, or a forkserver that is ours."""
+        try:
+            words = _read_bytes(f"/proc/{one.pid}/cmdline").decode("utf-8", "replace").split("\0")
+        except OSError:
+            return False
+        code = next((words[at + 1] for at, word in enumerate(words[:-1]) if word == "-c"), "")
+        if any(main in code for main in _TRACKER_MAINS):
+            return True
+        return code.startswith(_SERVER_MAIN) and one.ppid == self._pid
+
+    # -- the end of them ---------------------------------------------------------------------
+
+    def end(self, grace_s: float) -> list[Process]:
+        """End all workers, pools by their own means first, and return whoever outlives SIGKILL.
+
+        SIGTERM, ``grace_s``, SIGKILL; whoever is started meanwhile as well.
+        """
+        if os.getpid() != self._pid:
+            return []
+        pools = [one for place, one in _pools().items() if place not in self._pools_before]
+        shutting_down = _shut_down(pools, grace_s)
+        stubborn = self._signal(signal.SIGTERM, grace_s)
+        left = self._signal(signal.SIGKILL, _KILLED_WITHIN_S) if stubborn else []
+        if shutting_down is not None and not left:
+            _unlock(pool for pool, _ in pools)
+            shutting_down.join(_KILLED_WITHIN_S)
+        return left
+
+    def end_now(self) -> list[Process]:
+        """End all workers at once."""
+        return [] if os.getpid() != self._pid else self._signal(signal.SIGKILL, _KILLED_WITHIN_S)
+
+    def _signal(self, number: signal.Signals, within_s: float) -> list[Process]:
+        """Send a signal to each worker once, and return who lives on after ``within_s``."""
+        due_s = time.monotonic() + within_s
+        signalled: set[Id] = set()
+        while True:
+            living = self.workers()
+            handles = []
+            for one in living:
+                if (handle := _open(one)) is None:
+                    continue
+                handles.append(handle)
+                if one.id not in signalled:
+                    signalled.add(one.id)
+                    with contextlib.suppress(OSError):
+                        signal.pidfd_send_signal(handle, number)
+                        if number != signal.SIGKILL:  # one that is stopped cannot end in good order
+                            signal.pidfd_send_signal(handle, signal.SIGCONT)
+            _wait(handles, due_s)
+            left_s = due_s - time.monotonic()
+            if not living:
+                return []
+            if left_s <= 0:
+                return self.workers()
+            time.sleep(min(_SETTLE_S, left_s))
+
+
+def _wait(handles: list[int], due_s: float) -> None:
+    """Wait until all have ended, or until the monotonic ``due_s``, and close the handles."""
+    poller = select.poll()
+    for handle in handles:
+        poller.register(handle, select.POLLIN)
+    left = set(handles)
+    while left and (left_s := due_s - time.monotonic()) > 0:
+        for handle, _ in poller.poll(left_s * 1000):
+            poller.unregister(handle)
+            left.discard(handle)
+    for handle in handles:
+        os.close(handle)
+
+
+def _open(one: Process) -> int | None:
+    """Return a pidfd of exactly ``one``; None where it has ended."""
+    try:
+        handle = os.pidfd_open(one.pid)
+    except OSError:
+        return None
+    # Opened first, then compared: who bears the pid after that and began then has borne it all along.
+    if _start_ticks(one.pid) == one.start_ticks:
+        return handle
+    os.close(handle)
+    return None
+
+
+# -- pools ----------------------------------------------------------------------------------------
+
+
+def _end_pool(pool: Any) -> None:
+    pool.terminate()
+    pool.join()
+
+
+def _end_loky(pool: Any) -> None:
+    if hasattr(pool, "terminate"):  # joblib's, which removes the arrays that it has mapped, too
+        pool.terminate(kill_workers=True)
+    else:
+        pool.shutdown(wait=True, kill_workers=True)
+
+
+def _end_executor(pool: Any) -> None:
+    if hasattr(pool, "terminate_workers"):  # from Python 3.14 on
+        pool.terminate_workers()
+    else:  # what it has queued is dropped, and the signal ends its workers
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+_ENDINGS = (
+    ("multiprocessing.pool", "Pool", _end_pool),
+    ("concurrent.futures.process", "ProcessPoolExecutor", _end_executor),
+    ("joblib.externals.loky.process_executor", "ProcessPoolExecutor", _end_loky),
+    ("loky.process_executor", "ProcessPoolExecutor", _end_loky),
+)
+
+
+def _pools() -> dict[int, tuple[Any, Callable[[Any], None]]]:
+    """Return the pools of processes in this process by their ``id()``, and how each is ended; nothing is imported for it."""
+    endings = {
+        kind: end
+        for module, name, end in _ENDINGS
+        if (kind := getattr(sys.modules.get(module), name, None)) is not None
+    }
+    if not endings:
+        return {}
+    threads = getattr(sys.modules.get("multiprocessing.pool"), "ThreadPool", None)
+    import gc
+
+    found: dict[int, tuple[Any, Callable[[Any], None]]] = {}
+    for one in gc.get_objects():
+        for kind in type(one).__mro__:  # isinstance() would ask objects that lie about themselves
+            if kind is threads:
+                break
+            if kind in endings:
+                found[id(one)] = one, endings[kind]
+                break
+    return found
+
+
+def _pids_of(pool: Any) -> list[int]:
+    """Return the pids of a pool's workers, of a Pool (``_pool``) or of an executor (``_processes``)."""
+    workers = getattr(pool, "_pool", None) or getattr(pool, "_processes", None) or ()
+    if isinstance(workers, int):  # what a Pool calls the number of them
+        return []
+    processes = list(workers.values()) if isinstance(workers, dict) else list(workers)
+    return [pid for one in processes if isinstance(pid := getattr(one, "pid", None), int)]
+
+
+def _shut_down(pools: list[tuple[Any, Callable[[Any], None]]], within_s: float) -> threading.Thread | None:
+    """Have each pool end its workers; who does not manage in time is ended by signals.
+
+    Killed behind its back, an idle pool of loky raises TerminatedWorkerError at its next use. Returns who is still at it.
+    """
+    if not pools:
+        return None
+
+    def shut_down() -> None:
+        for pool, end in pools:
+            with contextlib.suppress(Exception):  # whatever goes wrong in there, signals come next
+                end(pool)
+
+    thread = threading.Thread(target=shut_down, name="reaper-shutdown", daemon=True)
+    thread.start()
+    thread.join(within_s)
+    return thread if thread.is_alive() else None
+
+
+def _unlock(pools: Iterable[Any]) -> None:
+    """Give back what a dead worker holds: Pool.terminate() waits for the lock of its queue (multiprocessing/pool.py)."""
+    for pool in pools:
+        lock: Any = getattr(getattr(pool, "_inqueue", None), "_rlock", None)
+        with contextlib.suppress(Exception):  # it is private, and may be another thing one day
+            lock.acquire(False)
+            lock.release()
+
+
+# -- /proc ----------------------------------------------------------------------------------------
+
+
+def _everybody() -> dict[int, Process]:
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended
+                found[int(name)] = _parse_stat(_read_bytes(f"/proc/{name}/stat"))
+    return found
+
+
+def _parse_stat(data: bytes) -> Process:
+    """Return what ``/proc/PID/stat`` says (proc(5)); the name in it may hold anything, parentheses too."""
+    pid, _, rest = data.partition(b" ")
+    fields = rest.rpartition(b")")[2].split()
+    return Process(
+        int(pid),
+        int(fields[1]),
+        int(fields[19]),
+        fields[0].decode("ascii", "replace"),
+        int(fields[11]) + int(fields[12]),
+    )
+
+
+def _below(pid: int, everybody: dict[int, Process], leave_out: frozenset[Id] = frozenset()) -> list[Process]:
+    """Return all descendants of ``pid`` but for some and theirs, parents first."""
+    by_parent: dict[int, list[Process]] = {}
+    for one in everybody.values():
+        by_parent.setdefault(one.ppid, []).append(one)
+    found: list[Process] = []
+    above = [pid]
+    while above:
+        level = [one for parent in above for one in by_parent.get(parent, ()) if one.id not in leave_out]
+        found += level
+        above = [one.pid for one in level]
+    return found
+
+
+def _ancestors(pid: int, everybody: dict[int, Process]) -> Iterator[int]:
+    seen: set[int] = set()
+    while pid in everybody and pid not in seen:
+        seen.add(pid)
+        pid = everybody[pid].ppid
+        yield pid
+
+
+def _names(variables: Iterable[bytes], name: str, session_id: str) -> bool:
+    """Say whether an environment variable names a session, among others."""
+    prefix = f"{name}=".encode()
+    return any(
+        session_id.encode() in variable[len(prefix) :].split(b":")
+        for variable in variables
+        if variable.startswith(prefix)
+    )
+
+
+def _ticks_now() -> int:
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
+def _start_ticks(pid: int) -> int | None:
+    try:
+        return _parse_stat(_read_bytes(f"/proc/{pid}/stat")).start_ticks
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _read_bytes(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        data = b""
+        while chunk := file.read(65536):
+            data += chunk
+        return data

@@ -1,0 +1,179 @@
+"""The status file of a training: what became of a run, for whoever did not start it (a back end, cron, a dashboard).
+
+JSON, always whole: it is written beside itself and renamed. Nothing here needs a daemon; where the process was killed
+before it could write its end, the daemon has it written, and ``read_status()`` tells it without one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+RUNNING, COMPLETED, FAILED, INTERRUPTED, KILLED = "running", "completed", "failed", "interrupted", "killed"
+UNKNOWN = "unknown"  # it says that it runs, and from here nobody can tell
+MAX_ERROR_CHARS = 2000
+_MAX_FILE_BYTES = 64 * 1024
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+class StatusError(ValueError):
+    """A file is no status file; the text says what is wrong with it."""
+
+
+class Status(NamedTuple):
+    """What a status file says. Times are RFC 3339 in UTC; None where something is not known, or not yet."""
+
+    state: str  # running, completed, failed, interrupted or killed; read_status() alone: unknown
+    name: str
+    session: str  # its id; "" where nothing was registered
+    pid: int
+    start_ticks: int  # as in /proc/PID/stat: with the pid and the boot, it names one process
+    boot_id: str
+    started_at: str
+    ended_at: str | None = None
+    progress: dict[str, Any] | None = None  # {done, total, message} as told to agent.progress()
+    error: str | None = None  # of a failed run: the exception's type and text
+    cause: dict[str, Any] | None = None  # {kind, code}: how the process ended
+    host: str | None = None  # its name: a boot that is over is told from another machine's by that
+    pid_namespace: int | None = None  # the inode of /proc/PID/ns/pid: a pid means something in there alone
+
+
+def read_status(path: str | os.PathLike[str]) -> Status:
+    """Return what the status file at ``path`` says of a run, with a daemon or without.
+
+    A run that says it is running is looked for: one whose process has ended reads as ``killed``, and one that lives in
+    another pid namespace or on another machine as ``unknown``. OSError where it cannot be read (FileNotFoundError before the
+    run has begun), StatusError for what is no status file.
+    """
+    with open(path, "rb") as file:
+        data = file.read(_MAX_FILE_BYTES + 1)
+    status = parse_status(data)
+    if status.state != RUNNING:
+        return status
+    if status.boot_id != _read_text(_BOOT_ID):
+        return status._replace(state=KILLED if status.host == os.uname().nodename else UNKNOWN)
+    if status.pid_namespace not in (None, _pid_namespace()):
+        return status._replace(state=UNKNOWN)
+    return status if _lives(status.pid, status.start_ticks) else status._replace(state=KILLED)
+
+
+def parse_status(data: bytes) -> Status:
+    """Return what the bytes of a status file say; StatusError. Fields that this version does not know are passed over."""
+    if len(data) > _MAX_FILE_BYTES:
+        raise StatusError(f"a status file has at most {_MAX_FILE_BYTES} bytes")
+    try:
+        told = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StatusError(f"the status file is not JSON: {error}") from None
+    if not isinstance(told, dict):
+        raise StatusError(f"the status file must hold one JSON object, got {type(told).__name__}")
+    found: dict[str, Any] = {}
+    for key, kinds in _KINDS.items():
+        value = told.get(key, Status._field_defaults.get(key))
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise StatusError(f"{key}: must be {_in_words(kinds)}, got {value!r:.60}")
+        found[key] = value
+    if found["state"] not in _STATES:
+        raise StatusError(f"state: must be one of {', '.join(_STATES)}, got {found['state']!r:.60}")
+    return Status(**found)
+
+
+def _in_words(kinds: tuple[type, ...]) -> str:
+    names = {str: "a text", int: "a whole number", dict: "an object", type(None): "null"}
+    return " or ".join(names[kind] for kind in kinds)
+
+
+_STATES = (RUNNING, COMPLETED, FAILED, INTERRUPTED, KILLED)
+_NONE = type(None)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "state": (str,),
+    "name": (str,),
+    "session": (str,),
+    "pid": (int,),
+    "start_ticks": (int,),
+    "boot_id": (str,),
+    "started_at": (str,),
+    "ended_at": (str, _NONE),
+    "progress": (dict, _NONE),
+    "error": (str, _NONE),
+    "cause": (dict, _NONE),
+    "host": (str, _NONE),
+    "pid_namespace": (int, _NONE),
+}
+
+
+class StatusFile:
+    """The status file of one run, as the run itself writes it."""
+
+    def __init__(self, path: str | os.PathLike[str], name: str, session: str) -> None:
+        """Begin the run: from here on the file says that it is running. OSError where it cannot be written."""
+        self.path = os.path.abspath(path)
+        pid = os.getpid()
+        self._status = Status(
+            RUNNING,
+            name,
+            session,
+            pid,
+            _start_ticks(pid),
+            _read_text(_BOOT_ID),
+            _now(),
+            host=os.uname().nodename,
+            pid_namespace=_pid_namespace(),
+        )
+        write_status(self.path, self._status)
+
+    def end(self, state: str, **more: Any) -> None:
+        """Say how the run has ended; ``more`` is of the fields of ``Status``. OSError."""
+        self._status = self._status._replace(state=state, ended_at=_now(), **more)
+        write_status(self.path, self._status)
+
+
+def write_status(path: str, status: Status) -> None:
+    """Put ``status`` into the file at ``path``, whole or not at all; OSError."""
+    data = json.dumps(status._asdict(), ensure_ascii=False, indent=1).encode("utf-8", "replace") + b"\n"
+    directory, name = os.path.split(path)
+    beside = os.path.join(directory, f".{name}.{os.getpid()}")
+    # Not through a link that somebody left there, and with the mode that open() gives.
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+
+
+def _lives(pid: int, start_ticks: int) -> bool:
+    """Say whether the process that this was still runs; one that has ended and was not waited for does not (proc(5))."""
+    try:
+        fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+        return int(fields[19]) == start_ticks and (fields[0] not in "ZX" or int(fields[17]) > 1)
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def _start_ticks(pid: int) -> int:
+    return int(_read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
+
+
+def _pid_namespace() -> int | None:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _read_text(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read().strip()
