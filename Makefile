@@ -50,13 +50,25 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## kill a real grid search with SIGKILL, and watch Reaper clean up after it (15 s)
 	@$(BIN)/python examples/demo.py
 
+.PHONY: example
+example: $(STAMP) ## train the risk models of examples/risk_model.py; end it whenever you like, and run it again
+	@$(BIN)/python examples/risk_model.py --model-dir build/risk
+
+# Lint, and what needs scikit-learn in its own process, beside the unit tests: those measure no time.
 .PHONY: test
-test: lint check ## lint, then every test: unit, system, siege, and as root those that need root
+test: $(STAMP) ## lint, then every test: unit, system, siege, training, and as root those that need root
+	@$(MAKE) --no-print-directory -j 2 suite lint training
 
 .PHONY: check
-check: $(STAMP) ## every test, without lint; PYTEST_ARGS="-k name" chooses
+check: suite training ## every test, without lint; PYTEST_ARGS="-k name" chooses
+
+.PHONY: suite
+suite: $(STAMP)
 	$(BIN)/python -m pytest $(SUITE) $(PYTEST_ARGS)
-	@# In a process of their own: with scikit-learn in it, one is too large for tests that look at themselves.
+
+# In a process of its own: with scikit-learn in it, one is too large for tests that look at themselves.
+.PHONY: training
+training: $(STAMP)
 	$(BIN)/python -m pytest tests/train $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 # An environment of its own: what Reaper is measured against is none of its dependencies.
@@ -136,7 +148,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check $(CODE)
 	$(BIN)/python -m ruff format --check $(CODE)
 	$(BIN)/python -m mypy --strict
-	$(BIN)/python -m mypy --strict examples/demo.py tests/support/bootedsystem.py tests/support/staged.py
+	$(BIN)/python -m mypy --strict examples tests/support/bootedsystem.py tests/support/staged.py
 
 .PHONY: format
 format: $(STAMP) ## put the code into the form that lint asks for

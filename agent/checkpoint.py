@@ -35,6 +35,18 @@ from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
+try:
+    from sklearn.callback import CallbackSupportMixin, with_callbacks
+except ImportError:  # before scikit-learn 1.9
+
+    class CallbackSupportMixin:  # type: ignore[no-redef]
+        """There is nothing to support."""
+
+    def with_callbacks(method: Any) -> Any:
+        """Return ``method`` as it is."""
+        return method
+
+
 _FORMAT = 1
 _SUFFIX = ".fit"
 _UNFINISHED = ".unfinished-"
@@ -54,7 +66,7 @@ def _has(name: str) -> Any:
     return check
 
 
-class Checkpointed(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+class Checkpointed(CallbackSupportMixin, MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """``estimator``, of which each finished fit is kept below ``location``, and taken from there instead of being done again.
 
     ``location`` is a folder, made if need be, which nobody but this user (or root) may write. ``max_bytes`` bounds what is
@@ -72,27 +84,47 @@ class Checkpointed(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]  # 
         self.location = location
         self.max_bytes = max_bytes
 
+    @with_callbacks  # type: ignore[untyped-decorator]
     def fit(self, X: Any, y: Any = None, **fit_params: Any) -> Checkpointed:
         """Fit the estimator, or take the finished fit of the same one to the same data. OSError where it cannot be kept."""
+        if not hasattr(self, "_init_callback_context"):
+            self._fit(None, X, y, fit_params)
+            return self
+        whole = self._init_callback_context(max_subtasks=1)
+        whole.call_on_fit_task_begin(estimator=self, X=X, y=y)
+        part = whole.subcontext(task_name="fit")
+        part.call_on_fit_task_begin(estimator=self, X=X, y=y)
+        self._fit(part, X, y, fit_params)
+        part.call_on_fit_task_end(estimator=self, X=X, y=y)
+        whole.call_on_fit_task_end(estimator=self, X=X, y=y)
+        return self
+
+    def _fit(self, context: Any, X: Any, y: Any, fit_params: dict[str, Any]) -> None:
         unseeded = _unseeded(self.estimator)
         if unseeded:
             warnings.warn(
                 f"{type(self.estimator).__name__} is not checkpointed: {unseeded} is not a number, so a second fit is another",
                 UncheckpointedWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
-            self.estimator_ = clone(self.estimator).fit(X, y, **fit_params)
+            self.estimator_ = self._fitted_anew(context, X, y, fit_params)
             self.from_checkpoint_ = False
-            return self
+            return
         folder = _Folder(os.fspath(self.location), self.max_bytes)
         key = key_of(self.estimator, X, y, fit_params)
         kept = folder.load(key)
         self.from_checkpoint_ = kept is not None
         if kept is None:
-            kept = clone(self.estimator).fit(X, y, **fit_params)
+            kept = self._fitted_anew(context, X, y, fit_params)
             folder.store(key, kept)
         self.estimator_ = kept
-        return self
+
+    def _fitted_anew(self, context: Any, X: Any, y: Any, fit_params: dict[str, Any]) -> Any:
+        one = clone(self.estimator)
+        if context is None:
+            return one.fit(X, y, **fit_params)
+        with context.propagate_callback_context(one):
+            return one.fit(X, y, **fit_params)
 
     @available_if(_has("score"))  # type: ignore[untyped-decorator]
     def score(self, X: Any, y: Any = None, **params: Any) -> Any:

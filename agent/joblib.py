@@ -13,7 +13,7 @@ import contextlib
 import os
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from joblib._parallel_backends import LokyBackend
@@ -34,6 +34,36 @@ def register(*, make_default: bool = False) -> None:
     register_parallel_backend(NAME, ReaperBackend, make_default=make_default)
 
 
+@contextlib.contextmanager
+def progress(total: float | None = None, message: str = "") -> Iterator[None]:
+    """Tell ``agent.progress()`` of each task that is done of the loops of this thread in here, with this backend.
+
+    ``total`` is of all of them, None where it is not known; ``message`` stands beside it.
+    """
+    before, _current.telling = getattr(_current, "telling", None), _Telling(total, message)
+    try:
+        yield
+    finally:
+        _current.telling = before
+
+
+_current = threading.local()
+
+
+class _Telling:
+    """Counts the tasks that are done."""
+
+    def __init__(self, total: float | None, message: str) -> None:
+        self._total, self._message = total, message
+        self._done = 0
+        self._lock = threading.Lock()  # each batch ends in a thread of the pool's
+
+    def note(self, tasks: int) -> None:
+        with self._lock:
+            self._done += tasks
+            session.progress(self._done, self._total, self._message)
+
+
 class ReaperBackend(LokyBackend):  # type: ignore[misc]  # joblib has no types
     """loky's backend, with a limit, a guard and a label; see joblib/_parallel_backends.py."""
 
@@ -43,6 +73,8 @@ class ReaperBackend(LokyBackend):  # type: ignore[misc]  # joblib has no types
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **more: Any) -> int:
         """Build the pool; each worker begins with its guard, then with the initializer that somebody has given."""
+        # Noted here, for batches are submitted from threads of the pool's, too.
+        self._telling: _Telling | None = getattr(_current, "telling", None)
         given = {**self.backend_kwargs, **more}
         begin = _Beginning(given.pop("initializer", None), given.pop("initargs", ()))
         return int(
@@ -50,6 +82,20 @@ class ReaperBackend(LokyBackend):  # type: ignore[misc]  # joblib has no types
                 n_jobs, parallel, **{**more, "initializer": begin, "initargs": (os.getpid(), _label())}
             )
         )
+
+    def submit(self, func: Any, callback: Any = None) -> Any:
+        """Have a batch of tasks done, and told of."""
+        telling = self._telling
+        if telling is None or callback is None:
+            return super().submit(func, callback)
+
+        def done(future: Any) -> None:
+            # Before the loop learns of it, and may return.
+            if not future.cancelled() and future.exception() is None:
+                telling.note(len(func))
+            callback(future)
+
+        return super().submit(func, done)
 
     def _prepare_worker_env(self, n_jobs: int) -> dict[str, str]:
         """Return the threads of BLAS and OpenMP in each worker: all of them together never exceed the usable CPUs."""

@@ -25,6 +25,8 @@ class SessionPage:
     def __init__(self, session: str, name: str, start_ticks: int, boot_id: str) -> None:
         """Make, map and seal the page; OSError where the kernel lacks memfd sealing (Linux 5.1)."""
         self._identity = (session, name, start_ticks, boot_id)
+        self._sockets: list[str] = []
+        self._status_file = ""
         self._flags = 0
         self._sequence = 0
         self._record_bytes = 0
@@ -41,10 +43,19 @@ class SessionPage:
 
     def write_record(self, sockets: list[str]) -> None:
         """Say who the leader is and which daemon's socket it belongs to (all that were tried, where none answered)."""
-        session, name, start_ticks, boot_id = self._identity
-        record = wire.pack_record(session, name, start_ticks, boot_id, self.fd, sockets)
+        record = wire.pack_record(*self._identity, self.fd, sockets, self._status_file)
+        self._sockets = sockets
         self._record_bytes = len(record)
         self._write(wire.RECORD_AT, record)
+
+    def name_status_file(self, path: str) -> None:
+        """Say which file is to tell how the leader ended, where it cannot do so itself; "" for none. WireError: no room."""
+        before, self._status_file = self._status_file, path
+        try:
+            self.write_record(self._sockets)
+        except wire.WireError:
+            self._status_file = before
+            raise
 
     def write_progress(self, done: float, total: float | None, message: str) -> None:
         """Say how far the work is."""

@@ -151,7 +151,7 @@ def _stamp(name: str, paths: list[str]) -> Session:
     """Put both marks on this process: from here on, whatever it starts is recognised without any daemon's help."""
     from agent.page import SessionPage
 
-    pid, start_ticks = os.getpid(), _start_ticks()
+    pid, start_ticks = os.getpid(), read_start_ticks()
     cgroup = wire.parse_cgroup(_read_text("/proc/self/cgroup"))
     place = wire.place_of(_first_listening(paths), cgroup, os.geteuid())
     session_id = wire.format_session_id(pid, start_ticks, place, int.from_bytes(os.urandom(4), "little"))
@@ -275,6 +275,20 @@ def _remove_environment_stamp(session_id: str) -> None:
         os.environ.pop(wire.LINEAGE_VARIABLE, None)
 
 
+def name_status_file(path: str) -> None:
+    """Have the daemon write the end of this run into a file, should this process be killed; "" for no longer.
+
+    A path that is too long for the session page is left out.
+    """
+    page, session = _process.page, _process.session
+    if page is None or session is None or not session.leading:
+        return
+    try:  # noqa: SIM105 - to load contextlib takes longer
+        page.name_status_file(path)
+    except wire.WireError:
+        pass
+
+
 def is_registered() -> bool:
     """Say whether this process belongs to a session, as its leader or as a worker."""
     return _process.session is not None
@@ -383,7 +397,7 @@ def _children() -> set[tuple[int, int]]:
     for task in os.listdir("/proc/self/task"):
         try:
             for pid in _read_text(f"/proc/self/task/{task}/children").split():
-                found.add((int(pid), _start_ticks(pid)))
+                found.add((int(pid), read_start_ticks(pid)))
         except OSError:  # a thread or a child that has just ended
             continue
     return found
@@ -430,7 +444,8 @@ def _at_exit() -> None:
         page.raise_flag(wire.CLOSING)
 
 
-def _start_ticks(pid: str = "self") -> int:
+def read_start_ticks(pid: int | str = "self") -> int:
+    """Return the start time of a process (proc(5), field 22 of stat); OSError where there is none."""
     return int(_read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
 
 

@@ -12,10 +12,13 @@ import os
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
+from agent.session import read_start_ticks
+
 RUNNING, COMPLETED, FAILED, INTERRUPTED, KILLED = "running", "completed", "failed", "interrupted", "killed"
 UNKNOWN = "unknown"  # it says that it runs, and from here nobody can tell
 MAX_ERROR_CHARS = 2000
-_MAX_FILE_BYTES = 64 * 1024
+MAX_FILE_BYTES = 64 * 1024
+_ASKING = (1, 2, 15)  # SIGHUP, SIGINT, SIGTERM
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
@@ -49,7 +52,7 @@ def read_status(path: str | os.PathLike[str]) -> Status:
     run has begun), StatusError for what is no status file.
     """
     with open(path, "rb") as file:
-        data = file.read(_MAX_FILE_BYTES + 1)
+        data = file.read(MAX_FILE_BYTES + 1)
     status = parse_status(data)
     if status.state != RUNNING:
         return status
@@ -62,8 +65,8 @@ def read_status(path: str | os.PathLike[str]) -> Status:
 
 def parse_status(data: bytes) -> Status:
     """Return what the bytes of a status file say; StatusError. Fields that this version does not know are passed over."""
-    if len(data) > _MAX_FILE_BYTES:
-        raise StatusError(f"a status file has at most {_MAX_FILE_BYTES} bytes")
+    if len(data) > MAX_FILE_BYTES:
+        raise StatusError(f"a status file has at most {MAX_FILE_BYTES} bytes")
     try:
         told = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -117,7 +120,7 @@ class StatusFile:
             name,
             session,
             pid,
-            _start_ticks(pid),
+            read_start_ticks(pid),
             _read_text(_BOOT_ID),
             _now(),
             host=os.uname().nodename,
@@ -136,10 +139,12 @@ def write_status(path: str, status: Status) -> None:
     data = json.dumps(status._asdict(), ensure_ascii=False, indent=1).encode("utf-8", "replace") + b"\n"
     directory, name = os.path.split(path)
     beside = os.path.join(directory, f".{name}.{os.getpid()}")
-    # Not through a link that somebody left there, and with the mode that open() gives.
+    # Not through a link that somebody left there; with the mode of the file that it replaces, else the one that open() gives.
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         with open(descriptor, "wb") as file:
+            with contextlib.suppress(FileNotFoundError):
+                os.fchmod(descriptor, os.stat(path).st_mode & 0o777)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -150,6 +155,14 @@ def write_status(path: str, status: Status) -> None:
         raise
 
 
+def end_of(cause: dict[str, Any] | None) -> str:
+    """Return the state of a run whose process ended by ``cause`` without a word of its own."""
+    kind, code = (cause or {}).get("kind"), (cause or {}).get("code")
+    if kind == "exit":  # os._exit()
+        return COMPLETED if code == 0 else FAILED
+    return INTERRUPTED if kind == "signal" and code in _ASKING else KILLED
+
+
 def _lives(pid: int, start_ticks: int) -> bool:
     """Say whether the process that this was still runs; one that has ended and was not waited for does not (proc(5))."""
     try:
@@ -157,10 +170,6 @@ def _lives(pid: int, start_ticks: int) -> bool:
         return int(fields[19]) == start_ticks and (fields[0] not in "ZX" or int(fields[17]) > 1)
     except (OSError, ValueError, IndexError):
         return False
-
-
-def _start_ticks(pid: int) -> int:
-    return int(_read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
 
 
 def _pid_namespace() -> int | None:

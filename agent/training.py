@@ -115,6 +115,8 @@ class ProcessManager:
             if self._owns_session:
                 session.unregister()
             raise
+        if self._status is not None:
+            session.name_status_file(self._status.path)
         self._family = family.Family(self.session.id)
         self._pid = os.getpid()
         if self._max_workers is not None:
@@ -176,6 +178,7 @@ class ProcessManager:
             return
         try:
             self._status.end(**_outcome(error, self._signals.received), progress=session.last_progress())
+            session.name_status_file("")
         except OSError as failure:
             log.warning("cannot write the status file %s: %s", self._status.path, failure.strerror)
 

@@ -314,7 +314,13 @@ ENDED = 2  # the leader called unregister(): a daemon that starts later learns i
 
 
 def pack_record(
-    session: str, name: str, start_ticks: int, boot_id: str, page_fd: int, sockets: list[str]
+    session: str,
+    name: str,
+    start_ticks: int,
+    boot_id: str,
+    page_fd: int,
+    sockets: list[str],
+    status_file: str = "",
 ) -> bytes:
     """Return the record of a page; raise WireError when it would not fit."""
     record = {
@@ -324,6 +330,7 @@ def pack_record(
         "boot_id": boot_id,
         "fd": page_fd,
         "sockets": sockets[:MAX_SOCKETS],
+        **({"status_file": status_file} if status_file else {}),
     }
     data = encode(record)
     if len(data) > PROGRESS_AT - RECORD_AT:

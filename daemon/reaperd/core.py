@@ -29,6 +29,7 @@ from reaperd.observer import Observer
 from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.reaper import Reaper
+from reaperd.reclaim import LastWord
 from reaperd.reclaimer import Reclaimer
 from reaperd.sessions import Sessions
 from reaperd.store import Store
@@ -253,11 +254,24 @@ class Core:
     def _ask_reclaim(self, key: SessionKey) -> None:
         entry = self.sessions.entries[key]
         self.sessions.apply(key, ledger.ReclaimStarted())
-        if self.policy.reclaim_shm and entry.targets and self.observer.shares_our_namespaces(entry.session):
+        ours = self.observer.shares_our_namespaces(entry.session)
+        frees = ours and self.policy.reclaim_shm and bool(entry.targets)
+        last_word = self._last_word(entry) if ours else None
+        if frees or last_word is not None:
             dead_s = time.monotonic() - (entry.died_at_s or 0.0)
-            self._reclaimer.ask(entry.session, time.time() - dead_s)
+            self._reclaimer.ask(entry.session, time.time() - dead_s, last_word, frees=frees)
         else:
             self.sessions.apply(key, ledger.Reclaimed(Freed()))
+
+    def _last_word(self, entry: Entry) -> LastWord | None:
+        """Return what is to stand in the leader's status file, None where it needs no word of ours."""
+        told = self.leaders.page_of(entry.session.key)
+        if told is None or not told.status_file or told.flags & wire.ENDED:
+            return None
+        self._amend_cause(entry)
+        cause = self.sessions.entries[entry.session.key].session.cause
+        progress = None if told.progress is None else report.progress_record(told.progress)
+        return LastWord(told.status_file, report.cause_record(cause), progress)
 
     def _reclaimed(self, key: SessionKey, held_bytes: int) -> None:
         entry = self.sessions.entries.get(key)

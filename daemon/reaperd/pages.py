@@ -37,6 +37,7 @@ class Page(NamedTuple):
     flags: int
     progress: Progress | None
     spared: tuple[tuple[int, int], ...]  # (pid, start ticks) of what was started under spared()
+    status_file: str = ""  # that is to say how the leader ended
 
 
 class TornPage(WireError):
@@ -88,7 +89,13 @@ def parse_page(data: bytes, *, torn: bool = False) -> Page:
         flags=flags,
         progress=_parse_progress(data),
         spared=_parse_spared(data),
+        status_file=_parse_path(record.get("status_file")),
     )
+
+
+def _parse_path(told: object) -> str:
+    """Return an absolute path, "" for anything else: what only concerns its own writer must not make a page a broken one."""
+    return told if isinstance(told, str) and told.startswith("/") and "\0" not in told else ""
 
 
 def _parse_spared(data: bytes) -> tuple[tuple[int, int], ...]:

@@ -1,18 +1,29 @@
-"""Frees what a dead session still holds by name: run in a helper, as the session's own user."""
+"""What is done in a dead session's name: its own user, in a helper, frees what it still holds and writes how it ended."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from reaperd import names
-from reaperd.linux import shm
+from reaperd.linux import helper, shm
 from reaperd.linux.procfs import ProcessGone, ProcFS
 from reaperd.model import ProcessId, Session
+from reaperd.times import now_utc
 
+_LONGEST_S = 20
 _CLOCK_STEP_S = 1.0  # clocks are set now and then, and file systems count in ticks
+
+
+class LastWord(NamedTuple):
+    """What is to stand in the status file of a leader that could not write its end."""
+
+    path: str
+    cause: dict[str, Any] | None
+    progress: dict[str, Any] | None
 
 
 class Claim(NamedTuple):
@@ -21,6 +32,8 @@ class Claim(NamedTuple):
     session: Session
     mapped: frozenset[str]
     until_epoch_s: float  # when the leader died: what was made later is somebody else's
+    last_word: LastWord | None = None
+    frees: bool = True
 
 
 def reclaim_work(claims: list[Claim], proc_root: str) -> Callable[[], int]:
@@ -29,7 +42,10 @@ def reclaim_work(claims: list[Claim], proc_root: str) -> Callable[[], int]:
 
 
 def _reclaim_all(claims: list[Claim], proc: ProcFS) -> int:
-    found = [(claim, _find(claim, proc)) for claim in claims]
+    for claim in claims:
+        if claim.last_word is not None:
+            _write_as_owner(claim.session, claim.last_word)
+    found = [(claim, _find(claim, proc)) for claim in claims if claim.frees]
     wanted = [entry for _, entries in found for entry in entries]
     used = _used_names(proc, wanted, claims[0].session.uid) if wanted else frozenset()
     return sum(
@@ -39,6 +55,36 @@ def _reclaim_all(claims: list[Claim], proc: ProcFS) -> int:
             (entry for entry in entries if entry.name not in used), claim.session.uid, claim.session.gid
         )
     )
+
+
+def _write_as_owner(session: Session, last: LastWord) -> None:
+    """Write the end of a run in a child that is the leader's user: where that one may not write, nobody does."""
+    child = helper.start_helper(lambda: _write(session, last))
+    os.set_blocking(child.reader, True)
+    helper.finish_helper(child)
+
+
+def _write(session: Session, last: LastWord) -> None:
+    helper.become(session.uid, session.gid)
+    signal.alarm(_LONGEST_S)  # should it wait for a dead file system: nobody is left then to end it
+    from agent import status  # in this child alone
+
+    # A FIFO can bear the name.
+    descriptor = os.open(last.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        told = status.parse_status(os.read(descriptor, status.MAX_FILE_BYTES + 1))
+    finally:
+        os.close(descriptor)
+    if told.state == status.RUNNING and told.session == session.id:
+        status.write_status(
+            last.path,
+            told._replace(
+                state=status.end_of(last.cause),
+                ended_at=now_utc(),
+                cause=last.cause,
+                progress=last.progress or told.progress,
+            ),
+        )
 
 
 def _used_names(proc: ProcFS, wanted: list[names.Entry], uid: int) -> frozenset[str]:

@@ -63,10 +63,13 @@ class Reclaimer:
             self._mapped[session.key] = self._mapped.get(session.key, frozenset()) | mapped
         return shm.held_bytes(session.leader.pid, self._mapped.get(session.key, frozenset()), session.uid)
 
-    def ask(self, session: Session, until_epoch_s: float) -> None:
-        """Have what ``session`` held when its leader died freed as soon as a helper is at hand."""
+    def ask(
+        self, session: Session, until_epoch_s: float, last_word: reclaim.LastWord | None, *, frees: bool
+    ) -> None:
+        """Have the last word of ``session`` written, and what it held when its leader died freed, as soon as a helper is at hand."""
         mapped = self._mapped.pop(session.key, frozenset())
-        self._queue.setdefault(session.uid, []).append(reclaim.Claim(session, mapped, until_epoch_s))
+        claim = reclaim.Claim(session, mapped, until_epoch_s, last_word, frees)
+        self._queue.setdefault(session.uid, []).append(claim)
 
     def forget(self, key: SessionKey) -> None:
         """Nobody will ask for this session's any more."""

@@ -255,7 +255,7 @@ def session_record(
             "start_ticks": session.leader.start_ticks,
             "cmdline": leader_cmdline,
         },
-        "progress": None if progress is None else _progress_record(progress),
+        "progress": None if progress is None else progress_record(progress),
         "workers": [
             {
                 "pid": id_.pid,
@@ -272,7 +272,8 @@ def session_record(
     }
 
 
-def _progress_record(progress: pages.Progress) -> dict[str, Any]:
+def progress_record(progress: pages.Progress) -> dict[str, Any]:
+    """Return how far a session says it is."""
     done, total = (_whole(number) for number in (progress.done, progress.total))
     return {"done": done, "total": total, "message": progress.message}
 

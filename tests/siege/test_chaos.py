@@ -14,7 +14,7 @@ from chaos.stage import Stage
 from harness import Scratch
 
 FIXED_SEED = 20
-STEPS = 150
+STEPS = 80
 MOMENTS = 50
 # What has a mark of its own: a daemon that was killed before it noted anything still finds it.
 MARKED = ("forked", "bare", "execed", "detached", "detached-execed", "deaf", "slow", "grandchild", "breeder")

@@ -122,13 +122,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("number", "group"),
     [
-        (signal.SIGINT, False),
         (signal.SIGINT, True),
         (signal.SIGTERM, False),
+        (signal.SIGKILL, False),
+        (signal.SIGINT, False),
         (signal.SIGTERM, True),
         (signal.SIGHUP, True),
-        (signal.SIGKILL, False),
-    ],
+    ][: 6 if MOMENTS > 1 else 3],
 )
 def test_a_signal_at_any_moment_of_a_search_leaves_nothing(
     number: int, group: bool, turn: int, start: Start, whole: dict[str, Any], tmp_path: Path, run: str

@@ -17,7 +17,7 @@ from harness import ZOO, repeat_until
 pytestmark = pytest.mark.needs_root
 
 FATES = os.path.join(ZOO, "fates.py")
-SECONDS = 15
+SECONDS = 10
 GONE_WITHIN_S = 60.0
 SEED = "REAPER_TEST_SEED"  # in the environment
 

@@ -131,12 +131,14 @@ def test_whatever_it_raises_nothing_is_left_and_the_exit_code_is_its_own(
     assert (status.state, status.error, status.cause) == (state, error, {"kind": "exit", "code": code})
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["leader", "group"])
-@pytest.mark.parametrize("kind", ["loky", "executor", "pool", "processes", "commands"])
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGHUP, 128 + signal.SIGHUP)],
-)  # fmt: skip
+    ("number", "code", "kind", "group"),
+    [
+        *((signal.SIGINT, -signal.SIGINT, kind, group) for kind in POOLS for group in (False, True)),
+        *((signal.SIGTERM, 128 + signal.SIGTERM, kind, False) for kind in ("loky", "pool", "processes")),
+        (signal.SIGHUP, 128 + signal.SIGHUP, "executor", True),
+    ],
+)
 def test_a_signal_unwinds_it_and_nothing_is_left(
     number: int, code: int, kind: str, group: bool, start: Start
 ) -> None:
@@ -170,6 +172,32 @@ def test_a_run_that_was_killed_never_reads_as_running(start: Start) -> None:
     assert training.status().state == "killed"
     training.wait()
     assert training.status().state == "killed"
+
+
+@pytest.mark.parametrize(
+    ("number", "state"), [(signal.SIGKILL, "killed"), (signal.SIGSEGV, "killed"), (signal.SIGSTOP, "running")]
+)
+def test_the_daemon_writes_the_end_of_a_run_that_could_not(
+    number: int, state: str, start: Start, daemon: Daemon
+) -> None:
+    training = start("commands", "wait", socket=daemon.socket)
+    training.signal(number)
+    if state == "killed":
+        daemon.wait_end(training.status().session)
+    with open(training.status_file, encoding="utf-8") as file:
+        told = json.load(file)
+    assert told["state"] == state == training.status().state
+    if state == "killed":
+        assert told["cause"]["code"] == number
+        assert told["progress"] == {"done": 2, "total": 10, "message": "fits"}
+        assert told["ended_at"] >= told["started_at"]
+
+
+def test_what_a_run_has_written_of_its_end_is_left_as_it_is(start: Start, daemon: Daemon) -> None:
+    training = start("commands", "exit", socket=daemon.socket)
+    assert training.wait() == 3
+    daemon.wait_end(training.status().session)
+    assert training.status().cause == {"kind": "exit", "code": 3}
 
 
 def test_what_outlives_a_killed_session_is_the_daemons_to_end(start: Start, daemon: Daemon) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import mmap
 import os
 import secrets
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Iterator
@@ -259,3 +261,72 @@ def test_a_folder_deeper_than_anything_needs_costs_nothing_but_itself(dead: Dead
     finally:
         os.chdir(home)
         subprocess.run(["rm", "-rf", str(deep)], check=True)
+
+
+# -- the last word ----------------------------------------------------------------------------------
+
+
+def status_of(path: Path, **more: Any) -> Path:
+    told = {
+        "state": "running",
+        "name": "x",
+        "session": "s",
+        "pid": 1,
+        "start_ticks": 2,
+        "boot_id": "b",
+        "started_at": "t",
+    }
+    path.write_text(json.dumps({**told, **more}))
+    path.chmod(0o640)
+    return path
+
+
+def last_word(dead: Dead, path: Path, **facts: Any) -> dict[str, Any]:
+    last = reclaim.LastWord(str(path), {"kind": "signal", "code": 9}, {"done": 1, "total": 2, "message": ""})
+    freed(dead.claim(**facts)._replace(last_word=last, frees=False))
+    told: dict[str, Any] = json.loads(path.read_text())
+    return told
+
+
+def test_the_end_of_a_killed_run_is_written_for_it(dead: Dead, tmp_path: Path) -> None:
+    path = status_of(tmp_path / "run.json")
+    told = last_word(dead, path)
+    assert (told["state"], told["cause"], told["started_at"]) == (
+        "killed",
+        {"kind": "signal", "code": 9},
+        "t",
+    )
+    assert told["progress"] == {"done": 1, "total": 2, "message": ""}
+    assert told["ended_at"].endswith("Z")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+@pytest.mark.parametrize("more", [{"state": "completed"}, {"session": "another"}])
+def test_what_another_run_says_or_this_one_has_said_itself_stays(
+    dead: Dead, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    path = status_of(tmp_path / "run.json", **more)
+    before = path.read_bytes()
+    last_word(dead, path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.needs_root
+def test_nobody_writes_where_the_leaders_user_may_not(dead: Dead, tmp_path: Path) -> None:
+    path = status_of(tmp_path / "run.json")
+    tmp_path.chmod(0o755)
+    path.chmod(0o644)
+    assert last_word(dead, path, uid=54321, gid=54321)["state"] == "running"
+
+
+def test_a_fifo_or_a_folder_of_that_name_holds_nobody_up(dead: Dead, tmp_path: Path) -> None:
+    fifo, folder, garbage = tmp_path / "fifo", tmp_path / "folder", tmp_path / "garbage"
+    os.mkfifo(fifo)
+    folder.mkdir()
+    garbage.write_bytes(b"\0" * 100_000)
+    for path in (fifo, folder, garbage, tmp_path / "missing"):
+        last = reclaim.LastWord(str(path), None, None)
+        freed(dead.claim()._replace(last_word=last, frees=False))
+    assert garbage.read_bytes() == b"\0" * 100_000
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "folder", "garbage"]

@@ -56,7 +56,7 @@ class Stage:
 
     def ask(self, uid: int, name: str = "s") -> SessionKey:
         session = Session(name, "", uid, uid, NO_LEADER, "")
-        self.reclaimer.ask(session, time.time())
+        self.reclaimer.ask(session, time.time(), None, frees=True)
         return session.key
 
     def step_until(self, wanted: set[SessionKey]) -> None:

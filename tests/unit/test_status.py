@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import agent
-from agent import status
+from agent.session import read_start_ticks
 from agent.status import Status, StatusFile
 
 WHOLE = Status("running", "risk", "1-2-3-4", 1, 2, "boot", "2026-01-31T12:00:00.000Z")
@@ -29,7 +29,7 @@ def mine(**more: Any) -> dict[str, Any]:
     """Return the fields by which this process is found."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot_id = file.read().strip()
-    ticks = status._start_ticks(os.getpid())
+    ticks = read_start_ticks(os.getpid())
     return {"pid": os.getpid(), "start_ticks": ticks, "boot_id": boot_id, "host": os.uname().nodename, **more}
 
 
@@ -95,7 +95,7 @@ def test_who_says_that_it_runs_is_looked_for(tmp_path: Path) -> None:
     assert agent.read_status(write(path, **mine(boot_id="another", host="elsewhere"))).state == "unknown"
     assert agent.read_status(write(path, **mine(pid_namespace=1))).state == "unknown"
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        ticks = status._start_ticks(ended.pid)
+        ticks = read_start_ticks(ended.pid)
         os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
         assert agent.read_status(write(path, **mine(pid=ended.pid, start_ticks=ticks))).state == "killed"
     assert agent.read_status(write(path, **mine(pid=ended.pid, start_ticks=ticks))).state == "killed"

@@ -401,6 +401,25 @@ def test_a_page_comes_back_as_it_was_written() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("told", "path"),
+    [
+        ("/home/a/run.json", "/home/a/run.json"),
+        ("run.json", ""),
+        ("", ""),
+        (5, ""),
+        (None, ""),
+        ("/a\0b", ""),
+    ],
+)
+def test_a_page_names_a_status_file_by_an_absolute_path_or_none(told: Any, path: str) -> None:
+    record = {"id": ID, "name": "x", "start_ticks": 42, "boot_id": BOOT, "fd": 5, "sockets": [SOCKET]}
+    assert pages.parse_page(page(wire.encode({**record, "status_file": told}))).status_file == path
+    assert wire.pack_record(ID, "x", 42, BOOT, 5, [SOCKET], "/run.json") == wire.encode(
+        {**record, "status_file": "/run.json"}
+    )
+
+
 def test_a_page_without_progress_says_so() -> None:
     told = pages.parse_page(page())
     assert told.progress is None

@@ -58,7 +58,7 @@ WORKER = [
 STILL_REAPING = "the reap must not be over, or this proves nothing"
 # Where a case waits for many sessions to be over, one after another.
 QUICK_GRACE_S = 0.3
-QUICK_GONE_S = QUICK_GRACE_S + 1.0
+QUICK_GONE_S = QUICK_GRACE_S + 5.0  # no promise: what lives on so long is never ended
 SLOW = {"folder-of-who-came-later": 2.5}
 CONFIG = """\
 [daemon]

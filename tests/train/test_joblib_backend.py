@@ -119,6 +119,20 @@ def test_an_initializer_of_ones_own_runs_in_each_worker_after_the_guard(
         assert file.read() == "xx"
 
 
+def test_each_task_that_is_done_is_told_of(python: Python) -> None:
+    script = """
+    if __name__ == "__main__":
+        agent.joblib.register(make_default=True)
+        agent.register()
+        with agent.joblib.progress(total=60, message="tasks"):
+            Parallel(n_jobs=2)(delayed(abs)(i) for i in range(40))
+            Parallel(n_jobs=2)(delayed(abs)(i) for i in range(20))
+        Parallel(n_jobs=2)(delayed(abs)(i) for i in range(20))
+        print(json.dumps(agent.session.last_progress()))
+    """
+    assert answer(python(LOOK + script)) == {"done": 60, "total": 60, "message": "tasks"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_without_a_daemon_busy_and_idle_workers_end_with_their_parent(
     python: Python, run: str, number: int
