@@ -60,11 +60,11 @@ class Family:
         """Return those that live, trackers and forkservers apart."""
         everybody = _everybody()
         below = [one for one in _below(self._pid, everybody, self._left_out()) if one.state not in "ZX"]
-        return [one for one in (*below, *self._lost(everybody)) if not self._serves(one)]
+        return [one for one in (*below, *self._lost(everybody)) if self._is_worker(one)]
 
     def lost(self) -> list[Process]:
         """Return those of the workers that have lost their parent: who bears our mark, and is below somebody else."""
-        return [one for one in self._lost(_everybody()) if not self._serves(one)]
+        return [one for one in self._lost(_everybody()) if self._is_worker(one)]
 
     def _lost(self, everybody: dict[int, Process]) -> list[Process]:
         ours = {self._pid, *(one.pid for one in _below(self._pid, everybody))}
@@ -88,14 +88,23 @@ class Family:
             return False
         try:
             variables = _read_bytes(f"/proc/{one.pid}/environ").split(b"\0")
-            same_cgroup = _read_bytes(f"/proc/{one.pid}/cgroup") == _read_bytes(f"/proc/{self._pid}/cgroup")
         except OSError:  # it is another user's, or gone
             return False
-        return (
-            same_cgroup
-            and _names(variables, wire.LINEAGE_VARIABLE, self._session)
-            and not _names(variables, wire.SPARED_VARIABLE, self._session)
+        return _names(variables, wire.LINEAGE_VARIABLE, self._session) and not _names(
+            variables, wire.SPARED_VARIABLE, self._session
         )
+
+    def _is_worker(self, one: Process) -> bool:
+        """Say whether ``one`` is no tracker or forkserver, and was not put elsewhere on purpose (``systemd-run --scope``, sbatch)."""
+        try:
+            mine, theirs = (
+                wire.parse_cgroup(_read_bytes(f"/proc/{pid}/cgroup").decode("utf-8", "surrogateescape"))
+                for pid in (self._pid, one.pid)
+            )
+        except OSError:
+            return False
+        is_here = theirs == mine or (mine != "/" and theirs.startswith(f"{mine}/"))
+        return is_here and not self._serves(one)
 
     def _serves(self, one: Process) -> bool:
         """Say whether a process is a tracker, or a forkserver that is ours."""

@@ -123,9 +123,13 @@ class ProcessManager:
             session.push_limit(self._max_workers)
         _running.add(self)
         atexit.register(self._at_exit)
-        self._signals.install()
-        if self.session.socket is None:
-            self._strays.start()
+        try:
+            self._signals.install()
+            if self.session.socket is None:
+                self._strays.start()
+        except BaseException as error:  # a signal, for one: whoever called has nothing to end yet
+            self.stop(error)
+            raise
         return self
 
     def stop(self, error: BaseException | None = None) -> list[Worker]:
@@ -152,7 +156,11 @@ class ProcessManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End, whatever the way out is."""
-        self.stop(error)
+        try:
+            self.stop(error)
+        except (KeyboardInterrupt, SystemExit) as late:
+            self.stop(late)  # a signal that came before the first line of it: else, this does nothing
+            raise
 
     def _end(self, error: BaseException | None) -> list[Worker]:
         self._strays.stop()
@@ -183,8 +191,7 @@ class ProcessManager:
             log.warning("cannot write the status file %s: %s", self._status.path, failure.strerror)
 
     def _at_exit(self) -> None:
-        if self.running:
-            self.stop()
+        self.stop(KeyboardInterrupt() if self._signals.received else None)
 
     def end_at_once(self, number: int) -> None:
         """End all workers with SIGKILL, and then this process by the signal that asked for it."""

@@ -204,7 +204,10 @@ def read_environment(pid: int) -> bytes:
     found = read_proc(pid, "environ")
     if found or b"Threads:\t1\n" in read_proc(pid, "status"):
         return found
-    tasks = os.listdir(f"/proc/{pid}/task") if os.path.exists(f"/proc/{pid}/task") else []
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except FileNotFoundError:  # it has ended
+        tasks = []
     return next(filter(None, (read_proc(pid, f"task/{task}/environ") for task in tasks)), b"")
 
 

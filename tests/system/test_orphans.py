@@ -5,6 +5,7 @@ Each daemon has a pid namespace of its own, with settings that are as aggressive
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -221,17 +222,15 @@ def enclosure() -> Iterator[Enclosure]:
 @pytest.fixture
 def start_pool(enclosure: Enclosure) -> Iterator[Callable[..., Pool]]:
     """Start a pool that nobody registered; its workers are up when this returns."""
-    pools: list[Pool] = []
+    with contextlib.ExitStack() as stack:
 
-    def start(*arguments: str, adopter: str = "init", uid: int | None = None, **env: str) -> Pool:
-        pool = Pool(enclosure, arguments, adopter, uid, **env)
-        pools.append(pool)
-        return pool.up()
+        def start(*arguments: str, adopter: str = "init", uid: int | None = None, **env: str) -> Pool:
+            pool = Pool(enclosure, arguments, adopter, uid, **env)
+            stack.callback(pool.leader.close)
+            stack.callback(pool.leader.end_family)
+            return pool.up()
 
-    yield start
-    for pool in pools:
-        pool.leader.end_family()
-        pool.leader.close()
+        yield start
 
 
 def settings(action: str = "kill", quarantine_for: str = "1h", **changed: str) -> str:

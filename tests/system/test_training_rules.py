@@ -1,0 +1,306 @@
+"""What ``training_session()`` leaves alone, and who stays in charge of signals: scripts that say what they saw."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from harness import Scratch, test_environment
+
+HEAD = """
+import json, multiprocessing, os, signal, subprocess, sys, threading, time
+import agent
+
+def say(**words):
+    print(json.dumps(words), flush=True)
+
+def lives(pid):
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except FileNotFoundError:
+        return False
+
+def pids(pool):
+    return [one.pid for one in pool._pool]
+
+def sleep(seconds):
+    time.sleep(seconds)
+
+def handlers(_=None):
+    return [str(signal.getsignal(one)) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+"""
+Tell = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def tell(run: str, scratch: Scratch) -> Tell:
+    """Run a script, and return what it said last."""
+
+    def execute(text: str, *, code: int = 0) -> dict[str, Any]:
+        path = scratch.file("train.py")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(HEAD + 'if __name__ == "__main__":\n' + textwrap.indent(textwrap.dedent(text), "    "))
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", path],
+            env=test_environment(run, REAPER_SOCKET="/nonexistent"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return told
+
+    return execute
+
+
+# -- what is not touched --------------------------------------------------------------------------
+
+
+def test_a_pool_from_before_goes_on_with_the_workers_it_has_and_those_it_starts_later(tell: Tell) -> None:
+    told = tell("""
+        before = multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1)
+        with agent.training_session():
+            inside = multiprocessing.get_context("fork").Pool(2)
+            before.map(sleep, [0.01] * 4)  # each task makes it start a worker
+            ended = pids(inside)
+        alive, gone = [lives(pid) for pid in pids(before)], [lives(pid) for pid in ended]
+        say(alive=alive, gone=gone, works=before.map(abs, [-1, 2]))
+        before.terminate()
+    """)
+    assert told == {"alive": [True, True], "gone": [False, False], "works": [1, 2]}
+
+
+def test_what_was_spared_or_was_there_before_lives_on_and_what_that_starts_too(tell: Tell) -> None:
+    told = tell("""
+        def start(command):
+            child = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, text=True)
+            return [child.pid, int(child.stdout.readline())]
+
+        shell = "sleep 300 & echo $!; wait"
+        before = start(shell)
+        with agent.training_session():
+            with agent.spared():
+                spared = start(shell)
+            inside = start(shell)
+        say(before=[lives(pid) for pid in before], spared=[lives(pid) for pid in spared],
+            inside=[lives(pid) for pid in inside])
+        for pid in before + spared:
+            os.kill(pid, signal.SIGKILL)
+    """)
+    assert told == {"before": [True, True], "spared": [True, True], "inside": [False, False]}
+
+
+def test_a_session_inside_another_ends_what_is_its_own_and_leaves_the_session_registered(tell: Tell) -> None:
+    told = tell("""
+        with agent.training_session("outer") as outer:
+            first = subprocess.Popen(["sleep", "300"])
+            with agent.training_session("inner") as inner:
+                second = subprocess.Popen(["sleep", "300"])
+                same = inner.session is outer.session
+            middle = [lives(first.pid), lives(second.pid)]
+            stamped = "REAPER_LINEAGE" in os.environ
+        say(same=same, middle=middle, stamped=stamped, after=[lives(first.pid), "REAPER_LINEAGE" in os.environ])
+    """)
+    assert told == {"same": True, "middle": [True, False], "stamped": True, "after": [False, False]}
+
+
+def test_a_session_that_was_registered_before_stays_registered(tell: Tell) -> None:
+    told = tell("""
+        mine = agent.register("mine")
+        with agent.training_session("other"):
+            pass
+        say(stamped=os.environ.get("REAPER_LINEAGE") == mine.id, same=agent.register() is mine)
+    """)
+    assert told == {"stamped": True, "same": True}
+
+
+def test_a_clean_up_in_between_ends_the_workers_and_the_session_goes_on(tell: Tell) -> None:
+    told = tell("""
+        from concurrent.futures import ProcessPoolExecutor
+        with agent.training_session() as session:
+            pool = ProcessPoolExecutor(2)
+            pool.submit(sleep, 300)
+            while not session.workers():
+                time.sleep(0.01)
+            left = session.cleanup()
+            again = ProcessPoolExecutor(2).submit(abs, -3).result()
+            say(left=left, workers=len(session.workers()) > 0, again=again, running=session.running)
+    """)
+    assert told == {"left": [], "workers": True, "again": 3, "running": True}
+
+
+# -- whose signals --------------------------------------------------------------------------------
+
+
+def test_a_handler_of_ones_own_stays_in_charge(tell: Tell) -> None:
+    told = tell("""
+        seen = []
+        signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+        with agent.training_session():
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            going_on = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        say(seen=seen, going_on=going_on)
+    """)
+    assert told == {"seen": [15] * 4, "going_on": True}
+
+
+def test_what_is_ignored_stays_ignored_and_nohup_works(tell: Tell) -> None:
+    told = tell("""
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with agent.training_session():
+            os.kill(os.getpid(), signal.SIGHUP)
+            inside = handlers()[2]
+        say(inside=inside, after=handlers()[2])
+    """)
+    assert told["inside"] == told["after"]
+
+
+def test_a_handler_that_somebody_installs_inside_is_theirs_afterwards(tell: Tell) -> None:
+    told = tell("""
+        def mine(number, frame):
+            pass
+        with agent.training_session():
+            signal.signal(signal.SIGTERM, mine)
+        say(kept=signal.getsignal(signal.SIGTERM) is mine, others=handlers()[0])
+    """)
+    assert told == {"kept": True, "others": "<built-in function default_int_handler>"}
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_have_the_handlers_that_were_there_before(tell: Tell, method: str) -> None:
+    told = tell(f"""
+        context = multiprocessing.get_context("{method}")
+        with context.Pool(1) as pool:
+            before = pool.map(handlers, [0])
+        with agent.training_session(), context.Pool(1) as pool:
+            inside = pool.map(handlers, [0])
+            pool.terminate()
+        say(before=before, inside=inside)
+    """)
+    assert told["inside"] == told["before"]
+
+
+def test_asyncio_stays_in_charge_of_ctrl_c(tell: Tell) -> None:
+    told = tell("""
+        import asyncio
+        seen = []
+
+        async def train():
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                await asyncio.sleep(300)
+            except asyncio.CancelledError:
+                seen.append("cancelled")
+                raise
+
+        async def main():
+            with agent.training_session():
+                await train()
+
+        try:
+            asyncio.run(main())
+        except KeyboardInterrupt:
+            seen.append("interrupted")
+        say(seen=seen, after=handlers()[0])
+    """)
+    # asyncio.Runner cancels its task first; before Python 3.11 there was none, and KeyboardInterrupt came from where it was.
+    assert told["seen"][-1] == "interrupted"
+    assert told["seen"][0] == "cancelled" or sys.version_info < (3, 11)
+    assert told["after"] == "<built-in function default_int_handler>"
+
+
+def test_in_another_thread_there_are_no_handlers_and_all_else_is_the_same(tell: Tell) -> None:
+    told = tell("""
+        found = {}
+
+        def train():
+            with agent.training_session():
+                child = subprocess.Popen(["sleep", "300"])
+                found["inside"] = handlers()
+            found["gone"] = not lives(child.pid)
+
+        before = handlers()
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+        say(same=found["inside"] == before, gone=found["gone"])
+    """)
+    assert told == {"same": True, "gone": True}
+
+
+def test_a_signal_in_the_middle_of_the_clean_up_waits_for_its_end(tell: Tell) -> None:
+    told = tell("""
+        stubborn = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(300)"
+        try:
+            with agent.training_session(grace=0.5):
+                child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
+                child.stdout.readline()
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            unwound = None
+        except SystemExit as error:
+            unwound = error.code
+        say(unwound=unwound, gone=not lives(child.pid), after=handlers()[1])
+    """)
+    assert (told["unwound"], told["gone"]) == (143, True)
+
+
+def test_a_session_that_is_begun_twice_or_not_ended_is_no_trap(tell: Tell) -> None:
+    told = tell("""
+        session = agent.ProcessManager()
+        assert session.stop() == [] and session.workers() == [] and session.cleanup() == []
+        session.start()
+        try:
+            session.start()
+        except RuntimeError as error:
+            twice = str(error)
+        child = subprocess.Popen(["sleep", "300"])
+        session.stop()
+        assert not lives(child.pid)
+        session.start()
+        child = subprocess.Popen(["sleep", "300"])
+        say(twice=twice, pid=child.pid)
+    """)
+    assert "has begun already" in told["twice"]
+    # It was never ended: the interpreter's own end has done so, or the fixture that counts processes would fail this test.
+
+
+def test_without_a_daemon_a_worker_that_has_lost_its_pool_is_told_of_once(tell: Tell) -> None:
+    told = tell("""
+        import logging
+        seen = []
+
+        class Note(logging.Handler):
+            def emit(self, record):
+                seen.append(record.getMessage())
+
+        logging.getLogger("agent").addHandler(Note())
+        spin = "while True: pass"
+        orphaned = f"{sys.executable} -c '{spin}' & echo $!"
+        with agent.ProcessManager(monitoring_interval=0.1, orphan_age_limit=0.3, cpu_threshold=10) as session:
+            subprocess.run(["sh", "-c", "sleep 300 >&- &"], check=True)  # lost, and idle
+            busy = subprocess.Popen(["sh", "-c", orphaned], stdout=subprocess.PIPE, text=True)
+            pid = int(busy.stdout.readline())
+            busy.wait()
+            end = time.monotonic() + 20
+            while not seen and time.monotonic() < end:
+                time.sleep(0.05)
+            strays = [one.pid for one in session.strays()]
+            time.sleep(0.5)
+        say(seen=seen, pid=pid, strays=strays, gone=not lives(pid))
+    """)
+    assert len(told["seen"]) == 1
+    assert f"pid {told['pid']} has lost its pool" in told["seen"][0]
+    assert told["strays"] == [told["pid"]]
+    assert told["gone"]
