@@ -54,10 +54,14 @@ demo: $(STAMP) ## kill a real grid search with SIGKILL, and watch Reaper clean u
 example: $(STAMP) ## train the risk models of examples/risk_model.py; end it whenever you like, and run it again
 	@$(BIN)/python examples/risk_model.py --model-dir build/risk
 
+# A /dev/shm of its own, where that may be had: pools come and go in there, which tests of others' leftovers would see.
+MAY_UNSHARE = $(if $(ROOT),$(shell unshare --mount sh -c 'mount -t tmpfs tmpfs /dev/shm' 2>/dev/null && echo yes))
+APART = $(if $(MAY_UNSHARE),unshare --mount sh -c 'mount -t tmpfs tmpfs /dev/shm && exec "$$0" "$$@"')
+
 # Lint, and what needs scikit-learn in its own process, beside the unit tests: those measure no time.
 .PHONY: test
-test: $(STAMP) ## lint, then every test: unit, system, siege, training, and as root those that need root
-	@$(MAKE) --no-print-directory -j 2 suite lint training
+test: $(STAMP) ## lint, and every test: unit, system, siege, training, and as root those that need root
+	@$(MAKE) --no-print-directory -j $(if $(MAY_UNSHARE),2,1) suite lint training
 
 .PHONY: check
 check: suite training ## every test, without lint; PYTEST_ARGS="-k name" chooses
@@ -69,7 +73,7 @@ suite: $(STAMP)
 # In a process of its own: with scikit-learn in it, one is too large for tests that look at themselves.
 .PHONY: training
 training: $(STAMP)
-	$(BIN)/python -m pytest tests/train $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(APART) $(BIN)/python -m pytest tests/train $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 # An environment of its own: what Reaper is measured against is none of its dependencies.
 BENCH := build/bench

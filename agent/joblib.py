@@ -135,7 +135,10 @@ def _guard(parent: int) -> None:
     """
     try:
         handle = os.pidfd_open(parent)
-    except ProcessLookupError:
+    except (
+        ProcessLookupError,
+        FileNotFoundError,
+    ):  # the second since Linux 6.16, while it is being waited for
         os._exit(1)
     except OSError:  # a sandbox that refuses it: then the daemon alone looks after us
         return

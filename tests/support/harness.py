@@ -74,7 +74,10 @@ def open_pidfd(pid: int) -> int | None:
     """Return a pidfd, or None when ``pid`` has been waited for already."""
     try:
         return os.pidfd_open(pid)
-    except ProcessLookupError:
+    except (
+        ProcessLookupError,
+        FileNotFoundError,
+    ):  # the second since Linux 6.16, while it is being waited for
         return None
 
 

@@ -133,7 +133,8 @@ def test_a_clean_up_in_between_ends_the_workers_and_the_session_goes_on(tell: Te
             while not session.workers():
                 time.sleep(0.01)
             left = session.cleanup()
-            again = ProcessPoolExecutor(2).submit(abs, -3).result()
+            pool = ProcessPoolExecutor(2)
+            again = pool.submit(abs, -3).result()
             say(left=left, workers=len(session.workers()) > 0, again=again, running=session.running)
     """)
     assert told == {"left": [], "workers": True, "again": 3, "running": True}

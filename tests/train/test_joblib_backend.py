@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 from harness import Scratch, end_leftovers, has_ended, open_pidfd, test_environment
 
-SUITE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "support", "joblib_suite.py")
-QUICK = "reaper and (context_manager or nesting or error or abort) and not unpickl"
 WITHIN_S = 30.0
 Python = Callable[..., "subprocess.Popen[str]"]
 
@@ -164,27 +162,3 @@ def test_without_a_daemon_busy_and_idle_workers_end_with_their_parent(
         for handle in filter(None, handles):
             os.close(handle)
         end_leftovers(pids, run)
-
-
-def test_some_of_joblibs_own_tests_of_parallel_loops_pass(run: str, scratch: Scratch) -> None:
-    """``make joblib`` runs them all."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            SUITE,
-            scratch.path,
-            "-q",
-            "-k",
-            QUICK,
-        ],
-        env=test_environment(run, REAPER_SOCKET="/nonexistent"),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout

@@ -282,7 +282,14 @@ def test_a_living_manager_of_torchs_guards_like_a_tracker(estate: Estate, old: N
     with running([str(manager), "600"], silent=True):
         assert estate.names() == set()
     assert estate.names() == {f"torch_{GONE}_123_0", *NAMELESS}
-    with running(["sh", "-c", f"{manager} 600 & echo; wait"]):
+    with running(["sh", "-c", f"{manager} 600 & echo; wait"]) as (shell, _):
+
+        def has_execed() -> bool | None:
+            """It is not before its exec that it is who it will be."""
+            names = [harness.cmdline(pid)[:1] for pid in harness.children_of(shell.pid)]
+            return True if [str(manager)] in names else None
+
+        harness.repeat_until(has_execed, SOON_S, "the manager runs")
         assert estate.names() == set(), "its parent lives, and is no interpreter: another than started it"
 
 
