@@ -4,8 +4,9 @@
     search = checkpointed_search(GridSearchCV(model, grid), "checkpoints/risk")
 
 A fit is known again by the estimator's class and parameters, by the data, and by the code: the versions of Python and of the
-libraries, and the instructions of a class or function of one's own (not of what it calls). A finished fit is a file that was renamed into place: whatever was killed
-in mid-write is not there. Files are pickles: keep them where nobody else can write. Needs the extra ``train``.
+libraries, and the instructions of a class or function of one's own (not of what it calls). A finished fit is a file that was
+renamed into place: whatever was killed in mid-write is not there. Files are pickles: keep them where nobody else can write.
+Needs the extra ``train``.
 """
 
 from __future__ import annotations
@@ -357,9 +358,8 @@ class _Folder:
         descriptor, beside = tempfile.mkstemp(prefix=_UNFINISHED, dir=self._path)
         try:
             with open(descriptor, "wb") as file:
-                cloudpickle.dump(
-                    fitted, file
-                )  # a class of __main__ goes with it: a worker cannot import that
+                # A class of __main__ goes with it: a worker cannot import that.
+                cloudpickle.dump(fitted, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, os.path.join(self._path, key + _SUFFIX))

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from agent import session, wire
@@ -49,42 +49,45 @@ class Family:
         """Begin now; ``session_id`` is the mark that is in the environment of whoever is started ("" for none)."""
         self._session = session_id
         self._pid = os.getpid()
-        everybody = _everybody()
         # A forkserver starts workers for whoever asks: those that it has by now are not ours, later ones are.
-        before = [one for one in _below(self._pid, everybody) if not self._serves(one)]
+        before = [one for one in _Listing().below(self._pid) if not self._serves(one)]
         self._before = frozenset(one.id for one in before)
         self._pools_before = _pools()  # held: an id() that is given back may be another pool's
         self._since_ticks = _ticks_now()
 
     def workers(self) -> list[Process]:
         """Return those that live, trackers and forkservers apart."""
-        everybody = _everybody()
-        below = [one for one in _below(self._pid, everybody, self._left_out()) if one.state not in "ZX"]
-        return [one for one in (*below, *self._lost(everybody)) if self._is_worker(one)]
+        listing = _Listing()
+        below = [one for one in listing.below(self._pid, self._left_out()) if one.state not in "ZX"]
+        return self._workers_among([*below, *self._lost(listing)])
 
     def lost(self) -> list[Process]:
         """Return those of the workers that have lost their parent: who bears our mark, and is below somebody else."""
-        return [one for one in self._lost(_everybody()) if self._is_worker(one)]
+        return self._workers_among(self._lost(_Listing()))
 
-    def _lost(self, everybody: dict[int, Process]) -> list[Process]:
-        ours = {self._pid, *(one.pid for one in _below(self._pid, everybody))}
-        strangers = [one for one in everybody.values() if one.pid not in ours]
-        lost = [one for one in strangers if self._is_lost_member(one, everybody)]
+    def _lost(self, listing: _Listing) -> list[Process]:
+        ours = {self._pid, *(one.pid for one in listing.below(self._pid))}
+        # Process 1 adopts, or a subreaper above us: below anybody else it is somebody else's job (at, sbatch).
+        adopters = {1, *listing.above(self._pid)}
+        lost = [
+            one
+            for one in listing.processes.values()
+            if one.pid not in ours and one.ppid in adopters and self._is_lost_member(one)
+        ]
         # What an orphan has started is lost with it, whatever its environment says.
-        return [*lost, *(below for one in lost for below in _below(one.pid, everybody) if below not in lost)]
+        return [*lost, *(below for one in lost for below in listing.below(one.pid) if below not in lost)]
 
     def _left_out(self) -> frozenset[Id]:
         """Return whose children are no business of ours: who was there before, the workers of such pools, and the spared."""
         old = {pid for pool, _ in self._pools_before.values() for pid in _pids_of(pool)}
-        ids = {(pid, ticks) for pid in old if (ticks := _start_ticks(pid)) is not None}
+        ids = {(pid, ticks) for pid in old if (ticks := _started(pid)) is not None}
         return self._before | frozenset(session.spared_processes()) | ids
 
-    def _is_lost_member(self, one: Process, everybody: dict[int, Process]) -> bool:
-        """Say whether ``one`` bears our mark though its parent has ended."""
+    def _is_lost_member(self, one: Process) -> bool:
+        """Say whether ``one``, whose parent has ended, bears our mark."""
         if not self._session or one.start_ticks < self._since_ticks or one.state in "ZX":
             return False
-        # Process 1 adopts, or a subreaper above us: below anybody else it is somebody else's job (at, sbatch).
-        if one.id in self._before or one.ppid not in (1, *_ancestors(self._pid, everybody)):
+        if one.id in self._before:
             return False
         try:
             variables = _read_bytes(f"/proc/{one.pid}/environ").split(b"\0")
@@ -94,17 +97,15 @@ class Family:
             variables, wire.SPARED_VARIABLE, self._session
         )
 
-    def _is_worker(self, one: Process) -> bool:
-        """Say whether ``one`` is no tracker or forkserver, and was not put elsewhere on purpose (``systemd-run --scope``, sbatch)."""
-        try:
-            mine, theirs = (
-                wire.parse_cgroup(_read_bytes(f"/proc/{pid}/cgroup").decode("utf-8", "surrogateescape"))
-                for pid in (self._pid, one.pid)
-            )
-        except OSError:
-            return False
-        is_here = theirs == mine or (mine != "/" and theirs.startswith(f"{mine}/"))
-        return is_here and not self._serves(one)
+    def _workers_among(self, found: list[Process]) -> list[Process]:
+        """Return those that are no trackers or forkservers, and were not put elsewhere on purpose (``systemd-run --scope``)."""
+        mine = _cgroup_of(self._pid)
+
+        def is_here(one: Process) -> bool:
+            theirs = _cgroup_of(one.pid)
+            return theirs is not None and (theirs == mine or (mine != "/" and theirs.startswith(f"{mine}/")))
+
+        return [one for one in found if is_here(one) and not self._serves(one)]
 
     def _serves(self, one: Process) -> bool:
         """Say whether a process is a tracker, or a forkserver that is ours."""
@@ -186,7 +187,7 @@ def _open(one: Process) -> int | None:
     except OSError:
         return None
     # Opened first, then compared: who bears the pid after that and began then has borne it all along.
-    if _start_ticks(one.pid) == one.start_ticks:
+    if _started(one.pid) == one.start_ticks:
         return handle
     os.close(handle)
     return None
@@ -285,13 +286,36 @@ def _unlock(pools: Iterable[Any]) -> None:
 # -- /proc ----------------------------------------------------------------------------------------
 
 
-def _everybody() -> dict[int, Process]:
-    found = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
+class _Listing:
+    """Everybody in /proc at one moment."""
+
+    def __init__(self) -> None:
+        self.processes: dict[int, Process] = {}
+        self._children: dict[int, list[Process]] = {}
+        for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended
-                found[int(name)] = _parse_stat(_read_bytes(f"/proc/{name}/stat"))
-    return found
+                one = _parse_stat(_read_bytes(f"/proc/{name}/stat"))
+                self.processes[one.pid] = one
+                self._children.setdefault(one.ppid, []).append(one)
+
+    def below(self, pid: int, leave_out: frozenset[Id] = frozenset()) -> list[Process]:
+        """Return all descendants of ``pid`` but for some and theirs, parents first."""
+        found: list[Process] = []
+        level = [pid]
+        while level:
+            below = [one for parent in level for one in self._children.get(parent, ())]
+            below = [one for one in below if one.id not in leave_out]
+            found += below
+            level = [one.pid for one in below]
+        return found
+
+    def above(self, pid: int) -> set[int]:
+        """Return the pids of the ancestors of ``pid``."""
+        found: set[int] = set()
+        while (one := self.processes.get(pid)) is not None and one.ppid not in found:
+            found.add(one.ppid)
+            pid = one.ppid
+        return found
 
 
 def _parse_stat(data: bytes) -> Process:
@@ -305,28 +329,6 @@ def _parse_stat(data: bytes) -> Process:
         fields[0].decode("ascii", "replace"),
         int(fields[11]) + int(fields[12]),
     )
-
-
-def _below(pid: int, everybody: dict[int, Process], leave_out: frozenset[Id] = frozenset()) -> list[Process]:
-    """Return all descendants of ``pid`` but for some and theirs, parents first."""
-    by_parent: dict[int, list[Process]] = {}
-    for one in everybody.values():
-        by_parent.setdefault(one.ppid, []).append(one)
-    found: list[Process] = []
-    above = [pid]
-    while above:
-        level = [one for parent in above for one in by_parent.get(parent, ()) if one.id not in leave_out]
-        found += level
-        above = [one.pid for one in level]
-    return found
-
-
-def _ancestors(pid: int, everybody: dict[int, Process]) -> Iterator[int]:
-    seen: set[int] = set()
-    while pid in everybody and pid not in seen:
-        seen.add(pid)
-        pid = everybody[pid].ppid
-        yield pid
 
 
 def _names(variables: Iterable[bytes], name: str, session_id: str) -> bool:
@@ -343,10 +345,18 @@ def _ticks_now() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
-def _start_ticks(pid: int) -> int | None:
+def _started(pid: int) -> int | None:
+    """Return the start ticks of whoever has ``pid``, None where nobody has."""
     try:
-        return _parse_stat(_read_bytes(f"/proc/{pid}/stat")).start_ticks
+        return session.read_start_ticks(pid)
     except (OSError, ValueError, IndexError):
+        return None
+
+
+def _cgroup_of(pid: int) -> str | None:
+    try:
+        return wire.parse_cgroup(_read_bytes(f"/proc/{pid}/cgroup").decode("utf-8", "surrogateescape"))
+    except OSError:
         return None
 
 

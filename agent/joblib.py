@@ -135,11 +135,8 @@ def _guard(parent: int) -> None:
     """
     try:
         handle = os.pidfd_open(parent)
-    except (
-        ProcessLookupError,
-        FileNotFoundError,
-    ):  # the second since Linux 6.16, while it is being waited for
-        os._exit(1)
+    except (ProcessLookupError, FileNotFoundError):
+        os._exit(1)  # the second since Linux 6.16, while it is being waited for
     except OSError:  # a sandbox that refuses it: then the daemon alone looks after us
         return
     # Opened first, then compared: if it is our parent now, it has been all along.

@@ -7,12 +7,14 @@ back as they were. What cannot be done from in here (SIGKILL, a crash of the int
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import signal
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
@@ -111,12 +113,11 @@ class ProcessManager:
         try:
             if self._status_path is not None:
                 self._status = StatusFile(self._status_path, self.session.name, self.session.id)
+                session.name_status_file(self._status.path)
         except BaseException:
             if self._owns_session:
                 session.unregister()
             raise
-        if self._status is not None:
-            session.name_status_file(self._status.path)
         self._family = family.Family(self.session.id)
         self._pid = os.getpid()
         if self._max_workers is not None:
@@ -266,16 +267,28 @@ class _Signals:
                 signal.signal(number, before)
         self._before = {}
 
-    def deferred(self) -> _Deferring:
-        """Return a context in which a first signal waits, and after which nothing of ours is left."""
-        return _Deferring(self)
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let a first signal wait until the block is over; after that nothing of ours is left, and it happens."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            waited = self._deferred
+            before: Any = None if waited is None else self._before.get(waited)
+            self.restore()
+            self._deferring, self._deferred = False, None
+            if waited is not None and _is_somebodys(before):
+                before(waited, None)
+            elif waited is not None:
+                _unwind(waited)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         before = self._before.get(number, signal.SIG_DFL)
         if self._deferring and self._deferred is None:
             self._deferred = number
             self.received = self.received or number
-        elif callable(before) and before is not signal.default_int_handler:
+        elif _is_somebodys(before):
             before(number, frame)
         elif self.received is None:
             self.received = number
@@ -283,33 +296,10 @@ class _Signals:
         else:
             self._manager.end_at_once(number)
 
-    def begin(self) -> None:
-        """Let a first signal wait from here on."""
-        self._deferring = True
 
-    def end(self) -> None:
-        """Put the handlers back, and let happen what has waited."""
-        waited, before = self._deferred, dict(self._before)
-        self.restore()
-        self._deferring, self._deferred = False, None
-        if waited is None:
-            return
-        handler = before.get(waited)
-        if callable(handler) and handler is not signal.default_int_handler:
-            handler(waited, None)
-        else:
-            _unwind(waited)
-
-
-class _Deferring:
-    def __init__(self, signals: _Signals) -> None:
-        self._signals = signals
-
-    def __enter__(self) -> None:
-        self._signals.begin()
-
-    def __exit__(self, *_: object) -> None:
-        self._signals.end()
+def _is_somebodys(handler: Any) -> bool:
+    """Say whether a handler is neither Python's own nor the kernel's."""
+    return callable(handler) and handler is not signal.default_int_handler
 
 
 def _unwind(number: int) -> None:
@@ -328,9 +318,8 @@ class _Strays:
     def __init__(self, manager: ProcessManager, interval_s: float, age_s: float, cpu_percent: float) -> None:
         self._manager = weakref.ref(manager)
         self._interval_s, self._age_s, self._cpu_percent = interval_s, age_s, cpu_percent
-        self._seen: dict[
-            family.Id, tuple[float, int]
-        ] = {}  # since when it is lost (monotonic), and its CPU by then
+        # Since when (monotonic) somebody is lost, and its CPU by then.
+        self._seen: dict[family.Id, tuple[float, int]] = {}
         self._told: set[family.Id] = set()
         self._over = threading.Event()
 
