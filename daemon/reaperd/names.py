@@ -7,8 +7,6 @@ could not.
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -179,15 +177,11 @@ def remove_as_owner(entries: Iterable[Entry], uid: int, gid: int) -> list[Remova
     wanted = list(entries)
     if not wanted:
         return []
-    child = helper.start_helper(lambda: _remove(wanted, uid, gid))
-    os.set_blocking(child.reader, True)
-    result = helper.finish_helper(child)
+    result = helper.run_as(uid, gid, lambda: _remove(wanted, uid), longest_s=_LONGEST_S + 1)
     return [Removal(*one) for one in result] if isinstance(result, list) else [Removal()] * len(wanted)
 
 
-def _remove(entries: list[Entry], uid: int, gid: int) -> list[Removal]:
-    helper.become(uid, gid)
-    signal.alarm(_LONGEST_S + 1)  # should it wait for a dead file system: nobody is left then to end it
+def _remove(entries: list[Entry], uid: int) -> list[Removal]:
     until_s = time.monotonic() + _LONGEST_S
     return [_remove_one(entry, uid, until_s) for entry in entries]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,9 +42,10 @@ def reclaim_work(claims: list[Claim], proc_root: str) -> Callable[[], int]:
 
 
 def _reclaim_all(claims: list[Claim], proc: ProcFS) -> int:
-    for claim in claims:
-        if claim.last_word is not None:
-            _write_as_owner(claim.session, claim.last_word)
+    for session, last in ((claim.session, claim.last_word) for claim in claims):
+        if last is not None:
+            work = functools.partial(_write, session, last)
+            helper.run_as(session.uid, session.gid, work, longest_s=_LONGEST_S)
     found = [(claim, _find(claim, proc)) for claim in claims if claim.frees]
     wanted = [entry for _, entries in found for entry in entries]
     used = _used_names(proc, wanted, claims[0].session.uid) if wanted else frozenset()
@@ -57,16 +58,8 @@ def _reclaim_all(claims: list[Claim], proc: ProcFS) -> int:
     )
 
 
-def _write_as_owner(session: Session, last: LastWord) -> None:
-    """Write the end of a run in a child that is the leader's user: where that one may not write, nobody does."""
-    child = helper.start_helper(lambda: _write(session, last))
-    os.set_blocking(child.reader, True)
-    helper.finish_helper(child)
-
-
 def _write(session: Session, last: LastWord) -> None:
-    helper.become(session.uid, session.gid)
-    signal.alarm(_LONGEST_S)  # should it wait for a dead file system: nobody is left then to end it
+    """Write the end of a run, as the leader's user: where that one may not write, nobody does."""
     from agent import status  # in this child alone
 
     # A FIFO can bear the name.

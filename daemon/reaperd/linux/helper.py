@@ -258,6 +258,22 @@ def _wait_for_left_behind() -> None:
             _left_behind.remove(pid)
 
 
+def run_as(uid: int, gid: int, work: Callable[[], Any], *, longest_s: int) -> Any:
+    """Return the result of ``work``, done in a child that is the user, for a user's rights can't be given back.
+
+    None where it has failed, or took longer: should it wait for a dead file system, nobody may be left to end it.
+    """
+
+    def as_user() -> Any:
+        become(uid, gid)
+        signal.alarm(longest_s)
+        return work()
+
+    child = start_helper(as_user)
+    os.set_blocking(child.reader, True)
+    return finish_helper(child)
+
+
 def become(uid: int, gid: int) -> None:
     """Act as ``uid`` and ``gid`` alone from here on, for good; nothing to do where we are that user already."""
     if os.geteuid() != 0 or uid == 0:
