@@ -36,6 +36,8 @@ from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
+from agent.limits import is_estimator
+
 try:
     from sklearn.callback import CallbackSupportMixin, with_callbacks
 except ImportError:  # before scikit-learn 1.9
@@ -226,7 +228,7 @@ def key_of(estimator: Any, X: Any, y: Any, fit_params: dict[str, Any]) -> str:
         kind = type(one)
         parts.append((f"{kind.__module__}.{kind.__qualname__}", _code_of(kind)))
         for name, value in sorted(one.get_params(deep=False).items()):
-            if not _is_estimator(value):
+            if not is_estimator(value):
                 parts.append((name, _described(value)))
     parts.append(joblib.hash((X, y, fit_params), hash_name="sha1"))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -240,20 +242,16 @@ def _nested(value: Any) -> Iterator[Any]:
 
 
 def _estimators_in(value: Any) -> Iterator[Any]:
-    if _is_estimator(value):
+    if is_estimator(value):
         yield from _nested(value)
     elif isinstance(value, (list, tuple)):
         for one in value:
             yield from _estimators_in(one)
 
 
-def _is_estimator(value: Any) -> bool:
-    return hasattr(value, "get_params") and not isinstance(value, type)
-
-
 def _described(value: Any) -> Any:
     """Return what tells a parameter's value from another: of steps the names alone, for the steps are listed by themselves."""
-    if _is_estimator(value):
+    if is_estimator(value):
         return "an estimator"
     if isinstance(value, (list, tuple)):
         return [_described(one) for one in value]

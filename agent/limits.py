@@ -134,12 +134,17 @@ def _granted(asked: int, most: int) -> int:
 
 def _estimators_in(value: Any) -> Iterator[Any]:
     """Yield the estimators in a parameter: itself, those in a list of steps, and the candidates of a grid."""
-    if hasattr(value, "get_params") and not isinstance(value, type):
+    if is_estimator(value):
         yield value
     elif isinstance(value, dict):
         yield from _estimators_among(value.values())
     elif isinstance(value, (list, tuple)):
         yield from _estimators_among(value)
+
+
+def is_estimator(value: Any) -> bool:
+    """Say whether a parameter's value is an estimator itself (scikit-learn's glossary), and no class of them."""
+    return hasattr(value, "get_params") and not isinstance(value, type)
 
 
 def _estimators_among(values: Iterable[Any]) -> Iterator[Any]:

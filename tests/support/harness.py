@@ -74,11 +74,8 @@ def open_pidfd(pid: int) -> int | None:
     """Return a pidfd, or None when ``pid`` has been waited for already."""
     try:
         return os.pidfd_open(pid)
-    except (
-        ProcessLookupError,
-        FileNotFoundError,
-    ):  # the second since Linux 6.16, while it is being waited for
-        return None
+    except (ProcessLookupError, FileNotFoundError):
+        return None  # the second since Linux 6.16, while it is being waited for
 
 
 def has_ended(pidfd: int, *, within_s: float = 0.0) -> bool:

@@ -87,30 +87,28 @@ class _Engine:
             select.select([], [], [], _WINDOW_S / LEAST_SAMPLES)
             self.orphans.see()
 
+    def close(self) -> None:
+        """End the helper that reads others' memory."""
+        self.marks.memory.close()
+
 
 def ask(op: str, **fields: Any) -> dict[str, Any]:
     """Return what a daemon would reply to ``op``; WireError as it would refuse."""
-    engine = _Engine()
-    try:
+    with contextlib.closing(_Engine()) as engine:
         return _OPERATIONS[op](engine, fields)
-    finally:
-        engine.marks.memory.close()
 
 
 @contextlib.contextmanager
 def watching() -> Iterator[Callable[[], list[dict[str, Any]]]]:
     """Give what looks at the orphans again and again, and returns their records; since when they are is known from the first on."""
-    engine = _Engine()
+    with contextlib.closing(_Engine()) as engine:
 
-    def look() -> list[dict[str, Any]]:
-        engine.orphans.see()
-        return _records(engine)
+        def look() -> list[dict[str, Any]]:
+            engine.orphans.see()
+            return _records(engine)
 
-    try:
         engine.measure()
         yield look
-    finally:
-        engine.marks.memory.close()
 
 
 def _records(engine: _Engine) -> list[dict[str, Any]]:

@@ -362,27 +362,20 @@ _CONFIG_ACTIONS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]
 # -- values ---------------------------------------------------------------------------------------
 
 
-def _seconds(text: str) -> float:
+def _seconds(text: str, instead: str = "") -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value <= _LONGEST_S:
         raise argparse.ArgumentTypeError(
-            f"must be a number of seconds, more than 0 and at most {_LONGEST_S}, got {text!r:.40}"
+            f"must be {instead}a number of seconds, more than 0 and at most {_LONGEST_S}, got {text!r:.40}"
         )
     return value
 
 
 def _duration(text: str) -> float:
-    if text in ("0", "0.0"):
-        return 0.0
-    try:
-        return _seconds(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(
-            f"must be 0, for no end, or {str(error).removeprefix('must be ')}"
-        ) from None
+    return 0.0 if text in ("0", "0.0") else _seconds(text, instead="0, for no end, or ")
 
 
 def _interval(text: str) -> float:
