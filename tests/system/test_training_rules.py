@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from harness import Scratch, test_environment
+from harness import Cgroup, Scratch, test_environment
 
 HEAD = """
 import json, multiprocessing, os, signal, subprocess, sys, threading, time
@@ -98,6 +98,55 @@ def test_what_was_spared_or_was_there_before_lives_on_and_what_that_starts_too(t
             os.kill(pid, signal.SIGKILL)
     """)
     assert told == {"before": [True, True], "spared": [True, True], "inside": [False, False]}
+
+
+def test_a_job_that_a_queue_was_given_with_our_environment_lives_on(tell: Tell) -> None:
+    """As with sbatch and at: it bears our mark, and its parent is somebody who adopts nobody."""
+    told = tell("""
+        queue = (
+            "import os, subprocess, sys\\n"
+            "with open(sys.argv[1]) as file: mark = file.read()\\n"
+            "job = subprocess.Popen(['sleep', '300'], env={**os.environ, 'REAPER_LINEAGE': mark})\\n"
+            "with open(sys.argv[2], 'w') as file: file.write(str(job.pid))\\n"
+            "job.wait()\\n"
+        )
+        ask, answer = (os.path.join(os.path.dirname(__file__), name) for name in ("ask", "answer"))
+        for path in (ask, answer):
+            os.mkfifo(path)
+        subprocess.run(["sh", "-c", '"$@" &', "sh", sys.executable, "-c", queue, ask, answer], check=True)
+        with agent.training_session() as session:
+            with open(ask, "w") as file:
+                file.write(os.environ["REAPER_LINEAGE"])
+            with open(answer) as file:
+                job = int(file.read())
+            listed = job in [one.pid for one in session.workers()]
+        say(listed=listed, lives=lives(job))
+        os.kill(job, signal.SIGKILL)
+    """)
+    assert told == {"listed": False, "lives": True}
+
+
+@pytest.mark.needs_root
+@pytest.mark.parametrize("below", [False, True], ids=["elsewhere", "below-ours"])
+def test_what_was_put_into_another_cgroup_lives_on_unless_that_is_below_ours(
+    tell: Tell, unified_cgroup: Callable[[str], Cgroup], below: bool
+) -> None:
+    ours = unified_cgroup("ours")
+    other = ours.below("theirs") if below else unified_cgroup("theirs")
+    told = tell(f"""
+        def enter(path, pid):
+            with open(path + "/cgroup.procs", "w") as file:
+                file.write(str(pid))
+
+        enter({ours.path!r}, os.getpid())
+        with agent.training_session():
+            child = subprocess.Popen(["sleep", "300"])
+            enter({other.path!r}, child.pid)
+        say(lives=lives(child.pid))
+        child.kill()
+        child.wait()
+    """)
+    assert told == {"lives": not below}
 
 
 def test_a_session_inside_another_ends_what_is_its_own_and_leaves_the_session_registered(tell: Tell) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 
 from agent import session
 from agent.checkpoint import Checkpointed, checkpointed_search
-from agent.sklearn import ReportProgress
+from agent.sklearn import ReportProgress, _Counter
 
 pytest.importorskip("sklearn.callback", reason="scikit-learn has callbacks from 1.9 on")
 DATA = load_iris(return_X_y=True)
@@ -85,3 +87,14 @@ def test_a_copy_counts_where_the_first_one_reads_and_reports_nothing_itself(told
     first.teardown(None, None)
     copy.on_fit_task_end(None, Context)  # too late, and no error
     assert told == [(1, 0, "")]
+
+
+def test_many_who_count_at_once_lose_nothing(told: list[Any]) -> None:
+    counter = _Counter.make()
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in pool.map(lambda _: counter.add(1, 2), range(800)):
+                pass
+        assert counter.read() == (800, 1600)
+    finally:
+        os.close(counter.descriptor)
