@@ -189,6 +189,19 @@ def test_a_clean_up_in_between_ends_the_workers_and_the_session_goes_on(tell: Te
     assert told == {"left": [], "workers": True, "again": 3, "running": True}
 
 
+def test_a_lock_that_a_killed_worker_held_keeps_no_thread(tell: Tell) -> None:
+    told = tell("""
+        with agent.training_session(grace=0.5):
+            pool = multiprocessing.get_context("fork").Pool(1)
+            pool.apply_async(sleep, (300,))
+            held = pool._inqueue._rlock.acquire(timeout=20)  # as if by one that is dead
+            ended = pids(pool)
+        say(held=held, gone=not any(map(lives, ended)), threads=[one.name for one in threading.enumerate()])
+    """)
+    assert (told["held"], told["gone"]) == (True, True)
+    assert "reaper-shutdown" not in told["threads"]
+
+
 # -- whose signals --------------------------------------------------------------------------------
 
 
