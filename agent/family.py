@@ -109,14 +109,7 @@ class Family:
 
     def _serves(self, one: Process) -> bool:
         """Say whether a process is a tracker, or a forkserver that is ours."""
-        try:
-            words = _read_bytes(f"/proc/{one.pid}/cmdline").decode("utf-8", "replace").split("\0")
-        except OSError:
-            return False
-        code = next((words[at + 1] for at, word in enumerate(words[:-1]) if word == "-c"), "")
-        if any(main in code for main in _TRACKER_MAINS):
-            return True
-        return code.startswith(_SERVER_MAIN) and one.ppid == self._pid
+        return _is_tracker(one) or (_code_of(one).startswith(_SERVER_MAIN) and one.ppid == self._pid)
 
     # -- the end of them ---------------------------------------------------------------------
 
@@ -164,6 +157,59 @@ class Family:
             if left_s <= 0:
                 return self.workers()
             time.sleep(min(_SETTLE_S, left_s))
+
+
+class Remains(Family):
+    """What a dead child of this process has left, which has become ours (PR_SET_CHILD_SUBREAPER): those that bear its mark.
+
+    Nothing else is known of them, so who has no mark is left alone: it may have been spared.
+    """
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(session_id)
+        self._before = frozenset()
+        self._since_ticks = 0
+
+    def workers(self) -> list[Process]:
+        """Return those that live, trackers apart, and what each has started."""
+        listing = _Listing()
+        found: dict[int, Process] = {}
+        for one in listing.below(self._pid):
+            if one.ppid in found or self._is_lost_member(one):
+                found[one.pid] = one
+        spared = [one for one in found.values() if self._is_spared(one)]
+        for one in spared:
+            for pid in (one.pid, *(below.pid for below in listing.below(one.pid))):
+                found.pop(pid, None)
+        return self._workers_among(list(found.values()))
+
+    def _is_spared(self, one: Process) -> bool:
+        """Say whether it was started under ``spared()``; who was forked there has an environment that does not say so."""
+        try:
+            variables = _read_bytes(f"/proc/{one.pid}/environ").split(b"\0")
+            maps = _read_bytes(f"/proc/{one.pid}/maps")
+        except OSError:
+            return True
+        return (
+            _names(variables, wire.SPARED_VARIABLE, self._session)
+            or f"/memfd:{wire.SPARED_PREFIX}{self._session} ".encode() in maps
+        )
+
+    def _serves(self, one: Process) -> bool:
+        return _is_tracker(one)
+
+
+def _is_tracker(one: Process) -> bool:
+    return any(main in _code_of(one) for main in _TRACKER_MAINS)
+
+
+def _code_of(one: Process) -> str:
+    """Return what a Python was given to run with ``-c``."""
+    try:
+        words = _read_bytes(f"/proc/{one.pid}/cmdline").decode("utf-8", "replace").split("\0")
+    except OSError:
+        return ""
+    return next((words[at + 1] for at, word in enumerate(words[:-1]) if word == "-c"), "")
 
 
 def _wait(handles: list[int], due_s: float) -> None:

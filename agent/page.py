@@ -16,37 +16,63 @@ from agent import wire
 
 # linux/fcntl.h; the constants are in Python's fcntl module for some versions only.
 _F_ADD_SEALS = 1033
-_SEALS = 0x1 | 0x2 | 0x4 | 0x10  # SEAL, SHRINK, GROW, FUTURE_WRITE
+_SIZE_SEALS = 0x2 | 0x4  # SHRINK, GROW
+_ALL_SEALS = _SIZE_SEALS | 0x1 | 0x10  # SEAL, FUTURE_WRITE
 
 
 class SessionPage:
     """One page. All writes go through its mapping: write(2) is sealed off for everybody."""
 
-    def __init__(self, session: str, name: str, start_ticks: int, boot_id: str) -> None:
-        """Make, map and seal the page; OSError where the kernel lacks memfd sealing (Linux 5.1)."""
+    def __init__(
+        self,
+        session: str,
+        name: str,
+        start_ticks: int,
+        boot_id: str,
+        *,
+        attempt: tuple[int, int] | None = None,
+        for_exec: bool = False,
+        inherited_fd: int = -1,
+    ) -> None:
+        """Make, map and seal the page; OSError where the kernel lacks memfd sealing (Linux 5.1).
+
+        ``for_exec`` makes one whose descriptor outlives execve(2), and that the program which is run then can map anew and
+        seal for good: that is ``inherited_fd``.
+        """
         self._identity = (session, name, start_ticks, boot_id)
+        self.attempt = attempt
         self._sockets: list[str] = []
         self._status_file = ""
         self._flags = 0
-        self._sequence = 0
         self._record_bytes = 0
         self._lock = _thread.allocate_lock()
-        self.fd = os.memfd_create(wire.PAGE_PREFIX + session, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        if inherited_fd >= 0:
+            self.fd = inherited_fd
+        else:
+            self.fd = os.memfd_create(wire.PAGE_PREFIX + session, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self.fd, wire.PAGE_BYTES)
+            if inherited_fd < 0:
+                os.ftruncate(self.fd, wire.PAGE_BYTES)
             self._inode = os.fstat(self.fd).st_ino
             self._memory, self._duplicate = _map(self.fd, wire.PAGE_BYTES)
-            fcntl.fcntl(self.fd, _F_ADD_SEALS, _SEALS)
+            fcntl.fcntl(self.fd, _F_ADD_SEALS, _SIZE_SEALS if for_exec else _ALL_SEALS)
+            os.set_inheritable(self.fd, for_exec)
         except OSError:
             os.close(self.fd)
             raise
+        self._sequence = int.from_bytes(self._memory[wire.SEQUENCE_SLICE], "little") & 0xFFFFFFFE
 
     def write_record(self, sockets: list[str]) -> None:
         """Say who the leader is and which daemon's socket it belongs to (all that were tried, where none answered)."""
-        record = wire.pack_record(*self._identity, self.fd, sockets, self._status_file)
+        record = wire.pack_record(*self._identity, self.fd, sockets, self._status_file, self.attempt)
         self._sockets = sockets
         self._record_bytes = len(record)
         self._write(wire.RECORD_AT, record)
+
+    @property
+    def sockets(self) -> list[str]:
+        """The sockets that the record names."""
+        return self._sockets
 
     def name_status_file(self, path: str) -> None:
         """Say which file is to tell how the leader ended, where it cannot do so itself; "" for none. WireError: no room."""

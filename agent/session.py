@@ -82,9 +82,19 @@ _process = _Process()
 
 
 def register(
-    name: str | None = None, *, socket: str | None = None, timeout: float = 1.0, required: bool = False
+    name: str | None = None,
+    *,
+    socket: str | None = None,
+    timeout: float = 1.0,
+    required: bool = False,
+    attempt: tuple[int, int] | None = None,
+    for_exec: bool = False,
 ) -> Session:
-    """Make this process the leader of a session; see ``agent.register``."""
+    """Make this process the leader of a session; see ``agent.register``.
+
+    ``for_exec`` has the session go on in the program that this process is to run (execve(2)). ``attempt`` says which one of
+    how many at most it is, and that its parent is a subreaper.
+    """
     name = _checked_name(name)
     if not 0 < timeout < 3600:
         raise ValueError(f"timeout: must be more than 0 s and less than an hour, got {timeout!r}")
@@ -105,8 +115,10 @@ def register(
                 _process.session = inherited
                 return inherited
             try:
-                paths = sockets.candidate_sockets(socket)
-                session = _stamp(name, paths)
+                session = _handed_over() or _stamp(
+                    name, sockets.candidate_sockets(socket), attempt, for_exec=for_exec
+                )
+                paths = _process.page.sockets if _process.page is not None else []
             except (OSError, ValueError, AttributeError, wire.WireError) as error:
                 return _without_daemon(
                     Session("", name, os.getpid()),
@@ -147,7 +159,7 @@ def _session_of_parent(name: str) -> Session | None:
     return Session(lineage[-1], name, wire.SessionId.parse(lineage[-1]).pid)
 
 
-def _stamp(name: str, paths: list[str]) -> Session:
+def _stamp(name: str, paths: list[str], attempt: tuple[int, int] | None, *, for_exec: bool) -> Session:
     """Put both marks on this process: from here on, whatever it starts is recognised without any daemon's help."""
     from agent.page import SessionPage
 
@@ -155,16 +167,34 @@ def _stamp(name: str, paths: list[str]) -> Session:
     cgroup = wire.parse_cgroup(_read_text("/proc/self/cgroup"))
     place = wire.place_of(_first_listening(paths), cgroup, os.geteuid())
     session_id = wire.format_session_id(pid, start_ticks, place, int.from_bytes(os.urandom(4), "little"))
-    page = SessionPage(session_id, name, start_ticks, _read_text("/proc/sys/kernel/random/boot_id").strip())
+    boot_id = _read_text("/proc/sys/kernel/random/boot_id").strip()
+    page = SessionPage(session_id, name, start_ticks, boot_id, attempt=attempt, for_exec=for_exec)
+    return _lead(page, paths, Session(session_id, name, pid))
+
+
+def _handed_over() -> Session | None:
+    """Take over the session that this process led before it exec'ed (``reaperctl run``); None where it led none.
+
+    Every other leader's page is closed by execve(2), and its session is over.
+    """
+    words = os.environ.get(wire.LINEAGE_VARIABLE, "").split(":")
+    if not words[-1].startswith(f"{os.getpid()}-{read_start_ticks():x}-"):
+        return None
+    from agent import handover
+
+    page, paths, name = handover.take_over(words[-1])
+    return None if page is None else _lead(page, paths, Session(words[-1], name, os.getpid()))
+
+
+def _lead(page: SessionPage, paths: list[str], session: Session) -> Session:
     try:
         page.write_record(paths)
     except (ValueError, wire.WireError):
         page.close()
         raise
-    outer = _outer_lineage(pid, start_ticks)
-    os.environ[wire.LINEAGE_VARIABLE] = f"{outer}:{session_id}" if outer else session_id
-    _process.outer_lineage, _process.page = outer, page
-    _process.session = session = Session(session_id, name, pid)
+    outer = _outer_lineage(session.pid, wire.SessionId.parse(session.id).start_ticks)
+    os.environ[wire.LINEAGE_VARIABLE] = f"{outer}:{session.id}" if outer else session.id
+    _process.outer_lineage, _process.page, _process.session = outer, page, session
     if not _process.hooked:
         os.register_at_fork(after_in_child=_after_fork_in_child)
         atexit.register(_at_exit)
@@ -199,6 +229,7 @@ def _announce(session: Session, paths: list[str], timeout_s: float, required: bo
         "start_ticks": wire.SessionId.parse(session.id).start_ticks,
         "page_fd": page.fd,
         "temp_dirs": _temp_dirs(),
+        **({"attempt": list(page.attempt)} if page.attempt else {}),
     }
     reasons = []
     for path in paths:

@@ -20,6 +20,7 @@ MAX_NAME_CHARS = 200
 MAX_MESSAGE_BYTES = 1000  # of progress, after UTF-8 encoding
 MAX_SOCKETS = 8
 MAX_LINEAGE = 16
+MAX_ATTEMPTS = 1001
 _MAX_INTEGER = 2**63
 
 LINEAGE_VARIABLE = "REAPER_LINEAGE"
@@ -183,6 +184,21 @@ def refusal(error: WireError) -> dict[str, Any]:
     return {"ok": False, "kind": error.kind, "message": str(error)}
 
 
+def attempt_field(message: dict[str, Any]) -> tuple[int, int] | None:
+    """Return the ``attempt``, (which, of how many at most), that a run with restarts tells; WireError ``bad-request``."""
+    value = message.get("attempt")
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2 or not all(type(number) is int for number in value):
+        raise WireError("bad-request", f"attempt: must be a list of two whole numbers, got {value!r:.60}")
+    number, most = value
+    if not 1 <= number <= most <= MAX_ATTEMPTS:
+        raise WireError(
+            "bad-request", f"attempt: must be 1 to {MAX_ATTEMPTS} of at least as many, got {value!r:.60}"
+        )
+    return number, most
+
+
 def text_field(message: dict[str, Any], key: str, *, limit: int = 4096) -> str:
     """Return the text under ``key``; raise WireError ``bad-request`` when it is missing, empty or too long."""
     value = message.get(key)
@@ -321,6 +337,7 @@ def pack_record(
     page_fd: int,
     sockets: list[str],
     status_file: str = "",
+    attempt: tuple[int, int] | None = None,
 ) -> bytes:
     """Return the record of a page; raise WireError when it would not fit."""
     record = {
@@ -331,6 +348,7 @@ def pack_record(
         "fd": page_fd,
         "sockets": sockets[:MAX_SOCKETS],
         **({"status_file": status_file} if status_file else {}),
+        **({"attempt": attempt} if attempt else {}),
     }
     data = encode(record)
     if len(data) > PROGRESS_AT - RECORD_AT:

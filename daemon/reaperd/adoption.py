@@ -107,7 +107,7 @@ class Adoption:
             return
         session = Session(
             told.id, told.name, holder.uid, holder.gid, holder.stat.id, now_utc(), told.page_fd,
-            temp_dirs=(*holder.folders, *TEMP_DIRS),
+            temp_dirs=(*holder.folders, *TEMP_DIRS), attempt=told.attempt,
         )  # fmt: skip
         if self._observer.namespaced_pid(holder.stat.id.pid) == told.pid and self._observer.same_ticks(
             holder.stat.id, told.start_ticks

@@ -66,11 +66,14 @@ class Observer:
     def describe_leader(self, session: Session) -> Session:
         """Return ``session`` with what only its living leader tells; ProcessGone."""
         pid = session.leader.pid
+        _, parent = self.proc.parent(pid)
         cgroups, namespaces = self.proc.cgroup(pid), self.proc.namespaces(pid)
         counter = self._oom_counters.find(cgroups)
         return session._replace(
             cgroup=wire.parse_cgroup(cgroups),
             adopters=(adopters := kinship.ancestors(self.proc, pid)),
+            # /proc does not say who is one, and a command may die before anybody was seen to be adopted.
+            subreapers=frozenset(one for one in adopters if session.attempt and one.pid == parent),
             init=self._init_among(adopters, namespaces.pid),
             namespaces=namespaces,
             oom_counter=counter.path,

@@ -38,6 +38,7 @@ class Page(NamedTuple):
     progress: Progress | None
     spared: tuple[tuple[int, int], ...]  # (pid, start ticks) of what was started under spared()
     status_file: str = ""  # that is to say how the leader ended
+    attempt: tuple[int, int] | None = None  # which of how many, under `reaperctl run`
 
 
 class TornPage(WireError):
@@ -90,6 +91,7 @@ def parse_page(data: bytes, *, torn: bool = False) -> Page:
         progress=_parse_progress(data),
         spared=_parse_spared(data),
         status_file=_parse_path(record.get("status_file")),
+        attempt=wire.attempt_field(record),
     )
 
 

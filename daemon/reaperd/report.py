@@ -52,6 +52,7 @@ def session_event(kind: str, session: Session, **fields: Any) -> dict[str, Any]:
         name=session.name,
         uid=session.uid,
         leader={"pid": session.leader.pid, "start_ticks": session.leader.start_ticks},
+        **({"attempt": _attempt_record(session)} if session.attempt else {}),
         **{"cause": cause_record(session.cause), **fields},
     )
 
@@ -250,6 +251,7 @@ def session_record(
         "state": _state(entry),
         "phase": entry.phase.value,
         "started_at": session.started_at_utc,
+        "attempt": _attempt_record(session),
         "leader": {
             "pid": session.leader.pid,
             "start_ticks": session.leader.start_ticks,
@@ -270,6 +272,13 @@ def session_record(
         ],
         "left_alone": _left_alone(entry),
     }
+
+
+def _attempt_record(session: Session) -> dict[str, int] | None:
+    if session.attempt is None:
+        return None
+    number, most = session.attempt
+    return {"number": number, "most": most}
 
 
 def progress_record(progress: pages.Progress) -> dict[str, Any]:

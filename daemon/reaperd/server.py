@@ -161,6 +161,7 @@ class Server:
         name = _name(message.get("name"))
         page_fd = wire.integer_field(message, "page_fd", default=-1, least=-1)
         folders = _folders(message.get("temp_dirs"))
+        attempt = wire.attempt_field(message)
         if wire.integer_field(message, "start_ticks") != told.start_ticks:
             raise wire.WireError("bad-session", "start_ticks: does not match the session id")
         try:
@@ -171,7 +172,7 @@ class Server:
                     peer,
                     Session(
                         session_id, name, peer.uid, peer.gid, _NOBODY, now_utc(), page_fd,
-                        temp_dirs=(*folders, *TEMP_DIRS),
+                        temp_dirs=(*folders, *TEMP_DIRS), attempt=attempt,
                     ),
                 )  # fmt: skip
                 if not self._is_new(session):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from agent import wire
 from reaperd.model import Cause, CauseKind, Namespaces, ProcessId, Session, SessionKey
 from reaperd.verdicts import Record
 
@@ -143,7 +144,7 @@ class Store:
         for (text,) in rows:
             try:
                 found.append(_session(json.loads(text)))
-            except (ValueError, TypeError, LookupError) as error:
+            except (ValueError, TypeError, LookupError, wire.WireError) as error:
                 log.warning("cannot read a session on record: %r", error)
         for table in ("sessions", "settled"):
             self._write(f"DELETE FROM {table} WHERE boot_id != ?", self._boot_id)  # noqa: S608 - a literal
@@ -433,6 +434,7 @@ def _record(session: Session) -> dict[str, Any]:
         "cause": None if cause is None else [cause.kind.value, cause.code, cause.core_dumped, cause.clean],
         "temp_dirs": session.temp_dirs,
         "ending": session.ending,
+        "attempt": session.attempt,
     }
 
 
@@ -460,6 +462,7 @@ def _session(record: dict[str, Any]) -> Session:
         cause=None if cause is None else Cause(CauseKind(cause[0]), *cause[1:]),
         temp_dirs=tuple(record["temp_dirs"]),
         ending=record["ending"],
+        attempt=wire.attempt_field(record),
     )
     init = () if session.init is None else (session.init,)
     ids = (

@@ -235,7 +235,9 @@ class World:
     def _witness(self, calm: bool) -> None:
         before, self.witnessed = self.witnessed, {}
         for one in self.machine.living() if calm else ():
-            if one.starter is not None and one.parent is one.starter and not one.forked:
+            # Within an exec nobody can read what it is.
+            readable = not one.forked and not one.within_exec
+            if one.starter is not None and one.parent is one.starter and readable:
                 self.witnessed[one.id] = before.get(one.id, 0) + 1
 
     def must_end(self, one: Being) -> bool:

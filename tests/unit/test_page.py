@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from agent import wire
+from agent.handover import take_over
 from agent.page import SessionPage, SparedMark
 from reaperd import pages
 from reaperd.linux import page
@@ -130,6 +131,39 @@ def test_nobody_can_write_resize_or_unseal_a_page_but_through_its_mapping(leader
     for attempt in attempts:
         with pytest.raises(PermissionError):
             attempt()
+
+
+def test_a_page_that_is_for_another_program_is_inherited_mapped_anew_and_then_sealed_for_good() -> None:
+    first = SessionPage(ID, "grid", 42, "boot", attempt=(2, 4), for_exec=True)
+    first.write_record(["/run/reaper/reaper.sock"])
+    first.write_progress(1, 2, "before")
+    sequence = pages.page_sequence(os.pread(first.fd, wire.PAGE_BYTES, 0))
+    assert os.get_inheritable(first.fd)
+    assert read(first.fd).attempt == (2, 4)
+    descriptor = os.dup(first.fd)
+    first.close()  # as execve(2) does with the mapping
+    os.set_inheritable(descriptor, True)
+
+    second, paths, name = take_over(ID)
+    assert second is not None
+    try:
+        assert (second.fd, paths, name) == (descriptor, ["/run/reaper/reaper.sock"], "grid")
+        assert not os.get_inheritable(second.fd)
+        assert fcntl.fcntl(second.fd, F_GET_SEALS) & ALL_SEALS == ALL_SEALS
+        second.write_record(paths)
+        told = read(second.fd)
+        assert (told.attempt, told.progress, told.page_fd) == ((2, 4), (1.0, 2.0, "before"), descriptor)
+        assert pages.page_sequence(os.pread(descriptor, wire.PAGE_BYTES, 0)) > sequence
+    finally:
+        second.close()
+
+
+def test_a_session_whose_page_is_not_there_is_not_taken_over() -> None:
+    other = SessionPage(ID.replace("-", "-1", 1), "grid", 42, "boot", for_exec=True)
+    try:
+        assert take_over(ID) == (None, [], "")
+    finally:
+        other.close()
 
 
 def test_a_page_is_not_inherited_by_what_is_executed(leader: SessionPage) -> None:
@@ -252,23 +286,18 @@ def watched(path: Path) -> Iterator[Callable[[], bool]]:
 # -- what passes for a page -------------------------------------------------------------------------
 
 
-def test_only_a_memfd_of_the_right_size_and_owner_with_all_seals_is_a_page() -> None:
+def test_only_a_memfd_of_a_size_that_is_right_and_sealed_and_of_its_owner_is_a_page() -> None:
     with memfd() as good:
         os.close(page.open_page(path_of(good), uid=UID))
         assert "belongs to uid" in str(refused(path_of(good), uid=UID + 1))
     for size in (0, 1, wire.PAGE_BYTES - 1, wire.PAGE_BYTES + 1, 2 * wire.PAGE_BYTES):
         with memfd(size=size) as odd:
             assert "size" in str(refused(path_of(odd)))
-    for seals in (
-        ALL_SEALS - SEAL_SEAL,
-        0,
-        SEAL_SHRINK,
-        ALL_SEALS & ~SEAL_SHRINK,
-        ALL_SEALS & ~SEAL_GROW,
-        ALL_SEALS & ~SEAL_FUTURE_WRITE,
-    ):
+    for seals in (0, SEAL_SHRINK, SEAL_GROW, ALL_SEALS & ~SEAL_SHRINK, ALL_SEALS & ~SEAL_GROW):
         with memfd(seals=seals) as loose:
             assert "sealed" in str(refused(path_of(loose)))
+    with memfd(seals=SEAL_SHRINK | SEAL_GROW) as for_exec:
+        os.close(page.open_page(path_of(for_exec), uid=UID))
 
 
 def test_a_memfd_of_another_name_is_no_page() -> None:

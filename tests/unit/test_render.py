@@ -565,3 +565,13 @@ def test_a_time_of_any_text_is_a_time_or_none(text: str) -> None:
 
 def test_times_go_out_as_rfc_3339_in_utc() -> None:
     assert rfc3339(NOW.astimezone(timezone(timedelta(hours=5)))) == "2026-01-31T12:00:00.000Z"
+
+
+def test_which_attempt_it_is_stands_in_the_tree_and_in_the_history() -> None:
+    told = {"attempt": {"number": 2, "most": 4}}
+    assert "13 min  attempt 2 of 4" in render.sessions([session(**told)], FANCY, now=NOW)[0]
+    assert "attempt 2 of 4, killed by SIGKILL" in render.event(
+        {"kind": "reaped", "cause": {"kind": "signal", "code": 9}, **told}, FANCY
+    )
+    for nothing in (None, {}, {"number": "2", "most": 4}, 7, {"number": 1, "most": 1}):
+        assert "attempt" not in render.sessions([session(attempt=nothing)], FANCY, now=NOW)[0]

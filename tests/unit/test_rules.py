@@ -45,8 +45,12 @@ SIGNALLERS = {
     "reaperd.linux.child": {"pidfd_send_signal"},  # our own child
     "reaperd.gate_link": {"kill"},  # our own child, not waited for yet
     "reaperd.ctl.probes": {"pidfd_send_signal"},  # signal 0, to our own child
-    "agent.family": {"pidfd_send_signal", "terminate"},  # what this process has started, and its own pools
+    "agent.family": {
+        "pidfd_send_signal",
+        "terminate",
+    },  # what this process or its dead child has started, and its own pools
     "agent.training": {"raise_signal"},  # itself, once it is told a second time
+    "reaperd.ctl.run": {"pidfd_send_signal", "raise_signal"},  # our own child; itself, to end as that did
     "reaperd.ctl.screen": {"raise_signal"},  # itself: Ctrl-Z stops it once the terminal is put back
 }
 

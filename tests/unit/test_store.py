@@ -41,6 +41,7 @@ FULL = Session(
     cause=Cause(CauseKind.SIGNAL, 11, core_dumped=True, clean=False),
     temp_dirs=("/tmp", "/scratch"),
     ending=True,
+    attempt=(2, 4),
 )
 
 

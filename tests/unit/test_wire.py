@@ -622,3 +622,29 @@ def test_where_json_is_made_otherwise_it_is_used_itself(
     for text in ('{"a":1,"a":2}', '{"a":NaN}', '{"a":1e999}'):
         with pytest.raises(ValueError, match=r"."):
             scan(text, 0)
+
+
+@pytest.mark.parametrize("told", [None, [1, 1], [3, 4], [1, wire.MAX_ATTEMPTS]])
+def test_an_attempt_is_one_of_so_many_or_none(told: Any) -> None:
+    assert wire.attempt_field({"attempt": told}) == (None if told is None else tuple(told))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        0,
+        "1",
+        [],
+        [1],
+        [1, 2, 3],
+        [0, 1],
+        [2, 1],
+        [1.0, 2],
+        [True, 2],
+        [1, wire.MAX_ATTEMPTS + 1],
+        {"number": 1},
+    ],
+)
+def test_any_other_attempt_is_refused(told: Any) -> None:
+    with pytest.raises(wire.WireError, match="attempt: must be"):
+        wire.attempt_field({"attempt": told})

@@ -16,7 +16,7 @@ from reaperd.ctl.text import plain
 from reaperd.ctl.units import list_of, text_of
 from reaperd.times import rfc3339
 
-_ENDS = ("reaped", "ended")  # the kinds of event that end a session
+ENDS = ("reaped", "ended")  # the kinds of event that end a session
 
 
 def events(options: Namespace) -> int:
@@ -73,7 +73,7 @@ def stop(options: Namespace) -> int:
         session=session,
     )
     for one in happened:
-        if text_of(one, "kind") in _ENDS:
+        if text_of(one, "kind") in ENDS:
             return _report(one, session)
     tell(
         f"session {session} was told to stop, but was not gone after {options.wait:g} s; "

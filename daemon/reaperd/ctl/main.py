@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _LONGEST_S = 1_000_000
 _SHORTEST_INTERVAL_S = 0.1
 _HIGHEST_PID = 2**31 - 1
+_RESTARTS, _MOST_RESTARTS = 3, 1000
+_LONGEST_NAME = 200  # agent.wire.MAX_NAME_CHARS, without importing it
 _DESCRIPTION = """\
 See and steer reaperd, the daemon that ends the training workers which a dead script left behind."""
 
@@ -111,6 +113,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from reaperd.ctl import monitor
 
         return monitor.monitor(options)
+    if command == "run":
+        from reaperd.ctl import run
+
+        return run.run(options)
     return {"status": commands.status, "ps": commands.ps, "ping": commands.ping}[command](options)
 
 
@@ -333,6 +339,39 @@ def _monitor_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "reaperctl run [OPTIONS] [--] COMMAND [ARGS ...]"
+    parser.add_argument(
+        "--name", metavar="NAME", type=_name, help="what people see (default: the script's name)"
+    )
+    parser.add_argument(
+        "--max-workers",
+        metavar="N",
+        type=_count,
+        help="give the command REAPER_MAX_WORKERS and LOKY_MAX_CPU_COUNT",
+    )
+    parser.add_argument(
+        "--restart",
+        metavar="on-failure[:N]",
+        type=_restarts,
+        default=0,
+        help="start the command again where it fails, at most N times (default 3), after an OOM kill with half the workers",
+    )
+    parser.add_argument(
+        "--backoff",
+        metavar="S",
+        type=_seconds,
+        default=1.0,
+        help="seconds to wait before the first restart, twice as long before each that follows (default 1)",
+    )
+    parser.add_argument(
+        "command_line",
+        metavar="COMMAND",
+        nargs=argparse.REMAINDER,
+        help="the command and its arguments",
+    )
+
+
 def _check_options(parser: argparse.ArgumentParser) -> None:
     _reads(parser)
     parser.add_argument("file", metavar="FILE", nargs="?", help="default: the file that reaperd would read")
@@ -347,6 +386,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...
     ("protect", "have one running process left alone", _protect_options),
     ("release", "let a process go on that was stopped, and leave it alone", _process_options),
     ("monitor", "show what there is, and what it takes, again and again", _monitor_options),
+    ("run", "run a command as a session, and start it again where it fails", _run_options),
     ("events", "print what happened: to sessions, to orphans, and to the daemon itself", _events_options),
     ("stop", "end a session: its leader, then what that leaves behind", _stop_options),
     ("ping", "ask the daemon whether it is there", _reads),
@@ -402,6 +442,30 @@ def _uid(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"must be a user's name or uid, and there is no {text!r:.40}"
         ) from None
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < len(text) <= 6 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r:.40}")
+    return int(text)
+
+
+def _restarts(text: str) -> int:
+    word, colon, count = text.partition(":")
+    if word == "no" and not colon:
+        return 0
+    if word != "on-failure":
+        raise argparse.ArgumentTypeError(f"must be on-failure, on-failure:N or no, got {text!r:.40}")
+    found = _count(count) if colon else _RESTARTS
+    if found > _MOST_RESTARTS:
+        raise argparse.ArgumentTypeError(f"must be at most on-failure:{_MOST_RESTARTS}, got {text!r:.40}")
+    return found
+
+
+def _name(text: str) -> str:
+    if not 0 < len(text) <= _LONGEST_NAME or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must have 1 to {_LONGEST_NAME} characters")
+    return text
 
 
 def _path(text: str) -> str:

@@ -72,6 +72,7 @@ def _session_line(session: Any, look: Look, now: datetime, user_of: Callable[[in
         ("" if uid is None else cut(plain(user_of(int(uid))), _WORD_COLUMNS, look), ""),
         (state, {"running": "green", "ending": "yellow"}.get(state, "dim")),
         (duration(max(0.0, (now - began).total_seconds())) if began else "", ""),
+        (attempt_in_words(session), ""),
     ]
     name, session_id = cut(field(session, "name"), _NAME_COLUMNS, look), field(session, "id")
     if look.width is not None:
@@ -81,6 +82,13 @@ def _session_line(session: Any, look: Look, now: datetime, user_of: Callable[[in
     if not name:
         return _joined([(session_id, "bold"), *facts], look)
     return _joined([(name, "bold"), (session_id, "dim"), *facts], look)
+
+
+def attempt_in_words(of: Any) -> str:
+    """Return "attempt 2 of 4" for a session that is started again where it fails, "" for any other."""
+    told = of.get("attempt") if isinstance(of, dict) else None
+    number, most = number_of(told, "number"), number_of(told, "most")
+    return "" if number is None or most is None or most <= 1 else f"attempt {int(number)} of {int(most)}"
 
 
 def _joined(pieces: Iterable[tuple[str, str]], look: Look) -> str:
@@ -264,6 +272,7 @@ def what_happened(one: Any) -> str:
     """Return cause, processes, signals, time and memory of an event, as far as it has any."""
     fields = one if isinstance(one, dict) else {}
     facts = [
+        attempt_in_words(fields),
         cause_in_words(fields.get("cause")),
         *_stopped_by(fields),
         *_of_kind(fields),

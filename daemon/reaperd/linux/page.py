@@ -14,7 +14,7 @@ from agent import wire
 from reaperd import pages
 
 _F_GET_SEALS = 1034  # linux/fcntl.h
-_SEALS = 0x1 | 0x2 | 0x4 | 0x10  # SEAL, SHRINK, GROW, FUTURE_WRITE
+_SEALS = 0x2 | 0x4  # SHRINK, GROW: what else it is sealed against is its owner's concern
 # A FIFO or a terminal can bear the same name.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _ATTEMPTS = 16
@@ -35,7 +35,7 @@ def open_page(path: str, *, uid: int) -> int:
         if found.st_uid != uid:
             raise wire.WireError("bad-page", f"the session page belongs to uid {found.st_uid}")
         if fcntl.fcntl(descriptor, _F_GET_SEALS) & _SEALS != _SEALS:
-            raise wire.WireError("bad-page", "the session page is not sealed")
+            raise wire.WireError("bad-page", "the session page is not sealed in its size")
     except BaseException:
         os.close(descriptor)
         raise

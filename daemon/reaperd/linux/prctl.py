@@ -5,7 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 
-_PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_NO_NEW_PRIVS = 4, 15, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = (
+    1,
+    4,
+    15,
+    36,
+    38,
+)
 
 
 def _prctl(option: int, argument: int | bytes) -> None:
@@ -34,3 +40,13 @@ def forbid_tracing() -> None:
 def set_name(name: str) -> None:
     """Set what ps shows as the command (15 characters)."""
     _prctl(_PR_SET_NAME, name.encode()[:15])
+
+
+def adopt_orphans() -> None:
+    """Become the parent of whatever loses its own below this process, in place of init."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(number: int) -> None:
+    """Be sent a signal when the thread that forked this process ends; it holds across execve(2), save of a setuid program."""
+    _prctl(_PR_SET_PDEATHSIG, number)

@@ -1,0 +1,328 @@
+"""``reaperctl run``: a command as the leader of a session, started again where it fails, with nothing left in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from agent import limits, session
+from agent.family import Remains
+from reaperd.ctl import CommandError, events, render, restarts
+from reaperd.ctl.link import Link, next_after, sockets_of
+from reaperd.ctl.restarts import Ended, Rules
+from reaperd.ctl.terminal import tell
+from reaperd.ctl.units import list_of, plural, text_of
+from reaperd.linux import cgroup, prctl
+from reaperd.words import duration
+
+CANNOT_RUN, NOT_FOUND = 126, 127  # as env(1) and every shell have it
+_ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+_PASSED_ON = (*_ENDING, signal.SIGUSR1, signal.SIGUSR2)
+_SI_KERNEL = 0x80  # siginfo.h: the terminal's, which has sent it to the whole foreground process group
+_LOOK_S = 1  # from one look for signals to the next while the daemon cleans up
+_CLEAN_UP_WITHIN_S = 60.0
+_GRACE_S = 5.0  # as [reap] term_grace
+_LONGEST_NOTE = 65536
+
+
+def run(options: Namespace) -> int:
+    """Run a command until it ends well or has failed too often, and end as it did."""
+    command = options.command_line[1:] if options.command_line[:1] == ["--"] else options.command_line
+    if not command:
+        raise CommandError("run: which command? `reaperctl run [OPTIONS] -- COMMAND ...`", 2)
+    _check(command[0])
+    if options.user or options.system or options.socket:
+        os.environ["REAPER_SOCKET"] = sockets_of(options)[0]  # for the command's own register() as well
+    return _end_like(_Run(command, options).until_over())
+
+
+def _check(program: str) -> None:
+    if shutil.which(program):
+        return
+    found = os.path.exists(program) if os.sep in program else shutil.which(program, os.F_OK)
+    if found:
+        raise CommandError(f"{program}: may not be run", CANNOT_RUN)
+    raise CommandError(f"{program}: there is no such command", NOT_FOUND)
+
+
+def name_of(command: Sequence[str]) -> str:
+    """Return what people are to see: the script's name, or the module's, where the command is a Python."""
+    program = os.path.basename(command[0])
+    if program.startswith(("python", "pypy")):
+        for at, word in enumerate(command[1:], 1):
+            if word == "-m" and at + 1 < len(command):
+                return command[at + 1]
+            if word == "-c":
+                break
+            if not word.startswith("-") and command[at - 1] not in ("-W", "-X"):
+                return os.path.basename(word) or program
+    return program
+
+
+class _Started(NamedTuple):
+    """What the child has told of itself before it became the command."""
+
+    pid: int
+    session: str
+    socket: str | None  # the daemon that watches it
+    max_workers: int | None  # that daemon's limit
+    began_s: float
+    oom_kills: int
+
+
+class _Run:
+    """The attempts of one command."""
+
+    def __init__(self, command: list[str], options: Namespace) -> None:
+        self._command = command
+        self._name: str = options.name or name_of(command)
+        self._rules = Rules(options.restart, options.backoff)
+        self._timeout_s: float = min(options.timeout, 60.0)
+        self._ended: list[Ended] = []
+        self._attempt = 0
+        self._asked: int | None = None  # the signal by which somebody asked us for an end
+        # What we let the agent, and joblib, have.
+        self._workers = self._cpus = options.max_workers
+        self._oom_counter = cgroup.counter_file(_read("/proc/self/cgroup"))
+
+    def until_over(self) -> int:
+        """Run the command until nothing more is to be done; return the last one's wait status."""
+        prctl.adopt_orphans()
+        # Taken one by one from here on; the command gets back what we were given.
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*_PASSED_ON, signal.SIGCHLD))
+        while True:
+            started = self._start()
+            self._wait_for(started.pid)
+            ended = self._clean_up_after(started)
+            self._ended.append(ended)
+            following = restarts.decide(self._rules, self._ended)
+            if not following.again:
+                if following.reason:
+                    self._tell(f"{_how(ended)}; {following.reason}")
+                return ended.status
+            limit = self._halve(started) if ended.out_of_memory else ""
+            self._tell(f"{_how(ended)}; starting again in {duration(following.after_s)}{limit}")
+            if self._pause(following.after_s):
+                return ended.status if self._asked is None else self._asked
+
+    # -- one attempt -------------------------------------------------------------------------
+
+    def _start(self) -> _Started:
+        self._attempt += 1
+        began_s, kills = time.monotonic(), self._count_oom_kills()
+        reading, writing = os.pipe()
+        us = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reading)
+            self._become_the_command(writing, us)
+        os.close(writing)
+        note: dict[str, Any] = {}
+        with open(reading, encoding="utf-8") as pipe:
+            for line in pipe.read(_LONGEST_NOTE).splitlines():
+                note.update(json.loads(line))
+        if "error" in note:
+            os.waitpid(pid, 0)
+            raise CommandError(f"{self._command[0]}: {note['error']}", CANNOT_RUN)
+        if note.get("warning") and self._attempt == 1:
+            tell(f"{note['warning']}; what the command leaves behind is ended by `reaperctl run` itself")
+        return _Started(
+            pid, note.get("session", ""), note.get("socket"), note.get("max_workers"), began_s, kills
+        )
+
+    def _become_the_command(self, note: int, supervisor: int) -> NoReturn:
+        """Register in the child, and be the command from then on; what goes wrong is told through the pipe."""
+        try:
+            prctl.die_with_parent(signal.SIGTERM)
+            if os.getppid() != supervisor:
+                os._exit(128 + signal.SIGTERM)
+            for variable, limit in (
+                (limits.MAX_WORKERS_VARIABLE, self._workers),
+                ("LOKY_MAX_CPU_COUNT", self._cpus),
+            ):
+                if limit is not None:
+                    os.environ[variable] = str(limit)
+            attempt = (self._attempt, self._rules.restarts + 1)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                ours = session.register(self._name, timeout=self._timeout_s, attempt=attempt, for_exec=True)
+            self._note(
+                note,
+                session=ours.id,
+                socket=ours.socket,
+                max_workers=ours.max_workers,
+                warning=str(said[-1].message).partition(", training goes on without one")[0] if said else "",
+            )
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and the command would
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            os.execvp(self._command[0], self._command)  # noqa: S606 - it is what was asked for
+        except (OSError, ValueError) as error:
+            self._note(note, error=getattr(error, "strerror", None) or str(error))
+            session.unregister()
+        finally:
+            os._exit(CANNOT_RUN)
+
+    def _note(self, pipe: int, **told: Any) -> None:
+        os.write(pipe, json.dumps(told).encode() + b"\n")
+
+    def _wait_for(self, pid: int) -> None:
+        """Pass signals on until the command has ended; it stays a zombie, so that its end can be asked for."""
+        command = os.pidfd_open(pid)
+        try:
+            while not self._has_ended(pid):
+                self._take(signal.sigwaitinfo((*_PASSED_ON, signal.SIGCHLD)), command)
+        finally:
+            os.close(command)
+
+    def _has_ended(self, pid: int) -> bool:
+        """Say whether the command is dead; whatever else has died below us is waited for."""
+        while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            if found.si_pid == pid:
+                return True
+            os.waitpid(found.si_pid, 0)
+        return False
+
+    def _take(self, told: signal.struct_siginfo, command: int | None) -> None:
+        if told.si_signo in _ENDING:
+            self._asked = told.si_signo
+        # The terminal's have reached the command as well: a second one would be one too many.
+        if command is not None and told.si_signo in _PASSED_ON and told.si_code != _SI_KERNEL:
+            signal.pidfd_send_signal(command, told.si_signo)
+
+    # -- between two -------------------------------------------------------------------------
+
+    def _clean_up_after(self, started: _Started) -> Ended:
+        """Have all that the dead command left ended, wait for it and return how the command came to its end."""
+        lasted_s = time.monotonic() - started.began_s
+        found = os.waitid(os.P_PID, started.pid, os.WEXITED | os.WNOWAIT)
+        assert found is not None, "the command has ended"
+        well = found.si_code == os.CLD_EXITED and found.si_status == 0
+        told: dict[str, Any] = {}
+        if started.socket is not None:
+            told = {} if well else self._wait_for_daemon(started)
+        if not told and (started.socket is None or not well):
+            self._end_remains(started)
+        # Sent before the command's end to all of us: whoever sends it to a process group holds up our SIGCHLD meanwhile.
+        self._take_pending()
+        _, status = os.waitpid(started.pid, 0)
+        while _collect():
+            pass
+        killed = text_of(told.get("cause"), "kind") == "oom" or self._count_oom_kills() > started.oom_kills
+        return Ended(
+            status,
+            lasted_s,
+            out_of_memory=killed and not well,
+            asked=self._asked is not None or told.get("stopped_by_uid") is not None,
+            workers=self._workers,
+        )
+
+    def _end_remains(self, started: _Started) -> None:
+        remains = Remains(started.session)
+        count = len(remains.workers())
+        left = [str(one.pid) for one in remains.end(_GRACE_S)]
+        if count:
+            self._tell(f"left {plural(count, 'process')}, which had to be ended")
+        if left:
+            self._tell(f"cannot end pid {', '.join(left)}")
+
+    def _count_oom_kills(self) -> int:
+        return (cgroup.oom_kills(self._oom_counter) if self._oom_counter else None) or 0
+
+    def _take_pending(self) -> None:
+        while (told := signal.sigtimedwait(_PASSED_ON, 0)) is not None:
+            self._take(told, None)
+
+    def _wait_for_daemon(self, started: _Started) -> dict[str, Any]:
+        """Return the event that tells how the session ended, and tell of it; an empty one where the daemon does not get there."""
+        link = Link([started.socket or ""], timeout_s=self._timeout_s)
+        after, until_s = 0, time.monotonic() + _CLEAN_UP_WITHIN_S
+        while time.monotonic() < until_s:
+            try:
+                reply = link.ask("events", after=after, wait_s=_LOOK_S, session=started.session)
+            except CommandError:
+                break
+            found: list[dict[str, Any]] = list_of(reply, "events")
+            for one in found:
+                if text_of(one, "kind") in events.ENDS:
+                    self._tell_what_was_left(one)
+                    return one
+            after = next_after(reply, after)
+            self._take_pending()
+        return {}
+
+    def _tell_what_was_left(self, end: dict[str, Any]) -> None:
+        if count := len(list_of(end, "processes")):
+            freed = render.freed(end)
+            self._tell(
+                f"left {plural(count, 'process')}, which had to be ended" + (f": {freed}" if freed else "")
+            )
+        if left := render.remaining(end):
+            self._tell(f"cannot end pid {', '.join(map(str, left))}")
+
+    def _halve(self, started: _Started) -> str:
+        cpus = limits.usable_cpus()
+        self._workers = restarts.halve(min(self._workers or limits.n_jobs(started.max_workers), cpus))
+        self._cpus = restarts.halve(min(self._cpus or cpus, cpus))
+        return (
+            f", out of memory: with at most {plural(self._workers, 'worker')} (REAPER_MAX_WORKERS, LOKY_MAX_CPU_COUNT); "
+            "a number that stands in the script itself still holds"
+        )
+
+    def _pause(self, for_s: float) -> bool:
+        """Wait; True when somebody wants an end meanwhile."""
+        until_s = time.monotonic() + for_s
+        while self._asked is None and (left_s := until_s - time.monotonic()) > 0:
+            told = signal.sigtimedwait(_PASSED_ON, left_s)
+            if told is not None:
+                self._take(told, None)
+        return self._asked is not None
+
+    def _tell(self, text: str) -> None:
+        restarts_ = self._rules.restarts
+        tell(f"{self._name}: " + (f"attempt {self._attempt} of {restarts_ + 1} " if restarts_ else "") + text)
+
+
+def _collect() -> bool:
+    """Wait for one of our dead, of which we may have inherited many; False when there is none."""
+    try:
+        return os.waitpid(-1, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return False
+
+
+def _how(ended: Ended) -> str:
+    how = (
+        f"was killed by {render.signal_name(ended.signal)}"
+        if ended.signal
+        else f"exited with code {ended.code}"
+    )
+    return f"{how} after {duration(ended.lasted_s)}"
+
+
+def _end_like(status: int) -> int:
+    """Return the exit code of a wait status, or end by the signal that ended the command: a shell stops its loop then."""
+    number = status & 0x7F
+    if not number:
+        return status >> 8 & 0xFF
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
+    signal.raise_signal(number)
+    return 128 + number
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return file.read()

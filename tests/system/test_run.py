@@ -1,0 +1,419 @@
+"""``reaperctl run``: the command notices nothing but its marks, is started again where it fails, and leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Cgroup, Daemon, entering, repeat_until, test_environment, wait_gone
+
+ZOO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "support", "zoo")
+CTL = [sys.executable, "-m", "reaperd.ctl.main"]
+WITHIN_S = 60.0
+NO_DAEMON = "/nonexistent/reaper.sock"
+
+
+class Run:
+    """A run of zoo/command.py."""
+
+    def __init__(
+        self,
+        run: str,
+        folder: Path,
+        words: Sequence[str],
+        *options: str,
+        socket: str = NO_DAEMON,
+        within: Sequence[str] = (),
+        **how: Any,
+    ) -> None:
+        self.folder = folder
+        self._said = folder / "said"  # no pipe: what is spared would hold it open
+        with open(self._said, "wb") as said:
+            self.process = subprocess.Popen(
+                [
+                    *within, *CTL, "run", *options, "--",
+                    sys.executable, "-W", "ignore", os.path.join(ZOO, "command.py"), str(folder), *words,
+                ],
+                env=test_environment(run, REAPER_SOCKET=socket),
+                **{"stdin": subprocess.DEVNULL, "stderr": said, "start_new_session": True, **how},
+            )  # fmt: skip
+
+    def told(self, number: int = 1) -> dict[str, Any]:
+        """Return what the attempt has told, once it has."""
+        path = self.folder / f"told.{number}"
+        repeat_until(lambda: path.exists() or None, WITHIN_S, f"attempt {number} never began")
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    def ready(self) -> int:
+        """Return the pid of the command once it waits for a signal."""
+        path = self.folder / "ready"
+        repeat_until(lambda: path.exists() or None, WITHIN_S, "the command never waited")
+        return int(path.read_text())
+
+    def end(self) -> tuple[int, str]:
+        """Return the exit status, negative for a signal, and what was said."""
+        return self.process.wait(WITHIN_S), self.said
+
+    @property
+    def said(self) -> str:
+        return self._said.read_text()
+
+    @property
+    def attempts(self) -> int:
+        return len(list(self.folder.glob("told.*")))
+
+    @property
+    def signals(self) -> list[int]:
+        """Return what the command was sent so far."""
+        path = self.folder / "signals"
+        return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def start(run: str, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    with contextlib.ExitStack() as stack:
+
+        def begin(words: str, *options: str, **how: Any) -> Run:
+            one = Run(run, tmp_path, words.split(), *options, **how)
+            stack.callback(one.close)
+            return one
+
+        yield begin
+
+
+# -- the command, and its session -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "status"),
+    [("exit:0", 0), ("exit:3", 3), ("signal:9", -9), ("signal:11", -11), ("signal:15", -15)],
+)
+def test_it_ends_as_the_command_did(start: Callable[..., Run], word: str, status: int) -> None:
+    assert start(word).end()[0] == status
+
+
+def test_what_the_command_registers_is_the_same_session(start: Callable[..., Run], daemon: Daemon) -> None:
+    one = start("wait", "--name", "nightly", "--restart", "on-failure:2", socket=daemon.socket)
+    pid, told = one.ready(), one.told()
+    (session,) = daemon.sessions()
+    assert (session["id"], session["name"], session["leader"]["pid"]) == (told["session"], "nightly", pid)
+    assert told["name"] == "nightly"
+    assert session["progress"] == {"done": 1, "total": 1, "message": "wait"}
+    assert session["attempt"] == {"number": 1, "most": 3}
+    assert len(daemon.events(kind="registered")) == 1
+    page = next(
+        number for number in os.listdir(f"/proc/{pid}/fd")
+        if os.readlink(f"/proc/{pid}/fd/{number}").startswith("/memfd:reaper:")
+    )  # fmt: skip
+    # A program that registers is what every leader is: nobody inherits its page, and nobody writes to it.
+    flags = Path(f"/proc/{pid}/fdinfo/{page}").read_text().split("flags:")[1].split()[0]
+    assert int(flags, 8) & os.O_CLOEXEC
+    with pytest.raises(PermissionError), open(f"/proc/{pid}/fd/{page}", "r+b", buffering=0) as file:
+        file.write(b"x")
+    one.process.send_signal(signal.SIGTERM)
+    assert one.end()[0] == 143
+
+
+def test_a_command_that_never_registers_is_a_session_too(run: str, daemon: Daemon) -> None:
+    script = 'test -n "$REAPER_LINEAGE" && kill -9 $$'
+    ended = subprocess.run(
+        [*CTL, "--socket", daemon.socket, "run", "sh", "-c", f"sleep 1000 & {script}"],
+        env=test_environment(run),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        timeout=WITHIN_S,
+        check=False,
+    )
+    assert ended.returncode == -9
+    assert b"sh: left 1 process, which had to be ended" in ended.stderr
+    event = daemon.wait_event(kind="reaped", name="sh")
+    assert [one["result"] for one in event["processes"]] == ["killed"]
+    assert event["attempt"] == {"number": 1, "most": 1}
+
+
+def test_what_a_worker_registers_below_the_command_is_a_session_of_its_own(run: str, daemon: Daemon) -> None:
+    script = f'"{sys.executable}" -c "import agent; print(agent.register().id)"; echo $REAPER_LINEAGE; exit 0'
+    ended = subprocess.run(
+        [*CTL, "--socket", daemon.socket, "run", "sh", "-c", script],
+        env=test_environment(run, REAPER_SOCKET=daemon.socket),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=WITHIN_S,
+        check=True,
+    )
+    inner, outer = ended.stdout.split()
+    assert inner != outer
+    assert len(daemon.events(kind="registered")) == 2
+
+
+def test_limits_reach_the_command(start: Callable[..., Run]) -> None:
+    one = start("exit:0", "--max-workers", "1")
+    assert one.end()[0] == 0
+    assert (one.told()["workers"], one.told()["cpus"], one.told()["n_jobs"]) == ("1", "1", 1)
+
+
+def test_without_a_daemon_it_says_so_once_and_who_cleans_up(start: Callable[..., Run]) -> None:
+    said = start("exit:1 exit:0", "--restart", "on-failure:1", "--backoff", "0.05").end()[1]
+    assert said.count("no Reaper daemon watches this session") == 1
+    assert "ended by `reaperctl run` itself" in said
+
+
+# -- again ----------------------------------------------------------------------------------------
+
+
+def test_after_a_failure_it_begins_again_and_ends_well(start: Callable[..., Run], daemon: Daemon) -> None:
+    one = start("left left exit:0", "--restart", "on-failure:3", "--backoff", "0.05", socket=daemon.socket)
+    try:
+        status, said = one.end()
+        assert status == 0, said
+        first, second, last = (one.told(number) for number in (1, 2, 3))
+        assert [second["lost"], last["lost"]] == [[], []]
+        assert one.attempts == 3
+        assert len({told["session"] for told in (first, second, last)}) == 3
+        assert said.count("left 3 processes, which had to be ended") == 2
+        ends = [daemon.wait_end(told["session"]) for told in (first, second, last)]
+        assert [end["attempt"] for end in ends] == [{"number": number, "most": 4} for number in (1, 2, 3)]
+        assert [end["kind"] for end in ends] == ["reaped", "reaped", "ended"]
+        spared = [*first["spared"], *second["spared"]]
+        assert wait_gone(spared, 0.0) == spared
+    finally:
+        _end([*one.told(1)["spared"], *one.told(2)["spared"]])
+
+
+def test_without_a_daemon_nothing_but_what_was_spared_is_left_either(start: Callable[..., Run]) -> None:
+    one = start("left exit:0", "--restart", "on-failure:1", "--backoff", "0.05")
+    try:
+        status, said = one.end()
+        assert status == 0, said
+        assert one.told(2)["lost"] == []
+        assert "left 3 processes, which had to be ended" in said
+        assert wait_gone(one.told(1)["spared"], 0.0) == one.told(1)["spared"]
+    finally:
+        _end(one.told(1)["spared"])
+
+
+def _end(pids: Sequence[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert wait_gone(pids, WITHIN_S) == []
+
+
+def test_a_crash_loop_is_stopped(start: Callable[..., Run]) -> None:
+    one = start("exit:7", "--restart", "on-failure:50", "--backoff", "0.05")
+    status, said = one.end()
+    assert (status, one.attempts) == (7, 3)
+    assert "it failed in the same way 3 times in a row" in said
+
+
+def test_no_more_restarts_than_were_asked_for(start: Callable[..., Run]) -> None:
+    one = start("exit:1 exit:2 exit:3", "--restart", "on-failure:1", "--backoff", "0.05")
+    status, said = one.end()
+    assert (status, one.attempts) == (2, 2)
+    assert "that was the last of 2 attempts" in said
+
+
+@pytest.mark.needs_root
+def test_after_an_oom_kill_it_begins_again_with_half_the_workers(
+    start: Callable[..., Run], memory_cgroup: Callable[[str], Cgroup]
+) -> None:
+    group = memory_cgroup("halved")
+    limit = 96 << 20
+    try:
+        group.write("memory.limit_in_bytes", str(limit))
+        group.write("memory.memsw.limit_in_bytes", str(limit))
+    except FileNotFoundError:
+        group.write("memory.max", str(limit))
+        group.write("memory.swap.max", "0")
+    one = start(
+        f"eat:{4 * limit} exit:0", "--restart", "on-failure:2", "--backoff", "0.05", "--max-workers", "2",
+        within=entering([group], []),
+    )  # fmt: skip
+    status, said = one.end()
+    assert status == 0, said
+    assert "was killed by SIGKILL" in said
+    assert "out of memory: with at most 1 worker" in said
+    assert [one.told(number)["workers"] for number in (1, 2)] == ["2", "1"]
+    assert [one.told(number)["cpus"] for number in (1, 2)] == ["2", "1"]
+
+
+def test_a_sigkill_of_somebodys_is_not_called_out_of_memory(start: Callable[..., Run]) -> None:
+    one = start("signal:9 exit:0", "--restart", "on-failure:1", "--backoff", "0.05", "--max-workers", "2")
+    status, said = one.end()
+    assert status == 0
+    assert "out of memory" not in said
+    assert one.told(2)["workers"] == "2"
+
+
+# -- who wants an end -----------------------------------------------------------------------------
+
+
+def test_a_signal_is_passed_on_once_and_is_the_end(start: Callable[..., Run]) -> None:
+    one = start("stubborn", "--restart", "on-failure:3", "--backoff", "0.05")
+    one.ready()
+    one.process.send_signal(signal.SIGUSR1)
+    repeat_until(lambda: one.signals == [signal.SIGUSR1] or None, WITHIN_S, "SIGUSR1 never arrived")
+    one.process.send_signal(signal.SIGINT)
+    status, said = one.end()
+    assert one.signals == [signal.SIGUSR1, signal.SIGINT]
+    assert (status, one.attempts) == (1, 1), said
+
+
+def test_ctrl_c_reaches_the_command_once_and_is_the_end_whatever_it_exits_with(
+    start: Callable[..., Run],
+) -> None:
+    controller, terminal = pty.openpty()
+    try:
+        one = start(
+            "stubborn", "--restart", "on-failure:3", "--backoff", "0.05",
+            stdin=terminal, stderr=terminal, preexec_fn=lambda: _take_terminal(terminal),
+        )  # fmt: skip
+        one.ready()
+        one.process.send_signal(signal.SIGSTOP)  # else the second one might be one with the first
+        os.write(controller, b"\x03")
+        repeat_until(lambda: one.signals or None, WITHIN_S, "Ctrl-C never arrived")
+        one.process.send_signal(signal.SIGCONT)
+        assert one.process.wait(WITHIN_S) == 1
+        assert (one.signals, one.attempts) == ([signal.SIGINT], 1)
+    finally:
+        os.close(controller)
+        os.close(terminal)
+
+
+def _take_terminal(terminal: int) -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+
+def test_a_signal_between_two_attempts_is_the_end(start: Callable[..., Run]) -> None:
+    one = start("exit:1", "--restart", "on-failure:3", "--backoff", "1000")
+    repeat_until(
+        lambda: "starting again in" in one.said or None, WITHIN_S, "it never said that it begins again"
+    )
+    one.process.send_signal(signal.SIGTERM)
+    assert one.end()[0] == -signal.SIGTERM
+    assert one.attempts == 1
+
+
+def test_a_run_that_is_stopped_through_the_daemon_does_not_begin_again(
+    start: Callable[..., Run], daemon: Daemon
+) -> None:
+    one = start("stubborn", "--restart", "on-failure:3", "--backoff", "0.05", socket=daemon.socket)
+    one.ready()
+    assert daemon.ctl("stop", "command.py").returncode == 0
+    assert one.end()[0] == 1
+    assert one.attempts == 1
+
+
+def test_the_command_does_not_outlive_it(start: Callable[..., Run]) -> None:
+    one = start("wait")
+    pid = one.ready()
+    one.process.kill()
+    assert wait_gone([pid], WITHIN_S) == []
+    assert one.signals == [signal.SIGTERM]
+
+
+def test_what_is_ignored_and_blocked_is_for_the_command_what_it_is_without_it(run: str) -> None:
+    """A SIGPIPE that stayed ignored, as Python has it, would keep a shell's `yes | head` from ending."""
+    shell = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
+    asked = ["grep", "-E", "^Sig(Ign|Blk|Cgt)", "/proc/self/status"]
+    plain, ours = (
+        subprocess.run(
+            [*shell, *within, *asked],
+            env=test_environment(run, REAPER_SOCKET=NO_DAEMON),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=WITHIN_S,
+            check=True,
+        ).stdout
+        for within in ([], [*CTL, "run", "--"])
+    )
+    assert plain == ours
+    assert b"SigIgn:\t0000000000000001" in ours
+
+
+def test_what_loses_its_parent_below_the_run_is_waited_for(run: str) -> None:
+    """Who adopts must wait, or zombies pile up for as long as the training lasts."""
+    script = "for i in 1 2 3; do (sh -c 'exit 0' &) ; done; read line; ps -o stat= --ppid $PPID"
+    process = subprocess.Popen(
+        [*CTL, "run", "sh", "-c", script],
+        env=test_environment(run, REAPER_SOCKET=NO_DAEMON),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def zombies() -> int:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return len(children)
+
+    repeat_until(lambda: zombies() == 1 or None, WITHIN_S, "the dead are never waited for")
+    stdout, _ = process.communicate(b"\n", WITHIN_S)
+    assert b"Z" not in stdout
+
+
+# -- what cannot be run ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        ([], 2, "run: which command?"),
+        (["--", "no-such-command"], 127, "no-such-command: there is no such command"),
+        (["/etc/passwd"], 126, "/etc/passwd: may not be run"),
+        (["--restart", "always", "true"], 2, "must be on-failure, on-failure:N or no, got 'always'"),
+        (["--restart", "on-failure:0", "true"], 2, "must be a whole number of at least 1, got '0'"),
+        (["--restart", "on-failure:9999", "true"], 2, "must be at most on-failure:1000"),
+        (["--max-workers", "none", "true"], 2, "must be a whole number of at least 1, got 'none'"),
+        (["--backoff", "0", "true"], 2, "must be a number of seconds, more than 0"),
+        (["--name", "x" * 201, "true"], 2, "must have 1 to 200 characters"),
+    ],
+)
+def test_what_cannot_be_run_is_a_sentence(run: str, words: list[str], code: int, sentence: str) -> None:
+    ended = subprocess.run(
+        [*CTL, "run", *words],
+        env=test_environment(run, REAPER_SOCKET=NO_DAEMON),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=WITHIN_S,
+        check=False,
+    )
+    assert ended.returncode == code
+    assert sentence in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_script_without_a_first_line_is_a_sentence(run: str, tmp_path: Path) -> None:
+    script = tmp_path / "train"
+    script.write_bytes(b"\x00\x01")
+    script.chmod(0o755)
+    ended = subprocess.run(
+        [*CTL, "run", str(script)],
+        env=test_environment(run, REAPER_SOCKET=NO_DAEMON),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=WITHIN_S,
+        check=False,
+    )
+    assert ended.returncode == 126
+    assert "Exec format error" in ended.stderr
