@@ -117,7 +117,7 @@ interleavings: $(STAMP) ## random lives of pools against the scan and its verdic
 MOMENTS ?= 20
 
 .PHONY: moments
-moments: $(STAMP) ## end a real grid search at random moments, and resume it; MOMENTS=n of each kind take n minutes
+moments: $(STAMP) ## end a real grid search at random moments in nine ways, and resume it; MOMENTS=n take n minutes
 	REAPER_TEST_MOMENTS=$(MOMENTS) $(BIN)/python -m pytest tests/system/test_moments.py $(PYTEST_ARGS)
 
 .PHONY: joblib

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from harness import Daemon, describe, marked, test_environment, wait_gone
@@ -24,15 +24,14 @@ ZOO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "support", "zoo")
 MOMENTS = int(os.environ.get("REAPER_TEST_MOMENTS", "1"))
 FITS = 65  # 64, and the refit
 WITHIN_S = 120.0
+NOWHERE = "/nonexistent/reaper.sock"
 SEED = int(os.environ.get("REAPER_TEST_SEED", random.SystemRandom().randrange(2**32)))
 
 
 class Search:
     """A run of zoo/search.py."""
 
-    def __init__(
-        self, run: str, folder: Path, n_jobs: int, backend: str, socket: str = "/nonexistent"
-    ) -> None:
+    def __init__(self, run: str, folder: Path, n_jobs: int, backend: str, socket: str = NOWHERE) -> None:
         self.folder = folder
         self.process = subprocess.Popen(
             [
@@ -47,7 +46,7 @@ class Search:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=test_environment(run, REAPER_SOCKET=socket),
+            env=test_environment(run, REAPER_SOCKET=socket, REAPER_TEST_SEARCH=run),
             start_new_session=True,
         )
         assert self.read()["begun"]
@@ -57,15 +56,16 @@ class Search:
         told: dict[str, Any] = json.loads(self.process.stdout.readline() or b"{}")
         return told
 
-    def end(self, number: int, *, group: bool, after_s: float) -> int:
+    def end(self, number: int, *, group: bool, after_s: float, again_after_s: float | None = None) -> int:
         """Send a signal after so many seconds, unless it has ended by then, and return its exit code."""
-        try:
-            return self.process.wait(after_s)
-        except subprocess.TimeoutExpired:
-            if group:
-                os.killpg(self.process.pid, number)
-            else:
-                self.process.send_signal(number)
+        for wait_s in (after_s,) if again_after_s is None else (after_s, again_after_s):
+            try:
+                return self.process.wait(wait_s)
+            except subprocess.TimeoutExpired:
+                if group:
+                    os.killpg(self.process.pid, number)
+                else:
+                    self.process.send_signal(number)
         return self.process.wait(WITHIN_S)
 
     def close(self) -> None:
@@ -118,35 +118,54 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**told, "took_s": took_s}
 
 
-@pytest.mark.parametrize("turn", range(MOMENTS))
-@pytest.mark.parametrize(
-    ("number", "group"),
-    [
-        (signal.SIGINT, True),
-        (signal.SIGTERM, False),
-        (signal.SIGKILL, False),
-        (signal.SIGINT, False),
-        (signal.SIGTERM, True),
-        (signal.SIGHUP, True),
-    ][: 6 if MOMENTS > 1 else 3],
+class Way(NamedTuple):
+    """A way out of a search, and what is to be seen of it: exit codes and states of the status file."""
+
+    name: str
+    number: int
+    group: bool
+    ends: tuple[tuple[int, str], ...]
+    twice: bool = False
+
+
+_INTERRUPTED = ((-signal.SIGINT, "interrupted"),)
+WAYS = (
+    Way("ctrl-c", signal.SIGINT, True, _INTERRUPTED),
+    Way("term", signal.SIGTERM, False, ((143, "interrupted"),)),
+    Way("kill", signal.SIGKILL, False, ((-signal.SIGKILL, "killed"),)),
+    Way("int", signal.SIGINT, False, _INTERRUPTED),
+    # Either it had unwound by then, or it was ended at once.
+    Way("ctrl-c twice", signal.SIGINT, True, _INTERRUPTED, twice=True),
+    Way("term to all", signal.SIGTERM, True, ((143, "interrupted"),)),
+    Way("hangup", signal.SIGHUP, True, ((129, "interrupted"),)),
+    Way("exception", signal.SIGUSR1, False, ((1, "failed"),)),
+    Way("sys.exit(3)", signal.SIGUSR2, False, ((3, "failed"),)),
 )
-def test_a_signal_at_any_moment_of_a_search_leaves_nothing(
-    number: int, group: bool, turn: int, start: Start, whole: dict[str, Any], tmp_path: Path, run: str
+
+
+@pytest.mark.parametrize("turn", range(MOMENTS))
+@pytest.mark.parametrize("way", WAYS[: len(WAYS) if MOMENTS > 1 else 3], ids=lambda way: way.name)
+def test_whatever_ends_a_search_at_any_moment_leaves_nothing(
+    way: Way,
+    turn: int,
+    start: Start,
+    whole: dict[str, Any],
+    tmp_path: Path,
+    run: str,
+    request: pytest.FixtureRequest,
 ) -> None:
-    after_s = random.Random(f"{SEED} {number} {group} {turn}").uniform(0, 1.1 * whole["took_s"])
-    search = start(tmp_path, 2, "reaper")
-    code = search.end(number, group=group, after_s=after_s)
+    after_s = random.Random(f"{SEED} {way.name} {turn}").uniform(0, 1.1 * whole["took_s"])
+    watched = turn % 2 == 1
+    search = start(tmp_path, 2, "reaper", request.getfixturevalue("daemon").socket if watched else NOWHERE)
+    code = search.end(way.number, group=way.group, after_s=after_s, again_after_s=0.02 if way.twice else None)
     where = f"REAPER_TEST_SEED={SEED}, after {after_s:.3f} s of {whole['took_s']:.1f} s, exit code {code}"
-    left = wait_gone(marked("REAPER_TEST_RUN", run), 5.0)
+    left = wait_gone(marked("REAPER_TEST_SEARCH", run), 5.0)
     assert not left, f"{where}: {describe(left)}"
     state = agent.read_status(tmp_path / "run.json").state
-    unwound = {signal.SIGINT: -signal.SIGINT, signal.SIGKILL: -signal.SIGKILL}.get(number, 128 + number)
-    if number == signal.SIGKILL:
-        assert (code, state) in ((unwound, "killed"), (unwound, "completed"), (0, "completed")), where
-        return
-    assert search.read().get("restored", code == -number and state == "completed"), where
-    # Once the session is over, the signal is Python's own business again.
-    assert (code, state) in ((unwound, "interrupted"), *((end, "completed") for end in (0, -number))), where
+    # Once the session is over, the signal is Python's own business again, and its handlers are as they were.
+    late = [(end, "completed") for end in (0, -way.number, *(end for end, _ in way.ends))]
+    assert (code, state) in (*way.ends, *late), where
+    assert search.read().get("restored", code == -way.number), where
 
 
 @pytest.mark.parametrize("turn", range(MOMENTS))

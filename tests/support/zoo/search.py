@@ -2,7 +2,7 @@
 
     search.py FOLDER N_JOBS BACKEND
 
-FOLDER gets run.json, kept/ (the fits) and begun (a byte for each fit that began).
+FOLDER gets run.json, kept/ (the fits) and begun (a byte for each fit that began). SIGUSR1 makes it raise, SIGUSR2 sys.exit(3).
 """
 
 from __future__ import annotations
@@ -45,6 +45,14 @@ class Counted(LogisticRegression):  # type: ignore[misc]
         return self
 
 
+def fail(number: int, frame: Any) -> None:
+    raise ArithmeticError("no more")
+
+
+def leave(number: int, frame: Any) -> None:
+    sys.exit(3)
+
+
 def digest(results: dict[str, Any]) -> str:
     kept = {name: repr(values) for name, values in sorted(results.items()) if "time" not in name}
     return hashlib.sha256(repr(kept).encode()).hexdigest()
@@ -53,6 +61,8 @@ def digest(results: dict[str, Any]) -> str:
 def main() -> None:
     folder, n_jobs, backend = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     agent.joblib.register()
+    signal.signal(signal.SIGUSR1, fail)
+    signal.signal(signal.SIGUSR2, leave)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     data = make_classification(1000, 20, random_state=0)
     estimator = Counted(random_state=0, path=os.path.join(folder, "begun"))
