@@ -115,9 +115,10 @@ def training_session(
     Afterwards all handlers are as they were.
 
     ``max_workers`` limits ``n_jobs`` (None: the daemon's ``[sessions] max_workers``, else 4). ``status_file`` is written at
-    the start and at the end; see ``read_status()``. ``socket`` and ``required`` are as for ``register()``. Without a daemon a
-    thread looks every ``monitoring_interval`` seconds for workers that lost their pool, and warns (logger ``agent``) of one
-    that has been an orphan for ``orphan_age_limit`` seconds and uses ``cpu_threshold`` percent of a core.
+    the start and at the end; see ``read_status()``. ``socket`` and ``required`` are as for ``register()``. A worker
+    that lost its pool ``orphan_age_limit`` seconds ago and uses ``cpu_threshold`` percent of a core is told of: by the
+    daemon at its scans (its log, ``reaperctl events``), and without one by a thread that looks every
+    ``monitoring_interval`` seconds (logger ``agent``).
 
     Nested sessions are one to the daemon; each ends what was started inside it. RuntimeError: entered twice.
     """

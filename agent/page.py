@@ -43,6 +43,7 @@ class SessionPage:
         self.attempt = attempt
         self._sockets: list[str] = []
         self._status_file = ""
+        self._stray: tuple[float, float] | None = None
         self._flags = 0
         self._record_bytes = 0
         self._lock = _thread.allocate_lock()
@@ -64,7 +65,9 @@ class SessionPage:
 
     def write_record(self, sockets: list[str]) -> None:
         """Say who the leader is and which daemon's socket it belongs to (all that were tried, where none answered)."""
-        record = wire.pack_record(*self._identity, self.fd, sockets, self._status_file, self.attempt)
+        record = wire.pack_record(
+            *self._identity, self.fd, sockets, self._status_file, self.attempt, self._stray
+        )
         self._sockets = sockets
         self._record_bytes = len(record)
         self._write(wire.RECORD_AT, record)
@@ -74,14 +77,31 @@ class SessionPage:
         """The sockets that the record names."""
         return self._sockets
 
-    def name_status_file(self, path: str) -> None:
-        """Say which file is to tell how the leader ended, where it cannot do so itself; "" for none. WireError: no room."""
+    def name_status_file(self, path: str) -> str:
+        """Say which file is to tell how the leader ended, where it cannot do so itself; "" for none. Return the one before.
+
+        WireError: no room.
+        """
         before, self._status_file = self._status_file, path
         try:
             self.write_record(self._sockets)
         except wire.WireError:
             self._status_file = before
             raise
+        return before
+
+    def call_stray(self, thresholds: tuple[float, float] | None) -> tuple[float, float] | None:
+        """Say after how many seconds, and from how many percent of a core on, a worker without its pool is told of.
+
+        Return what was said before. WireError: no room.
+        """
+        before, self._stray = self._stray, thresholds
+        try:
+            self.write_record(self._sockets)
+        except wire.WireError:
+            self._stray = before
+            raise
+        return before
 
     def write_progress(self, done: float, total: float | None, message: str) -> None:
         """Say how far the work is."""

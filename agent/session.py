@@ -306,18 +306,33 @@ def _remove_environment_stamp(session_id: str) -> None:
         os.environ.pop(wire.LINEAGE_VARIABLE, None)
 
 
-def name_status_file(path: str) -> None:
-    """Have the daemon write the end of this run into a file, should this process be killed; "" for no longer.
+def name_status_file(path: str) -> str:
+    """Have the daemon write the end of this run into a file, should this process be killed; return the file before, "" for none.
 
     A path that is too long for the session page is left out.
     """
-    page, session = _process.page, _process.session
-    if page is None or session is None or not session.leading:
-        return
-    try:  # noqa: SIM105 - to load contextlib takes longer
-        page.name_status_file(path)
+    page = _page_that_leads()
+    try:
+        return "" if page is None else page.name_status_file(path)
     except wire.WireError:
-        pass
+        return ""
+
+
+def call_stray(thresholds: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Have the daemon tell of workers that lost their pool so many seconds ago and use that much of a core; None: no longer.
+
+    Return what was said before.
+    """
+    page = _page_that_leads()
+    try:
+        return None if page is None else page.call_stray(thresholds)
+    except wire.WireError:
+        return None
+
+
+def _page_that_leads() -> SessionPage | None:
+    session = _process.session
+    return _process.page if session is not None and session.leading else None
 
 
 def is_registered() -> bool:

@@ -73,6 +73,9 @@ class ProcessManager:
         self._pid = 0  # of the process in which it runs; 0: it does not
         self._family: family.Family | None = None
         self._status: StatusFile | None = None
+        # What the page says of the session around this one.
+        self._status_path_before = ""
+        self._stray_before: tuple[float, float] | None = None
         self._owns_session = False
         self._signals = _Signals(self)
         self.session: Session | None = None
@@ -113,7 +116,7 @@ class ProcessManager:
         try:
             if self._status_path is not None:
                 self._status = StatusFile(self._status_path, self.session.name, self.session.id)
-                session.name_status_file(self._status.path)
+                self._status_path_before = session.name_status_file(self._status.path)
         except BaseException:
             if self._owns_session:
                 session.unregister()
@@ -128,6 +131,8 @@ class ProcessManager:
             self._signals.install()
             if self.session.socket is None:
                 self._strays.start()
+            else:
+                self._stray_before = session.call_stray(self._strays.thresholds)
         except BaseException as error:  # a signal, for one: whoever called has nothing to end yet
             self.stop(error)
             raise
@@ -165,6 +170,7 @@ class ProcessManager:
 
     def _end(self, error: BaseException | None) -> list[Worker]:
         self._strays.stop()
+        session.call_stray(self._stray_before)
         try:
             left = self.cleanup()
             if left:
@@ -187,7 +193,7 @@ class ProcessManager:
             return
         try:
             self._status.end(**_outcome(error, self._signals.received), progress=session.last_progress())
-            session.name_status_file("")
+            session.name_status_file(self._status_path_before)
         except OSError as failure:
             log.warning("cannot write the status file %s: %s", self._status.path, failure.strerror)
 
@@ -322,6 +328,11 @@ class _Strays:
         self._seen: dict[family.Id, tuple[float, int]] = {}
         self._told: set[family.Id] = set()
         self._over = threading.Event()
+
+    @property
+    def thresholds(self) -> tuple[float, float]:
+        """Seconds as an orphan, and percent of a core."""
+        return self._age_s, self._cpu_percent
 
     def start(self) -> None:
         self._over = threading.Event()

@@ -338,6 +338,7 @@ def pack_record(
     sockets: list[str],
     status_file: str = "",
     attempt: tuple[int, int] | None = None,
+    stray: tuple[float, float] | None = None,
 ) -> bytes:
     """Return the record of a page; raise WireError when it would not fit."""
     record = {
@@ -349,6 +350,7 @@ def pack_record(
         "sockets": sockets[:MAX_SOCKETS],
         **({"status_file": status_file} if status_file else {}),
         **({"attempt": attempt} if attempt else {}),
+        **({"stray": stray} if stray else {}),
     }
     data = encode(record)
     if len(data) > PROGRESS_AT - RECORD_AT:

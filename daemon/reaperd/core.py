@@ -33,6 +33,7 @@ from reaperd.reclaim import LastWord
 from reaperd.reclaimer import Reclaimer
 from reaperd.sessions import Sessions
 from reaperd.store import Store
+from reaperd.strays import Strays
 from reaperd.survivors import Survivors
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Core:
         self._alarm = alarm
         self._kept = Kept(observer.proc)
         self.living = Living(self.sessions, observer, self.leaders, self._kept)
+        self.strays = Strays(self.sessions, self.leaders, observer.proc)
         self._told: set[SessionKey] = set()  # sessions that a dry run has spoken of
         self._reclaimer = Reclaimer(poller, observer, self._reclaimed)
         self._survivors = Survivors(self.sessions, observer, reaper, poller, self._kept, self._reclaimer)

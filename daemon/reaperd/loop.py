@@ -202,6 +202,7 @@ class Daemon:
                 if self._adoption.sweep(listing):  # what was found below them may be younger
                     listing = self._core.observer.proc.listing()
                 self._core.living.scan(listing)
+                self._core.strays.look()
             except Interrupted:
                 self._scan_due_s = now_s
             except OSError as error:

@@ -38,6 +38,9 @@ class Page(NamedTuple):
     progress: Progress | None
     spared: tuple[tuple[int, int], ...]  # (pid, start ticks) of what was started under spared()
     status_file: str = ""  # that is to say how the leader ended
+    stray: tuple[float, float] | None = (
+        None  # seconds and percent of a core from which on workers without a pool are told of
+    )
     attempt: tuple[int, int] | None = None  # which of how many, under `reaperctl run`
 
 
@@ -91,6 +94,7 @@ def parse_page(data: bytes, *, torn: bool = False) -> Page:
         progress=_parse_progress(data),
         spared=_parse_spared(data),
         status_file=_parse_path(record.get("status_file")),
+        stray=_parse_thresholds(record.get("stray")),
         attempt=wire.attempt_field(record),
     )
 
@@ -98,6 +102,13 @@ def parse_page(data: bytes, *, torn: bool = False) -> Page:
 def _parse_path(told: object) -> str:
     """Return an absolute path, "" for anything else: what only concerns its own writer must not make a page a broken one."""
     return told if isinstance(told, str) and told.startswith("/") and "\0" not in told else ""
+
+
+def _parse_thresholds(told: object) -> tuple[float, float] | None:
+    """Return two numbers, None for anything else."""
+    if not isinstance(told, list) or len(told) != 2 or not all(type(one) in (int, float) for one in told):
+        return None
+    return float(told[0]), float(told[1])
 
 
 def _parse_spared(data: bytes) -> tuple[tuple[int, int], ...]:

@@ -1,7 +1,8 @@
-"""Row: a grid search with the agent, beside the same one without."""
+"""Rows: a grid search with the agent, and with all that a training can use, beside the same one without; tiny tasks."""
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Generator
 
@@ -12,23 +13,58 @@ MAX_NOISE = 0.1  # on a busier machine than that the row tells nothing, and must
 
 
 def measure(bench: Bench) -> Generator[Row]:
-    pairs = bench.times(7, 3)
+    yield from _searches(bench)
+    yield _tiny_tasks(bench)
+
+
+def _searches(bench: Bench) -> Generator[Row]:
     with bench.daemon() as daemon:
+        status_file = os.path.join(bench.scratch.directory("search"), "run.json")
 
         def search_s(*arguments: str) -> float:
             [[took_s]] = answers(bench, "gridsearch.py", *arguments)
             return took_s
 
         search_s("without")  # reads what is not in the page cache yet
-        ours, bare = alternate(pairs, lambda: search_s("with", daemon.socket), lambda: search_s("without"))
-    noise = spread(bare)
-    yield Row(
-        "GridSearchCV of 64 fits, n_jobs=2, with the agent",
+        ours, everything, bare = alternate(
+            bench.times(7, 3),
+            lambda: search_s("with", daemon.socket),
+            lambda: search_s("all", daemon.socket, status_file),
+            lambda: search_s("without"),
+        )
+    for taken, what in ((ours, "the agent"), (everything, "session, backend, progress and status file")):
+        yield Row(
+            f"GridSearchCV of 64 fits, n_jobs=2, with {what}",
+            statistics.median(taken),
+            "s",
+            statistics.median(bare),
+            "without it",
+            1 + _noise(bare),
+            note=f"{_spread_of(bare)} without it (with it: {spread(taken):.1%})",
+        )
+
+
+def _tiny_tasks(bench: Bench) -> Row:
+    def tasks_s(backend: str) -> float:
+        [[took_s]] = answers(bench, "tiny_tasks.py", backend)
+        return took_s
+
+    tasks_s("loky")
+    ours, stock = alternate(bench.times(15, 3), lambda: tasks_s("reaper"), lambda: tasks_s("loky"))
+    return Row(
+        "10,000 calls of abs() by joblib, backend reaper",
         statistics.median(ours),
         "s",
-        statistics.median(bare),
-        "without it",
-        1 + min(max(noise, 0.005), MAX_NOISE),
-        note=f"{len(bare)} pairs; noise: the middle half of the runs without it lies within {noise:.1%} of their median"
-        f" (with it: {spread(ours):.1%})",
+        statistics.median(stock),
+        "backend loky",
+        1.05,
+        note=f"{_spread_of(stock)} with loky (with ours: {spread(ours):.1%})",
     )
+
+
+def _noise(taken: list[float]) -> float:
+    return min(max(spread(taken), 0.005), MAX_NOISE)
+
+
+def _spread_of(taken: list[float]) -> str:
+    return f"{len(taken)} in turn; noise: the middle half lies within {spread(taken):.1%} of the median"

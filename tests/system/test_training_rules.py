@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from harness import Cgroup, Scratch, test_environment
+from harness import Cgroup, Daemon, Scratch, repeat_until, test_environment
 
 HEAD = """
 import json, multiprocessing, os, signal, subprocess, sys, threading, time
@@ -43,13 +43,13 @@ Tell = Callable[..., dict[str, Any]]
 def tell(run: str, scratch: Scratch) -> Tell:
     """Run a script, and return what it said last."""
 
-    def execute(text: str, *, code: int = 0) -> dict[str, Any]:
+    def execute(text: str, *, code: int = 0, socket: str = "/nonexistent") -> dict[str, Any]:
         path = scratch.file("train.py")
         with open(path, "w", encoding="utf-8") as file:
             file.write(HEAD + 'if __name__ == "__main__":\n' + textwrap.indent(textwrap.dedent(text), "    "))
         done = subprocess.run(
             [sys.executable, "-W", "ignore", path],
-            env=test_environment(run, REAPER_SOCKET="/nonexistent"),
+            env=test_environment(run, REAPER_SOCKET=socket),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -377,3 +377,62 @@ def test_without_a_daemon_a_worker_that_has_lost_its_pool_is_told_of_once(tell: 
     assert f"pid {told['pid']} has lost its pool" in told["seen"][0]
     assert told["strays"] == [told["pid"]]
     assert told["gone"]
+
+
+def test_with_a_daemon_it_is_told_of_once_by_that_and_left_to_the_script(tell: Tell, daemon: Daemon) -> None:
+    told = tell(
+        """
+        ctl = [sys.executable, "-m", "reaperd.ctl.main", "events", "--json", "--follow", "--since", "1h"]
+        spin = "while True: pass"
+        orphaned = f"{sys.executable} -c '{spin}' & echo $!"
+
+        def orphan():
+            shell = subprocess.Popen(["sh", "-c", orphaned], stdout=subprocess.PIPE, text=True)
+            pid = int(shell.stdout.readline())
+            shell.wait()
+            while True:  # until it is told of
+                event = json.loads(events.stdout.readline())
+                if event["kind"] == "orphan" and event["processes"][0]["pid"] == pid:
+                    return pid
+
+        with agent.training_session("risk", orphan_age_limit=0.3, cpu_threshold=10):
+            events = subprocess.Popen(ctl, stdout=subprocess.PIPE, text=True)
+            subprocess.run(["sh", "-c", "sleep 300 >&- &"], check=True)  # lost, and idle
+            subprocess.Popen([sys.executable, "-c", spin])  # busy, and not lost
+            pids = [orphan(), orphan()]
+            threads = [one.name for one in threading.enumerate()]
+            alive = [lives(pid) for pid in pids]
+        say(pids=pids, threads=threads, alive=alive, gone=[not lives(pid) for pid in pids])
+        """,
+        socket=daemon.socket,
+    )
+    found = daemon.events(kind="orphan")
+    assert [[one["pid"] for one in event["processes"]] for event in found] == [[pid] for pid in told["pids"]]
+    assert {(event["name"], event["rule"]) for event in found} == {("risk", "stray")}
+    assert "lost its pool" in found[0]["processes"][0]["evidence"][0]
+    assert (told["threads"], told["alive"], told["gone"]) == (["MainThread"], [True, True], [True, True])
+    assert f"risk  pid {told['pids'][0]}" in daemon.ctl("events").stdout
+
+
+def test_a_session_that_ends_within_another_leaves_it_its_status_file(
+    tell: Tell, daemon: Daemon, scratch: Scratch
+) -> None:
+    outer, inner = scratch.file("outer.json"), scratch.file("inner.json")
+    tell(
+        f"""
+        with agent.training_session(status_file={outer!r}):
+            with agent.training_session(status_file={inner!r}):
+                pass
+            say()
+            os.kill(os.getpid(), 9)
+        """,
+        code=-9,
+        socket=daemon.socket,
+    )
+
+    def state(path: str) -> str:
+        with open(path, encoding="utf-8") as file:
+            return str(json.load(file)["state"])
+
+    repeat_until(lambda: state(outer) == "killed" or None, 20.0, "the daemon never wrote the end of the run")
+    assert state(inner) == "completed"

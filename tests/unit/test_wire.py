@@ -648,3 +648,25 @@ def test_an_attempt_is_one_of_so_many_or_none(told: Any) -> None:
 def test_any_other_attempt_is_refused(told: Any) -> None:
     with pytest.raises(wire.WireError, match="attempt: must be"):
         wire.attempt_field({"attempt": told})
+
+
+@pytest.mark.parametrize(
+    ("told", "thresholds"),
+    [
+        ([300.0, 50], (300.0, 50.0)),
+        ([0.5, 0.5], (0.5, 0.5)),
+        ([300.0], None),
+        ([300.0, "50"], None),
+        ([True, 50], None),
+        ({"age": 1}, None),
+        (None, None),
+    ],
+)
+def test_a_page_says_from_when_on_a_worker_is_a_stray_or_nothing(
+    told: Any, thresholds: tuple[float, float] | None
+) -> None:
+    record = {"id": ID, "name": "x", "start_ticks": 42, "boot_id": BOOT, "fd": 5, "sockets": [SOCKET]}
+    assert pages.parse_page(page(wire.encode({**record, "stray": told}))).stray == thresholds
+    assert wire.pack_record(ID, "x", 42, BOOT, 5, [SOCKET], stray=(300.0, 50.0)) == wire.encode(
+        {**record, "stray": [300.0, 50.0]}
+    )

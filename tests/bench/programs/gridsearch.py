@@ -1,4 +1,9 @@
-"""Prints the seconds of a grid search of 64 fits on two loky workers: ``gridsearch.py with SOCKET`` registers first."""
+"""Prints the seconds of a grid search of 64 fits on two loky workers.
+
+    gridsearch.py without | with SOCKET | all SOCKET STATUS_FILE
+
+``with`` registers first; ``all`` is a training session with Reaper's joblib backend, its progress and a status file.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +26,19 @@ def main() -> None:
         import agent
 
         assert agent.register(socket=sys.argv[2]).socket is not None, "no daemon accepted the session"
-    search.fit(features, target)
+        search.fit(features, target)
+    elif sys.argv[1] == "all":
+        import agent
+        import agent.joblib
+        from agent.sklearn import ReportProgress
+
+        agent.joblib.register(make_default=True)
+        with agent.training_session(
+            max_workers=2, socket=sys.argv[2], required=True, status_file=sys.argv[3]
+        ):
+            search.set_callbacks(ReportProgress("fits")).fit(features, target)
+    else:
+        search.fit(features, target)
     print(time.perf_counter() - began_s)
     assert len(search.cv_results_["params"]) * FOLDS == 64
 
