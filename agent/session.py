@@ -16,10 +16,12 @@ from agent import client, sockets, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from agent.page import SessionPage, SparedMark
 
+    Progress = Callable[[float, float | None, str], None]
 
 _RETRY_S = 30.0
 
@@ -69,7 +71,7 @@ class _Process:
         self.outer_lineage: str | None = None
         self.sparing = 0
         self.limits: list[int] = []  # of the training sessions that go on in here, the innermost last
-        self.progress: tuple[float, float | None, str] | None = None  # as it was told last
+        self.listeners: list[Progress] = []
         self.spared: list[tuple[int, int]] = []  # (pid, start ticks) of what was started under spared()
         self.spared_mark: SparedMark | None = None
         self.outer_spared: str | None = None
@@ -340,10 +342,14 @@ def is_registered() -> bool:
     return _process.session is not None
 
 
-def last_progress() -> dict[str, object] | None:
-    """Return what ``agent.progress()`` was told last, None before it was."""
-    told = _process.progress
-    return None if told is None else {"done": told[0], "total": told[1], "message": told[2]}
+def listen(to_progress: Progress) -> None:
+    """Have a function called with whatever ``agent.progress()`` is told from now on."""
+    _process.listeners.append(to_progress)
+
+
+def unlisten(to_progress: Progress) -> None:
+    """Take that back."""
+    _process.listeners.remove(to_progress)
 
 
 def limit_of_workers() -> int | None:
@@ -377,7 +383,8 @@ def progress(done: float, total: float | None = None, message: str = "") -> None
         return
     try:
         page.write_progress(done, total, message)
-        _process.progress = done, total, message
+        for listener in _process.listeners:
+            listener(done, total, message)
     except (TypeError, AttributeError):
         raise TypeError(
             f"done and total must be numbers and message a text, got {done!r}, {total!r}, {message!r}"

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import threading
+import time
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ from agent.session import read_start_ticks
 RUNNING, COMPLETED, FAILED, INTERRUPTED, KILLED = "running", "completed", "failed", "interrupted", "killed"
 UNKNOWN = "unknown"  # it says that it runs, and from here nobody can tell
 MAX_ERROR_CHARS = 2000
+REFRESH_S = 5.0  # how old the progress in the file may be; each time the disk is waited for
 MAX_FILE_BYTES = 64 * 1024
 _ASKING = (1, 2, 15)  # SIGHUP, SIGINT, SIGTERM
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
@@ -37,7 +41,9 @@ class Status(NamedTuple):
     boot_id: str
     started_at: str
     ended_at: str | None = None
-    progress: dict[str, Any] | None = None  # {done, total, message} as told to agent.progress()
+    progress: dict[str, Any] | None = (
+        None  # {done, total, message} as told to agent.progress(), REFRESH_S old at most
+    )
     error: str | None = None  # of a failed run: the exception's type and text
     cause: dict[str, Any] | None = None  # {kind, code}: how the process ended
     host: str | None = None  # its name: a boot that is over is told from another machine's by that
@@ -114,6 +120,10 @@ class StatusFile:
     def __init__(self, path: str | os.PathLike[str], name: str, session: str) -> None:
         """Begin the run: from here on the file says that it is running. OSError where it cannot be written."""
         self.path = os.path.abspath(path)
+        # A signal handler may end the run while this very thread writes.
+        self._lock = threading.RLock()
+        self._refreshed_s = time.monotonic()
+        self._progress: dict[str, Any] | None = None
         pid = os.getpid()
         self._status = Status(
             RUNNING,
@@ -128,10 +138,34 @@ class StatusFile:
         )
         write_status(self.path, self._status)
 
+    def note_progress(self, done: float, total: float | None, message: str) -> None:
+        """Keep how far the run is, and write it down where that was not done for ``REFRESH_S``.
+
+        Where it cannot be written now, the next time or the end will do.
+        """
+        if not math.isfinite(done):  # JSON has no such number
+            return
+        known = total if total is not None and math.isfinite(total) else None
+        self._progress = {"done": done, "total": known, "message": message}
+        now_s = time.monotonic()
+        if now_s - self._refreshed_s < REFRESH_S or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self._status.state == RUNNING:
+                self._refreshed_s = now_s
+                write_status(self.path, self._status._replace(progress=self._progress))
+        except OSError:
+            pass
+        finally:
+            self._lock.release()
+
     def end(self, state: str, **more: Any) -> None:
         """Say how the run has ended; ``more`` is of the fields of ``Status``. OSError."""
-        self._status = self._status._replace(state=state, ended_at=_now(), **more)
-        write_status(self.path, self._status)
+        with self._lock:
+            self._status = self._status._replace(
+                state=state, ended_at=_now(), progress=self._progress, **more
+            )
+            write_status(self.path, self._status)
 
 
 def write_status(path: str, status: Status) -> None:

@@ -117,6 +117,7 @@ class ProcessManager:
             if self._status_path is not None:
                 self._status = StatusFile(self._status_path, self.session.name, self.session.id)
                 self._status_path_before = session.name_status_file(self._status.path)
+                session.listen(self._status.note_progress)
         except BaseException:
             if self._owns_session:
                 session.unregister()
@@ -192,7 +193,8 @@ class ProcessManager:
         if self._status is None:
             return
         try:
-            self._status.end(**_outcome(error, self._signals.received), progress=session.last_progress())
+            session.unlisten(self._status.note_progress)
+            self._status.end(**_outcome(error, self._signals.received))
             session.name_status_file(self._status_path_before)
         except OSError as failure:
             log.warning("cannot write the status file %s: %s", self._status.path, failure.strerror)

@@ -173,6 +173,8 @@ class Session(NamedTuple):
     kept: frozenset[ProcessId] = frozenset()
     # All members when last looked at while the leader lived. Whoever adopts one of them is a subreaper.
     seen: frozenset[ProcessId] = frozenset()
+    # The leader's supplementary groups: its status file may be theirs.
+    groups: tuple[int, ...] = ()
     # Where joblib may have put memmapped arrays, /dev/shm apart.
     temp_dirs: tuple[str, ...] = TEMP_DIRS
     # The leader has unregistered: what it starts from now on is not the session's.

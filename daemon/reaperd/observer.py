@@ -16,6 +16,7 @@ from reaperd.linux.procfs import (
     ProcFS,
     has_pending_sigkill,
     parse_gid,
+    parse_groups,
     parse_innermost_pid,
     parse_uid,
 )
@@ -76,6 +77,7 @@ class Observer:
             subreapers=frozenset(one for one in adopters if session.attempt and one.pid == parent),
             init=self._init_among(adopters, namespaces.pid),
             namespaces=namespaces,
+            groups=parse_groups(self.proc.status(pid)),
             oom_counter=counter.path,
             oom_kills=counter.kills,
         )

@@ -45,7 +45,7 @@ def _reclaim_all(claims: list[Claim], proc: ProcFS) -> int:
     for session, last in ((claim.session, claim.last_word) for claim in claims):
         if last is not None:
             work = functools.partial(_write, session, last)
-            helper.run_as(session.uid, session.gid, work, longest_s=_LONGEST_S)
+            helper.run_as(session.uid, session.gid, work, longest_s=_LONGEST_S, groups=session.groups)
     found = [(claim, _find(claim, proc)) for claim in claims if claim.frees]
     wanted = [entry for _, entries in found for entry in entries]
     used = _used_names(proc, wanted, claims[0].session.uid) if wanted else frozenset()

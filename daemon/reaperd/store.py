@@ -432,6 +432,7 @@ def _record(session: Session) -> dict[str, Any]:
         "seen": sorted(session.seen),
         "kept": sorted(session.kept),
         "cause": None if cause is None else [cause.kind.value, cause.code, cause.core_dumped, cause.clean],
+        "groups": session.groups,
         "temp_dirs": session.temp_dirs,
         "ending": session.ending,
         "attempt": session.attempt,
@@ -460,6 +461,7 @@ def _session(record: dict[str, Any]) -> Session:
         seen=frozenset(ProcessId(*pair) for pair in record["seen"]),
         spared=frozenset(ProcessId(*pair) for pair in record["spared"]),
         cause=None if cause is None else Cause(CauseKind(cause[0]), *cause[1:]),
+        groups=tuple(record.get("groups", ())),
         temp_dirs=tuple(record["temp_dirs"]),
         ending=record["ending"],
         attempt=wire.attempt_field(record),
@@ -474,7 +476,13 @@ def _session(record: dict[str, Any]) -> Session:
         *session.seen,
         *session.spared,
     )
-    numbers = (session.uid, session.gid, session.page_fd, *(number for id_ in ids for number in id_))
+    numbers = (
+        session.uid,
+        session.gid,
+        *session.groups,
+        session.page_fd,
+        *(number for id_ in ids for number in id_),
+    )
     if not all(type(number) is int and -1 <= number < _MORE_THAN_ANY for number in numbers):
         raise ValueError("a uid, a gid, a descriptor, a pid or a start time is none")
     if not all(isinstance(text, str) for text in (session.id, session.name, *session.temp_dirs)):

@@ -31,6 +31,7 @@ def test_a_leader_is_taken_down_with_all_that_only_a_living_one_tells(observer: 
         assert told.adopters == kinship.ancestors(observer.proc, pid)
         assert told.namespaces == ProcFS().namespaces(pid)
         assert told.oom_counter == observer.oom_counter(pid)
+        assert sorted(told.groups) == sorted(os.getgroups())
         assert told.subreapers == frozenset()
         supervised = observer.describe_leader(session(leader=id_of(pid))._replace(attempt=(1, 1)))
         assert supervised.subreapers == {id_of(ME)}

@@ -10,6 +10,7 @@ import secrets
 import signal
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -313,11 +314,19 @@ def test_what_another_run_says_or_this_one_has_said_itself_stays(
 
 
 @pytest.mark.needs_root
-def test_nobody_writes_where_the_leaders_user_may_not(dead: Dead, tmp_path: Path) -> None:
-    path = status_of(tmp_path / "run.json")
-    tmp_path.chmod(0o755)
-    path.chmod(0o644)
-    assert last_word(dead, path, uid=54321, gid=54321)["state"] == "running"
+@pytest.mark.parametrize(
+    ("mode", "groups", "state"),
+    [(0o755, (), "running"), (0o770, (), "running"), (0o770, (7, 54322), "killed"), (0o777, (), "killed")],
+)
+def test_it_is_written_with_the_rights_of_the_leaders_user_and_groups(
+    dead: Dead, mode: int, groups: tuple[int, ...], state: str
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's own is closed to other users
+        os.chown(folder, 0, 54322)
+        path = status_of(Path(folder, "run.json"))
+        path.chmod(0o644)
+        os.chmod(folder, mode)
+        assert last_word(dead, path, uid=54321, gid=54321, groups=groups)["state"] == state
 
 
 def test_a_fifo_or_a_folder_of_that_name_holds_nobody_up(dead: Dead, tmp_path: Path) -> None:

@@ -8,14 +8,16 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 import agent
 from agent.session import read_start_ticks
-from agent.status import Status, StatusFile
+from agent.status import REFRESH_S, Status, StatusFile
 
 WHOLE = Status("running", "risk", "1-2-3-4", 1, 2, "boot", "2026-01-31T12:00:00.000Z")
 
@@ -46,6 +48,45 @@ def test_a_run_is_followed_from_its_start_to_its_end(tmp_path: Path) -> None:
     assert ended.ended_at is not None
     assert ended.ended_at >= begun.started_at
     assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_progress_is_written_now_and_then_and_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    with mock.patch.object(time, "monotonic", return_value=100.0) as clock:
+        run = StatusFile(path, "risk", "id")
+        run.note_progress(1, 10, "first")
+        assert agent.read_status(path).progress is None
+        clock.return_value += REFRESH_S
+        run.note_progress(2, None, "second")
+        running = agent.read_status(path)
+        assert (running.state, running.progress) == (
+            "running", {"done": 2, "total": None, "message": "second"},
+        )  # fmt: skip
+        run.note_progress(3, 10, "third")
+        assert agent.read_status(path).progress == running.progress
+        run.end("completed")
+        clock.return_value += REFRESH_S
+        run.note_progress(4, 10, "too late")
+    assert agent.read_status(path).progress == {"done": 3, "total": 10, "message": "third"}
+    assert agent.read_status(path).state == "completed"
+
+
+def test_progress_that_is_no_number_of_json_is_left_out(tmp_path: Path) -> None:
+    run = StatusFile(tmp_path / "run.json", "risk", "id")
+    run.note_progress(1, float("inf"), "x")
+    run.note_progress(float("nan"), 2, "y")
+    run.end("completed")
+    assert agent.read_status(tmp_path / "run.json").progress == {"done": 1, "total": None, "message": "x"}
+
+
+def test_progress_that_cannot_be_written_is_no_fault_of_the_training(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    run = StatusFile(folder / "run.json", "risk", "id")
+    (folder / "run.json").unlink()
+    folder.rmdir()
+    with mock.patch.object(time, "monotonic", return_value=time.monotonic() + REFRESH_S):
+        run.note_progress(1, 2, "")
 
 
 def test_the_file_has_the_mode_that_any_file_would_have(tmp_path: Path) -> None:

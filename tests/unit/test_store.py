@@ -39,6 +39,7 @@ FULL = Session(
     spared=frozenset((ProcessId(10, 100),)),
     seen=frozenset((ProcessId(8, 80), ProcessId(11, 110))),
     cause=Cause(CauseKind.SIGNAL, 11, core_dumped=True, clean=False),
+    groups=(100, 27),
     temp_dirs=("/tmp", "/scratch"),
     ending=True,
     attempt=(2, 4),

@@ -258,14 +258,14 @@ def _wait_for_left_behind() -> None:
             _left_behind.remove(pid)
 
 
-def run_as(uid: int, gid: int, work: Callable[[], Any], *, longest_s: int) -> Any:
+def run_as(uid: int, gid: int, work: Callable[[], Any], *, longest_s: int, groups: Sequence[int] = ()) -> Any:
     """Return the result of ``work``, done in a child that is the user, for a user's rights can't be given back.
 
     None where it has failed, or took longer: should it wait for a dead file system, nobody may be left to end it.
     """
 
     def as_user() -> Any:
-        become(uid, gid)
+        become(uid, gid, groups)
         signal.alarm(longest_s)
         return work()
 
@@ -274,10 +274,10 @@ def run_as(uid: int, gid: int, work: Callable[[], Any], *, longest_s: int) -> An
     return finish_helper(child)
 
 
-def become(uid: int, gid: int) -> None:
-    """Act as ``uid`` and ``gid`` alone from here on, for good; nothing to do where we are that user already."""
+def become(uid: int, gid: int, groups: Sequence[int] = ()) -> None:
+    """Act as ``uid``, ``gid`` and the supplementary ``groups`` alone from here on, for good; nothing to do where we are that user already."""
     if os.geteuid() != 0 or uid == 0:
         return
-    os.setgroups([gid])
+    os.setgroups([gid, *groups])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)

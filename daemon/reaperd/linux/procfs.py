@@ -113,6 +113,12 @@ def parse_gid(status: bytes) -> int | None:
     return int(gids[0]) if gids else None
 
 
+def parse_groups(status: bytes) -> tuple[int, ...]:
+    """Return the supplementary groups in the text of /proc/PID/status."""
+    at = status.find(b"\nGroups:")
+    return tuple(map(int, status[at + 8 :].split(b"\n", 1)[0].split())) if at >= 0 else ()
+
+
 def has_pending_sigkill(status: bytes) -> bool:
     """Say whether the text of /proc/PID/status has SIGKILL among the pending signals."""
     for name in (b"\nSigPnd:", b"\nShdPnd:"):
