@@ -125,6 +125,12 @@ joblib: $(STAMP) ## joblib's own tests of parallel loops, with the backend "reap
 	@mkdir -p build/joblib
 	REAPER_SOCKET=/nonexistent $(BIN)/python -W ignore tests/support/joblib_suite.py build/joblib -q -k reaper
 
+.PHONY: sklearn
+sklearn: $(STAMP) ## scikit-learn's own tests of callbacks, with Reaper's beside each of theirs and its joblib backend
+	@mkdir -p build/sklearn
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check rich
+	REAPER_SOCKET=/nonexistent $(BIN)/python -W ignore tests/support/sklearn_suite.py build/sklearn -q
+
 STEPS ?= 300
 SEED ?=
 SESSIONS ?= 4000

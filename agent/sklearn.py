@@ -23,6 +23,9 @@ _UNKNOWN = -(2**62)
 _REPORT_S = 0.5  # the last value in the session page is no older, even when the leader is killed
 
 
+_lock = threading.Lock()  # fits in several threads may begin and end at once
+
+
 class _Counter(NamedTuple):
     """Two numbers in a memfd of the leader's. A worker finds it by the leader's descriptor, and writes with its own uid's rights."""
 
@@ -65,50 +68,62 @@ class ReportProgress:
     """Reports done / total fits, as ``reaperctl ps`` and every front end shows them; ``message`` stands beside them.
 
     A FitCallback (sklearn.callback): it counts what the estimator that it is set on does, and goes down to none inside it. Of a
-    search that are its candidates times its splits, and the refit. One may be used for several fits, one after the other.
+    search that are its candidates times its splits, and the refit. One may be used for several fits; what is told of those that
+    go on at the same time, in threads, is told of them together.
     """
 
     def __init__(self, message: str = "") -> None:
         self.message = message
+        self._fits = 0  # that go on
         self._counter: _Counter | None = None
         self._over: threading.Event | None = None
         self._reporter: threading.Thread | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy in a worker counts, and reports nothing."""
-        return {**self.__dict__, "_over": None, "_reporter": None}
+        return {**self.__dict__, "_fits": 0, "_over": None, "_reporter": None}
 
     def setup(self, estimator: Any, context: Any) -> None:
         """Begin to report; called in the leader, before the fit."""
         del estimator, context
-        self._counter, self._over = _Counter.make(), threading.Event()
-        self._reporter = threading.Thread(
-            target=self._report, args=(self._counter, self._over), name="reaper-progress", daemon=True
-        )
-        self._reporter.start()
+        with _lock:
+            self._fits += 1
+            if self._fits > 1:
+                return
+            self._counter, self._over = _Counter.make(), threading.Event()
+            self._reporter = threading.Thread(
+                target=self._report, args=(self._counter, self._over), name="reaper-progress", daemon=True
+            )
+            self._reporter.start()
 
     def on_fit_task_begin(self, estimator: Any, context: Any) -> None:
         """Expect what a task is made of."""
         del estimator
-        parts = context.max_subtasks
-        if parts != 0 and self._counter is not None:
+        parts, counter = context.max_subtasks, self._counter
+        if parts != 0 and counter is not None:
             # A task that has parts was expected to be one itself.
-            self._counter.add(0, _UNKNOWN if parts is None else parts - (context.parent is not None))
+            counter.add(0, _UNKNOWN if parts is None else parts - (context.parent is not None))
 
     def on_fit_task_end(self, estimator: Any, context: Any) -> None:
         """Count a task that has no parts."""
         del estimator
-        if context.max_subtasks == 0 and self._counter is not None:
-            self._counter.add(1, 1 if context.parent is None else 0)
+        counter = self._counter
+        if context.max_subtasks == 0 and counter is not None:
+            counter.add(1, 1 if context.parent is None else 0)
 
     def teardown(self, estimator: Any, context: Any) -> None:
         """Report what was done, however the fit ended."""
         del estimator, context
-        if self._over is not None and self._reporter is not None and self._counter is not None:
-            self._over.set()
-            self._reporter.join()
-            os.close(self._counter.descriptor)
-        self._counter = self._over = self._reporter = None
+        with _lock:
+            self._fits -= 1
+            if self._fits > 0:
+                return
+            if self._over is not None and self._reporter is not None and self._counter is not None:
+                self._over.set()
+                self._reporter.join()
+                os.close(self._counter.descriptor)
+            self._counter = self._over = self._reporter = None
+            self._fits = 0
 
     def _report(self, counter: _Counter, over: threading.Event) -> None:
         last: tuple[int, int | None] = (0, 0)

@@ -70,6 +70,26 @@ def test_a_fit_that_fails_leaves_nothing_behind(told: list[Any]) -> None:
     assert callback._counter is None
 
 
+def test_fits_at_the_same_time_are_told_of_together(told: list[Any]) -> None:
+    """Two threads may fit copies of one estimator, and with them one callback."""
+    import threading
+
+    class Context:
+        max_subtasks, parent = 0, "a task"
+
+    callback = ReportProgress("both")
+    callback.setup(None, None)
+    callback.setup(None, None)
+    callback.on_fit_task_end(None, Context)
+    callback.teardown(None, None)
+    callback.on_fit_task_end(None, Context)
+    assert callback._counter is not None
+    callback.teardown(None, None)
+    assert told[-1] == (2, 0, "both")
+    assert callback._counter is None
+    assert not any(thread.name == "reaper-progress" for thread in threading.enumerate())
+
+
 def test_a_copy_counts_where_the_first_one_reads_and_reports_nothing_itself(told: list[Any]) -> None:
     class Context:
         max_subtasks, parent = 0, "a task"
