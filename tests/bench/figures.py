@@ -76,13 +76,13 @@ def shown(value: float | None, unit: str) -> str:
     return f"{value:.{digits}f} {unit}".rstrip()
 
 
-def alternate(pairs: int, *takes: Callable[[], T]) -> list[list[T]]:
+def alternate(pairs: int, *takes: Callable[[], T], enough_s: float = _ENOUGH_S) -> list[list[T]]:
     """Call ``takes`` in turn, A B A B ..., and return what each returned; whatever drifts meanwhile meets all alike.
 
     On a busy host it makes do with fewer rounds, but never with less than three of those asked for.
     """
     values: list[list[T]] = [[] for _ in takes]
-    end_s = time.monotonic() + _ENOUGH_S
+    end_s = time.monotonic() + enough_s
     for number in range(pairs):
         if number >= _LEAST and time.monotonic() > end_s:
             break

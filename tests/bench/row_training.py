@@ -9,6 +9,7 @@ from collections.abc import Generator
 from figures import Row, alternate, spread
 from scene import Bench, answers
 
+_SEARCHES_S = 150.0  # each varies by as much as is to be told apart
 MAX_NOISE = 0.1  # on a busier machine than that the row tells nothing, and must not look reached
 
 
@@ -27,10 +28,11 @@ def _searches(bench: Bench) -> Generator[Row]:
 
         search_s("without")  # reads what is not in the page cache yet
         ours, everything, bare = alternate(
-            bench.times(7, 3),
+            bench.times(9, 3),
             lambda: search_s("with", daemon.socket),
             lambda: search_s("all", daemon.socket, status_file),
             lambda: search_s("without"),
+            enough_s=_SEARCHES_S,
         )
     for taken, what in ((ours, "the agent"), (everything, "session, backend, progress and status file")):
         yield Row(
@@ -50,7 +52,7 @@ def _tiny_tasks(bench: Bench) -> Row:
         return took_s
 
     tasks_s("loky")
-    ours, stock = alternate(bench.times(15, 3), lambda: tasks_s("reaper"), lambda: tasks_s("loky"))
+    ours, stock = alternate(bench.times(9, 3), lambda: tasks_s("reaper"), lambda: tasks_s("loky"))
     return Row(
         "10,000 calls of abs() by joblib, backend reaper",
         statistics.median(ours),
