@@ -14,7 +14,7 @@ import joblib
 import agent
 import agent.joblib
 
-TASKS, ROUNDS = 10_000, 25
+TASKS, ROUNDS = 10_000, 40
 
 
 def main() -> None:
