@@ -265,7 +265,7 @@ def _described(value: Any) -> Any:
 
 
 def _code_of(value: Any) -> str:
-    """Return the version of the library that a class or function is of, or its source where it is of none."""
+    """Return the version of the library that a class or function is of, or its instructions where it is of none."""
     module = sys.modules.get(getattr(value, "__module__", None) or "")
     package = (getattr(module, "__name__", "") or "").partition(".")[0]
     if package in sys.stdlib_module_names and package != "__main__":

@@ -72,7 +72,7 @@ class Family:
         lost = [
             one
             for one in listing.processes.values()
-            if one.pid not in ours and one.ppid in adopters and self._is_lost_member(one)
+            if one.pid not in ours and one.ppid in adopters and self._is_member(one)
         ]
         # What an orphan has started is lost with it, whatever its environment says.
         return [*lost, *(below for one in lost for below in listing.below(one.pid) if below not in lost)]
@@ -83,29 +83,14 @@ class Family:
         ids = {(pid, ticks) for pid in old if (ticks := _started(pid)) is not None}
         return self._before | frozenset(session.spared_processes()) | ids
 
-    def _is_lost_member(self, one: Process) -> bool:
-        """Say whether ``one``, whose parent has ended, bears our mark."""
-        if not self._session or one.start_ticks < self._since_ticks or one.state in "ZX":
-            return False
-        if one.id in self._before:
-            return False
-        try:
-            variables = _read_bytes(f"/proc/{one.pid}/environ").split(b"\0")
-        except OSError:  # it is another user's, or gone
-            return False
-        return _names(variables, wire.LINEAGE_VARIABLE, self._session) and not _names(
-            variables, wire.SPARED_VARIABLE, self._session
-        )
+    def _is_member(self, one: Process) -> bool:
+        """Say whether ``one``, which is below somebody else by now, bears our mark and began after us."""
+        began = one.start_ticks >= self._since_ticks and one.id not in self._before
+        return began and one.state not in "ZX" and _bears_mark(one, self._session)
 
     def _workers_among(self, found: list[Process]) -> list[Process]:
-        """Return those that are no trackers or forkservers, and were not put elsewhere on purpose (``systemd-run --scope``)."""
-        mine = _cgroup_of(self._pid)
-
-        def is_here(one: Process) -> bool:
-            theirs = _cgroup_of(one.pid)
-            return theirs is not None and (theirs == mine or (mine != "/" and theirs.startswith(f"{mine}/")))
-
-        return [one for one in found if is_here(one) and not self._serves(one)]
+        """Return those that are no trackers or forkservers, and were not put elsewhere on purpose."""
+        return [one for one in _in_our_cgroup(found) if not self._serves(one)]
 
     def _serves(self, one: Process) -> bool:
         """Say whether a process is a tracker, or a forkserver that is ours."""
@@ -122,8 +107,7 @@ class Family:
             return []
         pools = [one for place, one in _pools().items() if place not in self._pools_before]
         shutting_down = _shut_down(pools, grace_s)
-        stubborn = self._signal(signal.SIGTERM, grace_s)
-        left = self._signal(signal.SIGKILL, _KILLED_WITHIN_S) if stubborn else []
+        left = _end_all(self.workers, grace_s)
         if shutting_down is not None and not left:
             _unlock(pool for pool, _ in pools)
             shutting_down.join(_KILLED_WITHIN_S)
@@ -131,57 +115,34 @@ class Family:
 
     def end_now(self) -> list[Process]:
         """End all workers at once."""
-        return [] if os.getpid() != self._pid else self._signal(signal.SIGKILL, _KILLED_WITHIN_S)
-
-    def _signal(self, number: signal.Signals, within_s: float) -> list[Process]:
-        """Send a signal to each worker once, and return who lives on after ``within_s``."""
-        due_s = time.monotonic() + within_s
-        signalled: set[Id] = set()
-        while True:
-            living = self.workers()
-            handles = []
-            for one in living:
-                if (handle := _open(one)) is None:
-                    continue
-                handles.append(handle)
-                if one.id not in signalled:
-                    signalled.add(one.id)
-                    with contextlib.suppress(OSError):
-                        signal.pidfd_send_signal(handle, number)
-                        if number != signal.SIGKILL:  # one that is stopped cannot end in good order
-                            signal.pidfd_send_signal(handle, signal.SIGCONT)
-            _wait(handles, due_s)
-            left_s = due_s - time.monotonic()
-            if not living:
-                return []
-            if left_s <= 0:
-                return self.workers()
-            time.sleep(min(_SETTLE_S, left_s))
+        return [] if os.getpid() != self._pid else _signal_all(self.workers, signal.SIGKILL, _KILLED_WITHIN_S)
 
 
-class Remains(Family):
+class Remains:
     """What a dead child of this process has left, which has become ours (PR_SET_CHILD_SUBREAPER): those that bear its mark.
 
     Nothing else is known of them, so who has no mark is left alone: it may have been spared.
     """
 
     def __init__(self, session_id: str) -> None:
-        super().__init__(session_id)
-        self._before = frozenset()
-        self._since_ticks = 0
+        """``session_id`` is the dead child's; "" marks nobody."""
+        self._session = session_id
 
     def workers(self) -> list[Process]:
         """Return those that live, trackers apart, and what each has started."""
         listing = _Listing()
         found: dict[int, Process] = {}
-        for one in listing.below(self._pid):
-            if one.ppid in found or self._is_lost_member(one):
+        for one in listing.below(os.getpid()):
+            if one.state not in "ZX" and (one.ppid in found or _bears_mark(one, self._session)):
                 found[one.pid] = one
-        spared = [one for one in found.values() if self._is_spared(one)]
-        for one in spared:
+        for one in [one for one in found.values() if self._is_spared(one)]:
             for pid in (one.pid, *(below.pid for below in listing.below(one.pid))):
                 found.pop(pid, None)
-        return self._workers_among(list(found.values()))
+        return [one for one in _in_our_cgroup(found.values()) if not _is_tracker(one)]
+
+    def end(self, grace_s: float) -> list[Process]:
+        """End them, by SIGTERM, ``grace_s`` and SIGKILL, and return whoever outlives even that."""
+        return _end_all(self.workers, grace_s)
 
     def _is_spared(self, one: Process) -> bool:
         """Say whether it was started under ``spared()``; who was forked there has an environment that does not say so."""
@@ -195,8 +156,69 @@ class Remains(Family):
             or f"/memfd:{wire.SPARED_PREFIX}{self._session} ".encode() in maps
         )
 
-    def _serves(self, one: Process) -> bool:
-        return _is_tracker(one)
+
+# -- the end of processes -------------------------------------------------------------------------
+
+
+def _end_all(workers: Callable[[], list[Process]], grace_s: float) -> list[Process]:
+    """End whoever ``workers`` returns, from look to look, by SIGTERM, ``grace_s`` and SIGKILL; return who outlives that."""
+    stubborn = _signal_all(workers, signal.SIGTERM, grace_s)
+    return _signal_all(workers, signal.SIGKILL, _KILLED_WITHIN_S) if stubborn else []
+
+
+def _signal_all(
+    workers: Callable[[], list[Process]], number: signal.Signals, within_s: float
+) -> list[Process]:
+    """Send a signal to each once, those that are started meanwhile too, and return who lives on after ``within_s``."""
+    due_s = time.monotonic() + within_s
+    signalled: set[Id] = set()
+    while True:
+        living = workers()
+        handles = []
+        for one in living:
+            if (handle := _open(one)) is None:
+                continue
+            handles.append(handle)
+            if one.id not in signalled:
+                signalled.add(one.id)
+                with contextlib.suppress(OSError):
+                    signal.pidfd_send_signal(handle, number)
+                    if number != signal.SIGKILL:  # one that is stopped cannot end in good order
+                        signal.pidfd_send_signal(handle, signal.SIGCONT)
+        _wait(handles, due_s)
+        left_s = due_s - time.monotonic()
+        if not living:
+            return []
+        if left_s <= 0:
+            return workers()
+        time.sleep(min(_SETTLE_S, left_s))
+
+
+# -- who is who -----------------------------------------------------------------------------------
+
+
+def _bears_mark(one: Process, session_id: str) -> bool:
+    """Say whether the environment of a process names a session, and does not say that it was spared of it."""
+    if not session_id:
+        return False
+    try:
+        variables = _read_bytes(f"/proc/{one.pid}/environ").split(b"\0")
+    except OSError:  # it is another user's, or gone
+        return False
+    return _names(variables, wire.LINEAGE_VARIABLE, session_id) and not _names(
+        variables, wire.SPARED_VARIABLE, session_id
+    )
+
+
+def _in_our_cgroup(found: Iterable[Process]) -> list[Process]:
+    """Return those that run in this process's cgroup or below: others were put there on purpose (``systemd-run --scope``)."""
+    mine = _cgroup_of(os.getpid())
+
+    def is_here(one: Process) -> bool:
+        theirs = _cgroup_of(one.pid)
+        return theirs is not None and (theirs == mine or (mine != "/" and theirs.startswith(f"{mine}/")))
+
+    return [one for one in found if is_here(one)]
 
 
 def _is_tracker(one: Process) -> bool:
@@ -282,13 +304,16 @@ def _pools() -> dict[int, tuple[Any, Callable[[Any], None]]]:
     import gc
 
     found: dict[int, tuple[Any, Callable[[Any], None]]] = {}
+    # By the id of the type: there are hundreds of thousands of objects, and a type may have a hash of its own.
+    known: dict[int, Callable[[Any], None] | None] = {}
     for one in gc.get_objects():
-        for kind in type(one).__mro__:  # isinstance() would ask objects that lie about themselves
-            if kind is threads:
-                break
-            if kind in endings:
-                found[id(one)] = one, endings[kind]
-                break
+        kind = type(one)  # isinstance() would ask objects that lie about themselves
+        if id(kind) not in known:
+            base = next((base for base in kind.__mro__ if base in endings or base is threads), threads)
+            known[id(kind)] = None if base is threads else endings[base]
+        end = known[id(kind)]
+        if end is not None:
+            found[id(one)] = one, end
     return found
 
 

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 from agent import wire
 from agent.page import SessionPage
 
 
-def take_over(session_id: str) -> tuple[SessionPage | None, list[str], str]:
-    """Return the page of a session that this process led before it exec'ed, the sockets in it, and the session's name.
+class HandedOver(NamedTuple):
+    """A session that this process led before it exec'ed."""
 
-    None where there is no such page. OSError, WireError.
-    """
+    page: SessionPage
+    sockets: list[str]  # of the daemon that accepted it, else all that were tried
+    name: str
+
+
+def take_over(session_id: str) -> HandedOver | None:
+    """Return what there is of a session that this process led before it exec'ed, None without its page. OSError, WireError."""
     descriptor = _find(session_id)
     if descriptor < 0:
-        return None, [], ""
+        return None
     record = _read_record(descriptor)
     name, boot_id = (wire.text_field(record, key) for key in ("name", "boot_id"))
+    sockets = record.get("sockets")
+    if not isinstance(sockets, list) or not all(isinstance(path, str) for path in sockets):
+        raise wire.WireError("bad-page", "sockets: must be a list of texts")
     page = SessionPage(
         session_id,
         name,
@@ -27,7 +35,7 @@ def take_over(session_id: str) -> tuple[SessionPage | None, list[str], str]:
         attempt=wire.attempt_field(record),
         inherited_fd=descriptor,
     )
-    return page, [path for path in record["sockets"] if isinstance(path, str)], name
+    return HandedOver(page, sockets, name)
 
 
 def _find(session_id: str) -> int:

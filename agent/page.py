@@ -21,7 +21,7 @@ _ALL_SEALS = _SIZE_SEALS | 0x1 | 0x10  # SEAL, FUTURE_WRITE
 
 
 class SessionPage:
-    """One page. All writes go through its mapping: write(2) is sealed off for everybody."""
+    """One page. All writes go through its mapping: write(2) is sealed off for everybody, once no exec is to come."""
 
     def __init__(
         self,

@@ -40,7 +40,7 @@ class Session:
     accepted the session, None where none did (yet); ``max_workers`` is that daemon's limit, None without one.
     """
 
-    __slots__ = ("id", "max_workers", "name", "pid", "socket")
+    __slots__ = ("id", "max_workers", "name", "pid", "socket", "unwatched")
 
     def __init__(self, session: str, name: str, pid: int) -> None:
         """Describe a session; registering it is ``register()``'s work."""
@@ -49,6 +49,7 @@ class Session:
         self.pid = pid
         self.socket: str | None = None
         self.max_workers: int | None = None
+        self.unwatched = ""  # why no daemon watches
 
     @property
     def leading(self) -> bool:
@@ -184,8 +185,8 @@ def _handed_over() -> Session | None:
         return None
     from agent import handover
 
-    page, paths, name = handover.take_over(words[-1])
-    return None if page is None else _lead(page, paths, Session(words[-1], name, os.getpid()))
+    found = handover.take_over(words[-1])
+    return found and _lead(found.page, found.sockets, Session(words[-1], found.name, os.getpid()))
 
 
 def _lead(page: SessionPage, paths: list[str], session: Session) -> Session:
@@ -262,6 +263,7 @@ def _temp_dirs() -> list[str]:
 def _without_daemon(session: Session, reason: str, *, required: bool) -> Session:
     if required:
         raise RegistrationError(f"no Reaper daemon watches this session: {reason}")
+    session.unwatched = reason
     if not _process.warned:
         _process.warned = True
         import warnings
@@ -366,8 +368,9 @@ def push_limit(limit: int) -> None:
 
 
 def pop_limit(limit: int) -> None:
-    """Take that back."""
-    _process.limits.remove(limit)
+    """Take that back: of those that say the same, the innermost."""
+    at = len(_process.limits) - 1 - _process.limits[::-1].index(limit)
+    del _process.limits[at]
 
 
 def name_of_session() -> str:

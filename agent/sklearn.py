@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 from agent import session
 
 _NAME = "progress-of-a-fit"
-_COUNTS = struct.Struct("<qq")  # done, expected; less than nothing is expected where somebody does not know
-_UNKNOWN = -(2**62)
+_COUNTS = struct.Struct(
+    "<qqq"
+)  # tasks that are done, those that are expected, and those that have an unknown number of parts
 _REPORT_S = 0.5  # the last value in the session page is no older, even when the leader is killed
 
 
@@ -36,10 +37,10 @@ class _Counter(NamedTuple):
     @classmethod
     def make(cls) -> _Counter:
         descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
-        os.pwrite(descriptor, _COUNTS.pack(0, 0), 0)
+        os.pwrite(descriptor, _COUNTS.pack(0, 0, 0), 0)
         return cls(os.getpid(), session.read_start_ticks(), descriptor)
 
-    def add(self, done: int, expected: int) -> None:
+    def add(self, done: int = 0, expected: int = 0, unknown: int = 0) -> None:
         """Count, whoever else counts at this moment; nothing where the leader is gone, or is out of sight."""
         try:
             if session.read_start_ticks(self.pid) != self.start_ticks:
@@ -54,14 +55,15 @@ class _Counter(NamedTuple):
             # Of this descriptor alone (flock(2)): threads of one process exclude each other, too.
             fcntl.flock(handle, fcntl.LOCK_EX)
             before = _COUNTS.unpack(os.pread(handle, _COUNTS.size, 0))
-            os.pwrite(handle, _COUNTS.pack(before[0] + done, before[1] + expected), 0)
+            after = (was + more for was, more in zip(before, (done, expected, unknown), strict=True))
+            os.pwrite(handle, _COUNTS.pack(*after), 0)
         finally:
             os.close(handle)
 
     def read(self) -> tuple[int, int | None]:
         """Return what is done, and what is expected; in the leader alone."""
-        done, expected = _COUNTS.unpack(os.pread(self.descriptor, _COUNTS.size, 0))
-        return done, None if expected < 0 else expected
+        done, expected, unknown = _COUNTS.unpack(os.pread(self.descriptor, _COUNTS.size, 0))
+        return done, None if unknown else expected
 
 
 class ReportProgress:
@@ -87,10 +89,11 @@ class ReportProgress:
         """Begin to report; called in the leader, before the fit."""
         del estimator, context
         with _lock:
-            self._fits += 1
-            if self._fits > 1:
+            if self._fits:
+                self._fits += 1
                 return
             self._counter, self._over = _Counter.make(), threading.Event()
+            self._fits = 1
             self._reporter = threading.Thread(
                 target=self._report, args=(self._counter, self._over), name="reaper-progress", daemon=True
             )
@@ -100,9 +103,11 @@ class ReportProgress:
         """Expect what a task is made of."""
         del estimator
         parts, counter = context.max_subtasks, self._counter
-        if parts != 0 and counter is not None:
+        if parts is None and counter is not None:
+            counter.add(unknown=1)
+        elif parts and counter is not None:
             # A task that has parts was expected to be one itself.
-            counter.add(0, _UNKNOWN if parts is None else parts - (context.parent is not None))
+            counter.add(expected=parts - (context.parent is not None))
 
     def on_fit_task_end(self, estimator: Any, context: Any) -> None:
         """Count a task that has no parts."""
@@ -115,15 +120,14 @@ class ReportProgress:
         """Report what was done, however the fit ended."""
         del estimator, context
         with _lock:
-            self._fits -= 1
-            if self._fits > 0:
+            self._fits = max(0, self._fits - 1)
+            if self._fits:
                 return
             if self._over is not None and self._reporter is not None and self._counter is not None:
                 self._over.set()
                 self._reporter.join()
                 os.close(self._counter.descriptor)
             self._counter = self._over = self._reporter = None
-            self._fits = 0
 
     def _report(self, counter: _Counter, over: threading.Event) -> None:
         last: tuple[int, int | None] = (0, 0)

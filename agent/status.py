@@ -20,7 +20,7 @@ from agent.session import read_start_ticks
 RUNNING, COMPLETED, FAILED, INTERRUPTED, KILLED = "running", "completed", "failed", "interrupted", "killed"
 UNKNOWN = "unknown"  # it says that it runs, and from here nobody can tell
 MAX_ERROR_CHARS = 2000
-REFRESH_S = 5.0  # how old the progress in the file may be; each time the disk is waited for
+REFRESH_S = 5.0  # between two writes of progress at least: each time the disk is waited for
 MAX_FILE_BYTES = 64 * 1024
 _ASKING = (1, 2, 15)  # SIGHUP, SIGINT, SIGTERM
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
@@ -42,7 +42,7 @@ class Status(NamedTuple):
     started_at: str
     ended_at: str | None = None
     progress: dict[str, Any] | None = (
-        None  # {done, total, message} as told to agent.progress(), REFRESH_S old at most
+        None  # {done, total, message} as told to agent.progress(); of a running one, not always the last
     )
     error: str | None = None  # of a failed run: the exception's type and text
     cause: dict[str, Any] | None = None  # {kind, code}: how the process ended

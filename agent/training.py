@@ -18,14 +18,13 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
-from agent import family, limits, session
+from agent import family, limits, session, strays
 from agent.session import Session
 from agent.status import COMPLETED, FAILED, INTERRUPTED, MAX_ERROR_CHARS, StatusFile
 
 log = logging.getLogger("agent")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Worker(NamedTuple):
@@ -99,7 +98,11 @@ class ProcessManager:
         return [Worker(*one.id) for one in self._family.workers()]
 
     def strays(self) -> list[Worker]:
-        """Return the workers that have lost their own pool parent for ``orphan_age_limit``, and use that much CPU."""
+        """Return the workers that lost their own pool parent ``orphan_age_limit`` ago and use ``cpu_threshold`` of a core.
+
+        Since when is counted from the first look at which one was seen so, and CPU between the last two: by itself, that is
+        from call to call.
+        """
         return [] if self._family is None or not self.running else self._strays.look(self._family)
 
     # -- its life ----------------------------------------------------------------------------
@@ -195,9 +198,10 @@ class ProcessManager:
         try:
             session.unlisten(self._status.note_progress)
             self._status.end(**_outcome(error, self._signals.received))
-            session.name_status_file(self._status_path_before)
         except OSError as failure:
             log.warning("cannot write the status file %s: %s", self._status.path, failure.strerror)
+        finally:
+            session.name_status_file(self._status_path_before)
 
     def _at_exit(self) -> None:
         self.stop(KeyboardInterrupt() if self._signals.received else None)
@@ -325,25 +329,20 @@ class _Strays:
 
     def __init__(self, manager: ProcessManager, interval_s: float, age_s: float, cpu_percent: float) -> None:
         self._manager = weakref.ref(manager)
-        self._interval_s, self._age_s, self._cpu_percent = interval_s, age_s, cpu_percent
-        # Since when (monotonic) somebody is lost, and its CPU by then.
-        self._seen: dict[family.Id, tuple[float, int]] = {}
-        self._told: set[family.Id] = set()
+        self._interval_s = interval_s
+        self.thresholds = age_s, cpu_percent
+        self._watch = strays.Watch(age_s, cpu_percent)
+        self._told: set[Worker] = set()
         self._over = threading.Event()
-
-    @property
-    def thresholds(self) -> tuple[float, float]:
-        """Seconds as an orphan, and percent of a core."""
-        return self._age_s, self._cpu_percent
 
     def start(self) -> None:
         self._over = threading.Event()
-        threading.Thread(target=self._watch, args=(self._over,), name="reaper-monitor", daemon=True).start()
+        threading.Thread(target=self._run, args=(self._over,), name="reaper-monitor", daemon=True).start()
 
     def stop(self) -> None:
         self._over.set()
 
-    def _watch(self, over: threading.Event) -> None:
+    def _run(self, over: threading.Event) -> None:
         while not over.wait(self._interval_s):
             manager = self._manager()
             if manager is None or not manager.running:
@@ -356,14 +355,6 @@ class _Strays:
                     )
 
     def look(self, among: family.Family) -> list[Worker]:
-        """Return who is one by now; who has been lost since when is known from look to look."""
-        now_s = time.monotonic()
-        lost = {one.id: one for one in among.lost()}
-        self._seen = {id_: self._seen.get(id_, (now_s, one.cpu_ticks)) for id_, one in lost.items()}
-        found = []
-        for id_, (since_s, cpu_ticks) in self._seen.items():
-            for_s = now_s - since_s
-            used_s = (lost[id_].cpu_ticks - cpu_ticks) / _TICKS_PER_S
-            if for_s >= self._age_s and for_s > 0 and 100 * used_s / for_s >= self._cpu_percent:
-                found.append(Worker(*id_))
-        return found
+        """Return the workers past both thresholds."""
+        found = self._watch.look(time.monotonic(), {one.id: one.cpu_ticks for one in among.lost()})
+        return [Worker(*one.id) for one in found]

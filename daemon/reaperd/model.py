@@ -181,7 +181,7 @@ class Session(NamedTuple):
     ending: bool = False
     # Started under spared(), as the page says: their environment may not say so.
     spared: frozenset[ProcessId] = frozenset()
-    # Under `reaperctl run`, which adopts what the leader leaves: the how manieth attempt it is, and of how many at most.
+    # Under `reaperctl run`, which is the leader's parent and adopts what it leaves: which attempt, and the most there can be.
     attempt: tuple[int, int] | None = None
     # Set once the leader is dead.
     cause: Cause | None = None

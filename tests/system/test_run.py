@@ -6,15 +6,17 @@ import contextlib
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Cgroup, Daemon, entering, repeat_until, test_environment, wait_gone
+from harness import Cgroup, Daemon, children_of, entering, repeat_until, test_environment, wait_gone
 
 ZOO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "support", "zoo")
 CTL = [sys.executable, "-m", "reaperd.ctl.main"]
@@ -44,25 +46,43 @@ class Run:
                     sys.executable, "-W", "ignore", os.path.join(ZOO, "command.py"), str(folder), *words,
                 ],
                 env=test_environment(run, REAPER_SOCKET=socket),
-                **{"stdin": subprocess.DEVNULL, "stderr": said, "start_new_session": True, **how},
+                **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": said, "start_new_session": True, **how},
             )  # fmt: skip
 
     def told(self, number: int = 1) -> dict[str, Any]:
-        """Return what the attempt has told, once it has."""
-        path = self.folder / f"told.{number}"
-        repeat_until(lambda: path.exists() or None, WITHIN_S, f"attempt {number} never began")
-        found: dict[str, Any] = json.loads(path.read_text())
+        """Return what an attempt has told that has ended, or is ready."""
+        found: dict[str, Any] = json.loads((self.folder / f"told.{number}").read_text())
         return found
+
+    def hear(self, word: str) -> int:
+        """Return the number that the command says next with ``word``."""
+        assert self.process.stdout is not None
+        assert select.select([self.process.stdout], [], [], WITHIN_S)[0], (
+            f"it never said {word!r}: {self.said}"
+        )
+        line = self.process.stdout.readline()
+        assert line, f"it ended and never said {word!r}: {self.said}"
+        (found,) = json.loads(line).items()
+        assert found[0] == word, line
+        return int(found[1])
 
     def ready(self) -> int:
         """Return the pid of the command once it waits for a signal."""
-        path = self.folder / "ready"
-        repeat_until(lambda: path.exists() or None, WITHIN_S, "the command never waited")
-        return int(path.read_text())
+        return self.hear("ready")
+
+    def leave(self) -> None:
+        """Let a command that was signalled go on to its end."""
+        with open(self.folder / "leave", "wb"):
+            pass
 
     def end(self) -> tuple[int, str]:
         """Return the exit status, negative for a signal, and what was said."""
         return self.process.wait(WITHIN_S), self.said
+
+    def heard_to_the_end(self) -> list[str]:
+        """Return what else the command has said; nobody else may have its standard output by now."""
+        assert self.process.stdout is not None
+        return [line.decode() for line in self.process.stdout]
 
     @property
     def said(self) -> str:
@@ -72,16 +92,13 @@ class Run:
     def attempts(self) -> int:
         return len(list(self.folder.glob("told.*")))
 
-    @property
-    def signals(self) -> list[int]:
-        """Return what the command was sent so far."""
-        path = self.folder / "signals"
-        return [int(line) for line in path.read_text().split()] if path.exists() else []
-
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 @pytest.fixture
@@ -126,6 +143,8 @@ def test_what_the_command_registers_is_the_same_session(start: Callable[..., Run
     with pytest.raises(PermissionError), open(f"/proc/{pid}/fd/{page}", "r+b", buffering=0) as file:
         file.write(b"x")
     one.process.send_signal(signal.SIGTERM)
+    assert one.hear("signal") == signal.SIGTERM
+    one.leave()
     assert one.end()[0] == 143
 
 
@@ -268,11 +287,12 @@ def test_a_signal_is_passed_on_once_and_is_the_end(start: Callable[..., Run]) ->
     one = start("stubborn", "--restart", "on-failure:3", "--backoff", "0.05")
     one.ready()
     one.process.send_signal(signal.SIGUSR1)
-    repeat_until(lambda: one.signals == [signal.SIGUSR1] or None, WITHIN_S, "SIGUSR1 never arrived")
+    assert one.hear("signal") == signal.SIGUSR1
     one.process.send_signal(signal.SIGINT)
+    assert one.hear("signal") == signal.SIGINT
+    one.leave()
     status, said = one.end()
-    assert one.signals == [signal.SIGUSR1, signal.SIGINT]
-    assert (status, one.attempts) == (1, 1), said
+    assert (status, one.attempts, one.heard_to_the_end()) == (1, 1, []), said
 
 
 def test_ctrl_c_reaches_the_command_once_and_is_the_end_whatever_it_exits_with(
@@ -287,13 +307,21 @@ def test_ctrl_c_reaches_the_command_once_and_is_the_end_whatever_it_exits_with(
         one.ready()
         one.process.send_signal(signal.SIGSTOP)  # else the second one might be one with the first
         os.write(controller, b"\x03")
-        repeat_until(lambda: one.signals or None, WITHIN_S, "Ctrl-C never arrived")
+        assert one.hear("signal") == signal.SIGINT
         one.process.send_signal(signal.SIGCONT)
+        repeat_until(lambda: _has_taken(one.process.pid, signal.SIGINT), WITHIN_S, "it never takes Ctrl-C")
+        one.leave()
         assert one.process.wait(WITHIN_S) == 1
-        assert (one.signals, one.attempts) == ([signal.SIGINT], 1)
+        assert (one.attempts, one.heard_to_the_end()) == (1, [])
     finally:
         os.close(controller)
         os.close(terminal)
+
+
+def _has_taken(pid: int, number: int) -> bool | None:
+    """Say that a process has none of a signal pending; None while it has."""
+    status = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return None if int(status["ShdPnd"], 16) >> (number - 1) & 1 else True
 
 
 def _take_terminal(terminal: int) -> None:
@@ -304,10 +332,10 @@ def _take_terminal(terminal: int) -> None:
 
 
 def test_a_signal_between_two_attempts_is_the_end(start: Callable[..., Run]) -> None:
-    one = start("exit:1", "--restart", "on-failure:3", "--backoff", "1000")
-    repeat_until(
-        lambda: "starting again in" in one.said or None, WITHIN_S, "it never said that it begins again"
-    )
+    one = start("exit:1", "--restart", "on-failure:3", "--backoff", "1000", stderr=subprocess.PIPE)
+    assert one.process.stderr is not None
+    while b"starting again in" not in (line := one.process.stderr.readline()):
+        assert line, "it never said that it begins again"
     one.process.send_signal(signal.SIGTERM)
     assert one.end()[0] == -signal.SIGTERM
     assert one.attempts == 1
@@ -318,7 +346,13 @@ def test_a_run_that_is_stopped_through_the_daemon_does_not_begin_again(
 ) -> None:
     one = start("stubborn", "--restart", "on-failure:3", "--backoff", "0.05", socket=daemon.socket)
     one.ready()
-    assert daemon.ctl("stop", "command.py").returncode == 0
+    stopping = threading.Thread(target=lambda: codes.append(daemon.ctl("stop", "command.py").returncode))
+    codes: list[int] = []
+    stopping.start()
+    assert one.hear("signal") == signal.SIGTERM
+    one.leave()
+    stopping.join(WITHIN_S)
+    assert codes == [0]
     assert one.end()[0] == 1
     assert one.attempts == 1
 
@@ -327,8 +361,9 @@ def test_the_command_does_not_outlive_it(start: Callable[..., Run]) -> None:
     one = start("wait")
     pid = one.ready()
     one.process.kill()
+    assert one.hear("signal") == signal.SIGTERM
+    one.leave()
     assert wait_gone([pid], WITHIN_S) == []
-    assert one.signals == [signal.SIGTERM]
 
 
 def test_what_is_ignored_and_blocked_is_for_the_command_what_it_is_without_it(run: str) -> None:
@@ -352,22 +387,21 @@ def test_what_is_ignored_and_blocked_is_for_the_command_what_it_is_without_it(ru
 
 def test_what_loses_its_parent_below_the_run_is_waited_for(run: str) -> None:
     """Who adopts must wait, or zombies pile up for as long as the training lasts."""
-    script = "for i in 1 2 3; do (sh -c 'exit 0' &) ; done; read line; ps -o stat= --ppid $PPID"
-    process = subprocess.Popen(
+    script = "for i in 1 2 3; do (sh -c 'exit 0' &) ; done; echo begun; read line; ps -o stat= --ppid $PPID"
+    with subprocess.Popen(
         [*CTL, "run", "sh", "-c", script],
         env=test_environment(run, REAPER_SOCKET=NO_DAEMON),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-    )
-
-    def zombies() -> int:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        return len(children)
-
-    repeat_until(lambda: zombies() == 1 or None, WITHIN_S, "the dead are never waited for")
-    stdout, _ = process.communicate(b"\n", WITHIN_S)
-    assert b"Z" not in stdout
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        repeat_until(
+            lambda: len(children_of(process.pid)) == 1 or None, WITHIN_S, "the dead are never waited for"
+        )
+        stdout, _ = process.communicate(b"\n", WITHIN_S)
+        assert b"Z" not in stdout
 
 
 # -- what cannot be run ---------------------------------------------------------------------------

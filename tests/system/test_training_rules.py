@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -414,15 +415,19 @@ def test_with_a_daemon_it_is_told_of_once_by_that_and_left_to_the_script(tell: T
     assert f"risk  pid {told['pids'][0]}" in daemon.ctl("events").stdout
 
 
+@pytest.mark.parametrize("gone", [False, True], ids=["written", "cannot be written"])
 def test_a_session_that_ends_within_another_leaves_it_its_status_file(
-    tell: Tell, daemon: Daemon, scratch: Scratch
+    gone: bool, tell: Tell, daemon: Daemon, scratch: Scratch
 ) -> None:
-    outer, inner = scratch.file("outer.json"), scratch.file("inner.json")
+    folder = scratch.directory("inner")
+    outer, inner = scratch.file("outer.json"), os.path.join(folder, "run.json")
     tell(
         f"""
         with agent.training_session(status_file={outer!r}):
             with agent.training_session(status_file={inner!r}):
-                pass
+                if {gone}:
+                    os.unlink({inner!r})
+                    os.rmdir({folder!r})
             say()
             os.kill(os.getpid(), 9)
         """,
@@ -435,4 +440,4 @@ def test_a_session_that_ends_within_another_leaves_it_its_status_file(
             return str(json.load(file)["state"])
 
     repeat_until(lambda: state(outer) == "killed" or None, 20.0, "the daemon never wrote the end of the run")
-    assert state(inner) == "completed"
+    assert gone or state(inner) == "completed"

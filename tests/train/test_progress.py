@@ -90,6 +90,22 @@ def test_fits_at_the_same_time_are_told_of_together(told: list[Any]) -> None:
     assert not any(thread.name == "reaper-progress" for thread in threading.enumerate())
 
 
+def test_of_tasks_with_an_unknown_number_of_parts_only_those_that_are_done_are_told(told: list[Any]) -> None:
+    class Unknown:
+        max_subtasks, parent = None, "a task"
+
+    class Leaf:
+        max_subtasks, parent = 0, "a task"
+
+    callback = ReportProgress()
+    callback.setup(None, None)
+    for _ in range(5):
+        callback.on_fit_task_begin(None, Unknown)
+        callback.on_fit_task_end(None, Leaf)
+    callback.teardown(None, None)
+    assert told[-1] == (5, None, "")
+
+
 def test_a_copy_counts_where_the_first_one_reads_and_reports_nothing_itself(told: list[Any]) -> None:
     class Context:
         max_subtasks, parent = 0, "a task"

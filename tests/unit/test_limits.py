@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import agent
-from agent import limits
+from agent import limits, session
 
 MANY = len(os.sched_getaffinity(0))
 
@@ -92,3 +92,14 @@ def test_what_is_no_limit_is_refused(limit: Any, error: type[Exception]) -> None
     for call in (agent.n_jobs, lambda limit: agent.training_session(max_workers=limit)):
         with pytest.raises(error, match="the limit of workers must be"):
             call(limit)
+
+
+def test_of_sessions_within_each_other_the_innermost_limits() -> None:
+    found = []
+    for limit in (4, 2, 4):
+        session.push_limit(limit)
+        found.append(session.limit_of_workers())
+    for limit in (4, 2, 4):
+        session.pop_limit(limit)
+        found.append(session.limit_of_workers())
+    assert found == [4, 2, 4, 2, 4, None]

@@ -144,8 +144,9 @@ def test_a_page_that_is_for_another_program_is_inherited_mapped_anew_and_then_se
     first.close()  # as execve(2) does with the mapping
     os.set_inheritable(descriptor, True)
 
-    second, paths, name = take_over(ID)
-    assert second is not None
+    found = take_over(ID)
+    assert found is not None
+    second, paths, name = found
     try:
         assert (second.fd, paths, name) == (descriptor, ["/run/reaper/reaper.sock"], "grid")
         assert not os.get_inheritable(second.fd)
@@ -161,7 +162,7 @@ def test_a_page_that_is_for_another_program_is_inherited_mapped_anew_and_then_se
 def test_a_session_whose_page_is_not_there_is_not_taken_over() -> None:
     other = SessionPage(ID.replace("-", "-1", 1), "grid", 42, "boot", for_exec=True)
     try:
-        assert take_over(ID) == (None, [], "")
+        assert take_over(ID) is None
     finally:
         other.close()
 

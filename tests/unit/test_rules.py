@@ -173,10 +173,14 @@ def test_importing_the_agent_loads_what_register_needs_and_no_more() -> None:
     assert not modules_after("import agent; before = set(sys.modules); from agent import page, session")
 
 
-def test_the_daemon_and_its_gate_load_only_the_formats_of_the_agent() -> None:
+def test_the_daemon_and_its_gate_load_of_the_agent_only_what_both_must_see_alike() -> None:
     for module in ("reaperd.__main__", "reaperd.gate"):
         loaded = modules_after(f"import {module}")
-        assert {name for name in loaded if name.startswith("agent.")} <= {"agent.sockets", "agent.wire"}
+        assert {name for name in loaded if name.startswith("agent.")} <= {
+            "agent.sockets",
+            "agent.strays",
+            "agent.wire",
+        }
 
 
 def test_the_work_of_the_agent_loads_only_the_standard_library() -> None:

@@ -1,4 +1,6 @@
-"""The control command: it asks the daemon over its socket, prints what it hears and signals nobody itself.
+"""The control command: it asks the daemon over its socket and prints what it hears.
+
+It signals nobody but, with ``run``, the command that it started, and without a daemon what that left.
 
 Imports nothing: ``reaperctl --help`` and ``reaperctl ping`` are to answer at once.
 """

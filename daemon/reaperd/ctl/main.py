@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _LONGEST_S = 1_000_000
 _SHORTEST_INTERVAL_S = 0.1
 _HIGHEST_PID = 2**31 - 1
-_RESTARTS, _MOST_RESTARTS = 3, 1000
+_RESTARTS, _MOST_RESTARTS = 3, 1000  # one less than agent.wire.MAX_ATTEMPTS
 _LONGEST_NAME = 200  # agent.wire.MAX_NAME_CHARS, without importing it
 _DESCRIPTION = """\
 See and steer reaperd, the daemon that ends the training workers which a dead script left behind."""
@@ -33,6 +33,7 @@ exit codes:
   2  wrong usage, or a bad configuration
   3  no daemon answers
   4  not allowed
+`run` ends as its command did, or with 126 (may not be run) or 127 (not found).
 
 Which daemon: the one on --socket or $REAPER_SOCKET, else your own if it answers, else the system's.
 Sessions and processes of your own uid are yours to act on; root and the admins act on all.
@@ -352,7 +353,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--restart",
-        metavar="on-failure[:N]",
+        metavar="no|on-failure[:N]",
         type=_restarts,
         default=0,
         help="start the command again where it fails, at most N times (default 3), after an OOM kill with half the workers",

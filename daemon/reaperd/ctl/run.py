@@ -29,7 +29,8 @@ _PASSED_ON = (*_ENDING, signal.SIGUSR1, signal.SIGUSR2)
 _SI_KERNEL = 0x80  # siginfo.h: the terminal's, which has sent it to the whole foreground process group
 _LOOK_S = 1  # from one look for signals to the next while the daemon cleans up
 _CLEAN_UP_WITHIN_S = 60.0
-_GRACE_S = 5.0  # as [reap] term_grace
+_LONGEST_TIMEOUT_S = 60.0  # to register: the command waits for it
+_GRACE_S = 5.0  # as [kill] grace
 _LONGEST_NOTE = 65536
 
 
@@ -85,7 +86,7 @@ class _Run:
         self._command = command
         self._name: str = options.name or name_of(command)
         self._rules = Rules(options.restart, options.backoff)
-        self._timeout_s: float = min(options.timeout, 60.0)
+        self._timeout_s: float = min(options.timeout, _LONGEST_TIMEOUT_S)
         self._ended: list[Ended] = []
         self._attempt = 0
         self._asked: int | None = None  # the signal by which somebody asked us for an end
@@ -111,7 +112,9 @@ class _Run:
             limit = self._halve(started) if ended.out_of_memory else ""
             self._tell(f"{_how(ended)}; starting again in {duration(following.after_s)}{limit}")
             if self._pause(following.after_s):
-                return ended.status if self._asked is None else self._asked
+                return (
+                    self._asked or ended.status
+                )  # the number of a signal alone is the status of who died of it
 
     # -- one attempt -------------------------------------------------------------------------
 
@@ -131,9 +134,12 @@ class _Run:
                 note.update(json.loads(line))
         if "error" in note:
             os.waitpid(pid, 0)
-            raise CommandError(f"{self._command[0]}: {note['error']}", CANNOT_RUN)
-        if note.get("warning") and self._attempt == 1:
-            tell(f"{note['warning']}; what the command leaves behind is ended by `reaperctl run` itself")
+            raise CommandError(f"{self._command[0]}: {note['error']}", note["code"])
+        if note.get("unwatched") and self._attempt == 1:
+            tell(
+                f"no Reaper daemon watches this session: {note['unwatched']}; "
+                "what the command leaves behind is ended by `reaperctl run` itself"
+            )
         return _Started(
             pid, note.get("session", ""), note.get("socket"), note.get("max_workers"), began_s, kills
         )
@@ -151,15 +157,14 @@ class _Run:
                 if limit is not None:
                     os.environ[variable] = str(limit)
             attempt = (self._attempt, self._rules.restarts + 1)
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                ours = session.register(self._name, timeout=self._timeout_s, attempt=attempt, for_exec=True)
+            warnings.simplefilter("ignore")  # the parent tells, and the command is another program
+            ours = session.register(self._name, timeout=self._timeout_s, attempt=attempt, for_exec=True)
             self._note(
                 note,
                 session=ours.id,
                 socket=ours.socket,
                 max_workers=ours.max_workers,
-                warning=str(said[-1].message).partition(", training goes on without one")[0] if said else "",
+                unwatched=ours.unwatched,
             )
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -167,8 +172,9 @@ class _Run:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
             os.execvp(self._command[0], self._command)  # noqa: S606 - it is what was asked for
-        except (OSError, ValueError) as error:
-            self._note(note, error=getattr(error, "strerror", None) or str(error))
+        except BaseException as error:  # noqa: BLE001 - the parent's to tell, in a sentence
+            code = NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN
+            self._note(note, error=getattr(error, "strerror", None) or repr(error), code=code)
             session.unregister()
         finally:
             os._exit(CANNOT_RUN)
@@ -209,11 +215,15 @@ class _Run:
         assert found is not None, "the command has ended"
         well = found.si_code == os.CLD_EXITED and found.si_status == 0
         told: dict[str, Any] = {}
-        if started.socket is not None:
-            told = {} if well else self._wait_for_daemon(started)
-        if not told and (started.socket is None or not well):
+        if started.socket is None:
             self._end_remains(started)
-        # Sent before the command's end to all of us: whoever sends it to a process group holds up our SIGCHLD meanwhile.
+        elif (
+            not well
+        ):  # after a good end nobody begins again, and the daemon leaves exit_grace to what is left
+            told = self._wait_for_daemon(started)
+            if not told:
+                self._end_remains(started)
+        # A Ctrl-C that ended the command was sent to us before the command could die of it (kill(2) holds up exits).
         self._take_pending()
         _, status = os.waitpid(started.pid, 0)
         while _collect():
@@ -315,8 +325,8 @@ def _end_like(status: int) -> int:
     number = status & 0x7F
     if not number:
         return status >> 8 & 0xFF
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if number not in (signal.SIGKILL, signal.SIGSTOP):
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has dumped its own
+    if number != signal.SIGKILL:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
     signal.raise_signal(number)

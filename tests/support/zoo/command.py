@@ -2,8 +2,8 @@
 
     command.py FOLDER WORDS ...        one word an attempt, the last one for all that follow
 
-Each attempt writes FOLDER/told.N. The words: exit:CODE, signal:NUMBER, wait (for a signal; its number goes to
-FOLDER/signals), stubborn (the same, and exits with 1 at SIGINT), left (processes of all kinds, then SIGKILL), eat:BYTES.
+Each attempt writes FOLDER/told.N. The words: exit:CODE, signal:NUMBER, wait (for signals, which it says on its standard output;
+it leaves once FOLDER/leave, a FIFO, was opened for writing), stubborn (the same, and exits with 1 at SIGINT), left (processes of all kinds, then SIGKILL), eat:BYTES.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from typing import Any
 
 import agent
@@ -100,18 +99,26 @@ def _double_fork() -> int:
 
 
 def _wait(folder: str, *, stubborn: bool) -> None:
+    os.mkfifo(os.path.join(folder, "leave"))
+
     def note(number: int, _: object) -> None:
-        with open(os.path.join(folder, "signals"), "a", encoding="utf-8") as file:
-            file.write(f"{number}\n")
+        _say(signal=number)
         if number in (signal.SIGINT, signal.SIGTERM):
-            time.sleep(0.3)  # a second one would come now
+            with open(
+                os.path.join(folder, "leave"), "rb"
+            ) as fifo:  # a second one would come while this waits
+                fifo.read()
             sys.exit(1 if stubborn else 128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, note)
-    _write(os.path.join(folder, "ready"), os.getpid())
+    _say(ready=os.getpid())
     while True:
         signal.pause()
+
+
+def _say(**words: int) -> None:
+    os.write(1, json.dumps(words).encode() + b"\n")
 
 
 def _write(path: str, value: object) -> None:
