@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import os
 import runpy
@@ -30,6 +31,8 @@ def main(argv: list[str]) -> None:
             parser.error("-m: which module?")
         module, *rest = options.module
         sys.argv = [module, *rest]
+        if not _is_there(module):
+            parser.exit(1, f"{sys.executable}: No module named {module}\n")  # as Python says it
         _register(parser, options.name or module)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     elif options.script is None:
@@ -53,6 +56,13 @@ def _run_script(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     script.__dict__.update(__file__=path, __builtins__=__builtins__, __spec__=None)
     sys.modules["__main__"] = script
     exec(compile(source, path, "exec"), script.__dict__)  # noqa: S102 - it is what was asked for
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # of a package above it
+        return False
 
 
 def _register(parser: argparse.ArgumentParser, name: str | None) -> None:

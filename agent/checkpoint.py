@@ -205,6 +205,7 @@ def checkpointed_search(
                 UncheckpointedWarning,
                 stacklevel=2,
             )
+    _Folder(os.fspath(location), max_bytes)  # what is wrong with it is said here, not by each of the fits
     kept = clone(search)
     return kept.set_params(
         estimator=Checkpointed(kept.estimator, location, max_bytes),

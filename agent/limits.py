@@ -100,6 +100,8 @@ def limit_workers(estimator: Estimator, limit: int | None = None) -> Iterator[Es
     ``joblib.parallel_config`` fills. What was fitted meanwhile (``best_estimator_``) keeps what it was fitted with.
     """
     most = n_jobs(limit)
+    if not is_estimator(estimator):
+        raise TypeError(f"an estimator is wanted, which has get_params(), got {type(estimator).__name__}")
     before: list[tuple[Any, int]] = []
     try:
         _limit(estimator, most, before, inside=False, seen=set())

@@ -186,6 +186,7 @@ def _handed_over() -> Session | None:
     from agent import handover
 
     found = handover.take_over(words[-1])
+    _process.warned = True  # as `reaperctl run` has
     return found and _lead(found.page, found.sockets, Session(words[-1], found.name, os.getpid()))
 
 

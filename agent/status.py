@@ -174,7 +174,12 @@ def write_status(path: str, status: Status) -> None:
     directory, name = os.path.split(path)
     beside = os.path.join(directory, f".{name}.{os.getpid()}")
     # Not through a link that somebody left there; with the mode of the file that it replaces, else the one that open() gives.
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        descriptor = os.open(
+            beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+        )
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
     try:
         with open(descriptor, "wb") as file:
             with contextlib.suppress(FileNotFoundError):

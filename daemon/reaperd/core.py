@@ -257,13 +257,18 @@ class Core:
         entry = self.sessions.entries[key]
         self.sessions.apply(key, ledger.ReclaimStarted())
         ours = self.observer.shares_our_namespaces(entry.session)
-        frees = ours and self.policy.reclaim_shm and bool(entry.targets)
+        # Who ended badly may have left names though all its workers, and who cleans up after them, were gone before it.
+        frees = ours and self.policy.reclaim_shm and (bool(entry.targets) or self._left_names(entry.session))
         last_word = self._last_word(entry) if ours else None
         if frees or last_word is not None:
             dead_s = time.monotonic() - (entry.died_at_s or 0.0)
             self._reclaimer.ask(entry.session, time.time() - dead_s, last_word, frees=frees)
         else:
             self.sessions.apply(key, ledger.Reclaimed(Freed()))
+
+    def _left_names(self, session: Session) -> bool:
+        clean = session.cause is not None and session.cause.clean
+        return not clean and self._reclaimer.has_names(session)
 
     def _last_word(self, entry: Entry) -> LastWord | None:
         """Return what is to stand in the leader's status file, None where it needs no word of ours."""

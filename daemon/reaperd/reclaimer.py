@@ -63,6 +63,10 @@ class Reclaimer:
             self._mapped[session.key] = self._mapped.get(session.key, frozenset()) | mapped
         return shm.held_bytes(session.leader.pid, self._mapped.get(session.key, frozenset()), session.uid)
 
+    def has_names(self, session: Session) -> bool:
+        """Say whether there are names in /dev/shm that carry the leader's pid and are its user's."""
+        return shm.has_names_of(session.leader.pid, session.uid)
+
     def ask(
         self, session: Session, until_epoch_s: float, last_word: reclaim.LastWord | None, *, frees: bool
     ) -> None:

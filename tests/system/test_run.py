@@ -411,8 +411,10 @@ def test_what_loses_its_parent_below_the_run_is_waited_for(run: str) -> None:
     ("words", "code", "sentence"),
     [
         ([], 2, "run: which command?"),
-        (["--", "no-such-command"], 127, "no-such-command: there is no such command"),
-        (["/etc/passwd"], 126, "/etc/passwd: may not be run"),
+        (["--", "no-such-command"], 127, "there is no command 'no-such-command'"),
+        (["/etc/passwd"], 126, "/etc/passwd: may not be executed"),
+        (["/etc"], 126, "/etc: is a folder"),
+        ([""], 127, "there is no command ''"),
         (["--restart", "always", "true"], 2, "must be on-failure, on-failure:N or no, got 'always'"),
         (["--restart", "on-failure:0", "true"], 2, "must be a whole number of at least 1, got '0'"),
         (["--restart", "on-failure:9999", "true"], 2, "must be at most on-failure:1000"),

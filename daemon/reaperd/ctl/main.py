@@ -349,7 +349,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         "--max-workers",
         metavar="N",
         type=_count,
-        help="give the command REAPER_MAX_WORKERS and LOKY_MAX_CPU_COUNT",
+        help="at most N workers, never more than the command asks for (REAPER_MAX_WORKERS, LOKY_MAX_CPU_COUNT)",
     )
     parser.add_argument(
         "--restart",

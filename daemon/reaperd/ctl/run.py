@@ -30,7 +30,7 @@ _SI_KERNEL = 0x80  # siginfo.h: the terminal's, which has sent it to the whole f
 _LOOK_S = 1  # from one look for signals to the next while the daemon cleans up
 _CLEAN_UP_WITHIN_S = 60.0
 _LONGEST_TIMEOUT_S = 60.0  # to register: the command waits for it
-_GRACE_S = 5.0  # as [kill] grace
+_GRACE_S, _EXIT_GRACE_S = 5.0, 10.0  # as [kill] grace and exit_grace
 _LONGEST_NOTE = 65536
 
 
@@ -49,9 +49,11 @@ def _check(program: str) -> None:
     if shutil.which(program):
         return
     found = os.path.exists(program) if os.sep in program else shutil.which(program, os.F_OK)
+    if os.path.isdir(program):
+        raise CommandError(f"{program}: is a folder", CANNOT_RUN)
     if found:
-        raise CommandError(f"{program}: may not be run", CANNOT_RUN)
-    raise CommandError(f"{program}: there is no such command", NOT_FOUND)
+        raise CommandError(f"{program}: may not be executed (chmod +x, or `python {program}`)", CANNOT_RUN)
+    raise CommandError(f"there is no command {program!r}", NOT_FOUND)
 
 
 def name_of(command: Sequence[str]) -> str:
@@ -135,7 +137,9 @@ class _Run:
         if "error" in note:
             os.waitpid(pid, 0)
             raise CommandError(f"{self._command[0]}: {note['error']}", note["code"])
-        if note.get("unwatched") and self._attempt == 1:
+        if not note.get("session") and self._attempt == 1:
+            tell("this is no session (REAPER_DISABLE=1?): what the command leaves behind is not ended")
+        elif note.get("unwatched") and self._attempt == 1:
             tell(
                 f"no Reaper daemon watches this session: {note['unwatched']}; "
                 "what the command leaves behind is ended by `reaperctl run` itself"
@@ -199,12 +203,21 @@ class _Run:
             os.waitpid(found.si_pid, 0)
         return False
 
-    def _take(self, told: signal.struct_siginfo, command: int | None) -> None:
+    def _take(self, told: signal.struct_siginfo, command: int | None = None) -> bool:
+        """Take in a signal that was sent to us, and say whether somebody wants an end."""
         if told.si_signo in _ENDING:
             self._asked = told.si_signo
         # The terminal's have reached the command as well: a second one would be one too many.
         if command is not None and told.si_signo in _PASSED_ON and told.si_code != _SI_KERNEL:
             signal.pidfd_send_signal(command, told.si_signo)
+        return told.si_signo in _ENDING
+
+    def _take_pending(self) -> bool:
+        """Take in what was sent to us until now, and say whether somebody wants an end."""
+        wants = False
+        while (told := signal.sigtimedwait(_PASSED_ON, 0)) is not None:
+            wants = self._take(told) or wants
+        return wants
 
     # -- between two -------------------------------------------------------------------------
 
@@ -213,18 +226,11 @@ class _Run:
         lasted_s = time.monotonic() - started.began_s
         found = os.waitid(os.P_PID, started.pid, os.WEXITED | os.WNOWAIT)
         assert found is not None, "the command has ended"
-        well = found.si_code == os.CLD_EXITED and found.si_status == 0
-        told: dict[str, Any] = {}
-        if started.socket is None:
-            self._end_remains(started)
-        elif (
-            not well
-        ):  # after a good end nobody begins again, and the daemon leaves exit_grace to what is left
-            told = self._wait_for_daemon(started)
-            if not told:
-                self._end_remains(started)
         # A Ctrl-C that ended the command was sent to us before the command could die of it (kill(2) holds up exits).
         self._take_pending()
+        told = {} if started.socket is None else self._wait_for_daemon(started)
+        if not told:
+            self._end_remains(started, _EXIT_GRACE_S if found.si_code == os.CLD_EXITED else 0.0)
         _, status = os.waitpid(started.pid, 0)
         while _collect():
             pass
@@ -232,13 +238,18 @@ class _Run:
         return Ended(
             status,
             lasted_s,
-            out_of_memory=killed and not well,
+            out_of_memory=killed and status != 0,
             asked=self._asked is not None or told.get("stopped_by_uid") is not None,
             workers=self._workers,
         )
 
-    def _end_remains(self, started: _Started) -> None:
-        remains = Remains(started.session)
+    def _end_remains(self, started: _Started, exit_grace_s: float) -> None:
+        """End what the command left, of which nobody else takes care; another signal to us cuts its grace short."""
+        remains, until_s = Remains(started.session), time.monotonic() + exit_grace_s
+        while remains.workers() and (left_s := until_s - time.monotonic()) > 0:
+            told = signal.sigtimedwait((*_PASSED_ON, signal.SIGCHLD), min(left_s, _LOOK_S))
+            if told is not None and self._take(told):
+                break
         count = len(remains.workers())
         left = [str(one.pid) for one in remains.end(_GRACE_S)]
         if count:
@@ -248,10 +259,6 @@ class _Run:
 
     def _count_oom_kills(self) -> int:
         return (cgroup.oom_kills(self._oom_counter) if self._oom_counter else None) or 0
-
-    def _take_pending(self) -> None:
-        while (told := signal.sigtimedwait(_PASSED_ON, 0)) is not None:
-            self._take(told, None)
 
     def _wait_for_daemon(self, started: _Started) -> dict[str, Any]:
         """Return the event that tells how the session ended, and tell of it; an empty one where the daemon does not get there."""
@@ -268,11 +275,13 @@ class _Run:
                     self._tell_what_was_left(one)
                     return one
             after = next_after(reply, after)
-            self._take_pending()
+            if self._take_pending():  # the daemon goes on without us
+                return {"kind": ""}
         return {}
 
     def _tell_what_was_left(self, end: dict[str, Any]) -> None:
-        if count := len(list_of(end, "processes")):
+        signalled = [one for one in list_of(end, "processes") if text_of(one, "signal")]
+        if count := len(signalled):
             freed = render.freed(end)
             self._tell(
                 f"left {plural(count, 'process')}, which had to be ended" + (f": {freed}" if freed else "")
@@ -295,7 +304,7 @@ class _Run:
         while self._asked is None and (left_s := until_s - time.monotonic()) > 0:
             told = signal.sigtimedwait(_PASSED_ON, left_s)
             if told is not None:
-                self._take(told, None)
+                self._take(told)
         return self._asked is not None
 
     def _tell(self, text: str) -> None:

@@ -82,6 +82,13 @@ def held_bytes(pid: int, names: frozenset[str], uid: int) -> int:
     return total
 
 
+def has_names_of(pid: int, uid: int) -> bool:
+    """Say whether a name in /dev/shm carries ``pid`` and is of ``uid``; of very many names only some are looked at."""
+    with contextlib.suppress(OSError), open_directory(SHM) as shm:
+        return any(_uid_of(shm, name) == uid for name in candidates(shm, pid, frozenset(), most=MAX_NAMES))
+    return False
+
+
 def bytes_of(directory: int, names: list[str], uid: int) -> int:
     """Return what ``names`` in an open directory take on the disk with all that is in them, as far as ``uid`` owns it.
 
