@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import os
 import pickle
 import platform
@@ -50,7 +51,7 @@ except ImportError:  # before scikit-learn 1.9
         return method
 
 
-_FORMAT = 1
+_FORMAT = 2
 _SUFFIX = ".fit"
 _UNFINISHED = ".unfinished-"
 _STALE_S = 3600.0  # what has been written for so long was left by somebody who was killed
@@ -105,22 +106,27 @@ class Checkpointed(CallbackSupportMixin, MetaEstimatorMixin, BaseEstimator):  # 
     def _fit(self, context: Any, X: Any, y: Any, fit_params: dict[str, Any]) -> None:
         unseeded = _unseeded(self.estimator)
         if unseeded:
-            warnings.warn(
-                f"{type(self.estimator).__name__} is not checkpointed: {unseeded} is not a number, so a second fit is another",
-                UncheckpointedWarning,
-                stacklevel=4,
-            )
-            self.estimator_ = self._fitted_anew(context, X, y, fit_params)
-            self.from_checkpoint_ = False
+            reason = f"{unseeded} is not a number, so a second fit is another"
+            self._fit_without(context, X, y, fit_params, reason)
             return
         folder = _Folder(os.fspath(self.location), self.max_bytes)
-        key = key_of(self.estimator, X, y, fit_params)
+        try:
+            key = key_of(self.estimator, X, y, fit_params)
+        except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:
+            self._fit_without(context, X, y, fit_params, f"it cannot be told from another: {error}")
+            return
         kept = folder.load(key)
         self.from_checkpoint_ = kept is not None
         if kept is None:
             kept = self._fitted_anew(context, X, y, fit_params)
             folder.store(key, kept)
         self.estimator_ = kept
+
+    def _fit_without(self, context: Any, X: Any, y: Any, fit_params: dict[str, Any], reason: str) -> None:
+        name = type(self.estimator).__name__
+        warnings.warn(f"{name} is not checkpointed: {reason}", UncheckpointedWarning, stacklevel=5)
+        self.estimator_ = self._fitted_anew(context, X, y, fit_params)
+        self.from_checkpoint_ = False
 
     def _fitted_anew(self, context: Any, X: Any, y: Any, fit_params: dict[str, Any]) -> Any:
         one = clone(self.estimator)
@@ -256,13 +262,30 @@ def _described(value: Any) -> Any:
         return "an estimator"
     if isinstance(value, (list, tuple)):
         return [_described(one) for one in value]
-    if callable(value):
-        return (
-            getattr(value, "__module__", ""),
-            getattr(value, "__qualname__", repr(type(value))),
-            _code_of(value),
-        )
-    return joblib.hash(value, hash_name="sha1")
+    return _described_call(value, ()) if callable(value) else joblib.hash(value, hash_name="sha1")
+
+
+def _described_call(value: Any, above: tuple[int, ...]) -> Any:
+    """Return what tells a function from another: its code, and what it was made with. PicklingError, TypeError."""
+    if id(value) in above:  # a function that calls itself
+        return "itself"
+
+    def of(one: Any) -> Any:
+        return _described_call(one, (*above, id(value))) if callable(one) else _described(one)
+
+    named = (getattr(value, "__module__", ""), getattr(value, "__qualname__", ""))
+    if isinstance(value, type):
+        return (*named, _code_of(value))
+    if isinstance(value, functools.partial):
+        return "partial", of(value.func), of(list(value.args)), [*map(of, sorted(value.keywords.items()))]
+    if isinstance(value, types.MethodType):
+        return "method", of(value.__func__), joblib.hash(value.__self__, hash_name="sha1")
+    if isinstance(value, types.FunctionType):
+        cells = [of(one) for one in inspect.getclosurevars(value).nonlocals.values()]
+        defaults = [*(value.__defaults__ or ()), *sorted((value.__kwdefaults__ or {}).items())]
+        return (*named, _code_of(value), cells, [*map(of, defaults)])
+    # Of a library's own (a ufunc, a scorer), and callable objects: what they hold.
+    return (*named, _code_of(type(value)), joblib.hash(value, hash_name="sha1"))
 
 
 def _code_of(value: Any) -> str:

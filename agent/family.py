@@ -21,6 +21,7 @@ from agent import session, wire
 
 _TRACKER_MAINS = ("resource_tracker import main", "semaphore_tracker import main")
 _SERVER_MAIN = "from multiprocessing.forkserver import main"
+_PF_FORKNOEXEC = 0x40  # of linux/sched.h
 _SETTLE_S = 0.02  # between two looks, the second of which is to find nobody
 _KILLED_WITHIN_S = 2.0  # SIGKILL takes effect at once; who outlives it is in the kernel (state D)
 
@@ -35,6 +36,7 @@ class Process(NamedTuple):
     start_ticks: int
     state: str
     cpu_ticks: int
+    forked: bool  # has run no program since it was forked: its environment is the one of who has forked it
 
     @property
     def id(self) -> Id:
@@ -124,16 +126,22 @@ class Remains:
     Nothing else is known of them, so who has no mark is left alone: it may have been spared.
     """
 
-    def __init__(self, session_id: str) -> None:
-        """``session_id`` is the dead child's; "" marks nobody."""
-        self._session = session_id
+    def __init__(self, session_id: str, spared: Iterable[Id] = (), *, ended: bool = False) -> None:
+        """``session_id`` is the dead child's; "" marks nobody. ``spared`` are those that its page names.
+
+        ``ended``: it had ended that session, so what it forked afterwards, whose environment cannot say so, is left alone.
+        """
+        self._session, self._ended = session_id, ended
+        # It may have begun another one since.
+        self._prefix = session_id[: len(session_id.rpartition("-")[0].rpartition("-")[0]) + 1]
+        self._spared = frozenset(spared)
 
     def workers(self) -> list[Process]:
         """Return those that live, trackers apart, and what each has started."""
         listing = _Listing()
         found: dict[int, Process] = {}
         for one in listing.below(os.getpid()):
-            if one.state not in "ZX" and (one.ppid in found or _bears_mark(one, self._session)):
+            if one.state not in "ZX" and (one.ppid in found or self._is_marked(one)):
                 found[one.pid] = one
         for one in [one for one in found.values() if self._is_spared(one)]:
             for pid in (one.pid, *(below.pid for below in listing.below(one.pid))):
@@ -144,16 +152,22 @@ class Remains:
         """End them, by SIGTERM, ``grace_s`` and SIGKILL, and return whoever outlives even that."""
         return _end_all(self.workers, grace_s)
 
+    def _is_marked(self, one: Process) -> bool:
+        marks = {id_ for id_ in _marks_of(one, wire.LINEAGE_VARIABLE) if self._is_ours(id_)}
+        return bool(marks - {self._session} if self._ended and one.forked else marks)
+
+    def _is_ours(self, session_id: str) -> bool:
+        return bool(self._prefix) and session_id.startswith(self._prefix)
+
     def _is_spared(self, one: Process) -> bool:
         """Say whether it was started under ``spared()``; who was forked there has an environment that does not say so."""
         try:
-            variables = _read_bytes(f"/proc/{one.pid}/environ").split(b"\0")
             maps = _read_bytes(f"/proc/{one.pid}/maps")
         except OSError:
             return True
+        named = any(map(self._is_ours, _marks_of(one, wire.SPARED_VARIABLE)))
         return (
-            _names(variables, wire.SPARED_VARIABLE, self._session)
-            or f"/memfd:{wire.SPARED_PREFIX}{self._session} ".encode() in maps
+            named or one.id in self._spared or f"/memfd:{wire.SPARED_PREFIX}{self._prefix}".encode() in maps
         )
 
 
@@ -199,15 +213,20 @@ def _signal_all(
 
 def _bears_mark(one: Process, session_id: str) -> bool:
     """Say whether the environment of a process names a session, and does not say that it was spared of it."""
-    if not session_id:
-        return False
+    return session_id in _marks_of(one, wire.LINEAGE_VARIABLE) and session_id not in _marks_of(
+        one, wire.SPARED_VARIABLE
+    )
+
+
+def _marks_of(one: Process, variable: str) -> set[str]:
+    """Return the session ids in a variable of a process's environment; none where it is another user's, or gone."""
     try:
         variables = _read_bytes(f"/proc/{one.pid}/environ").split(b"\0")
-    except OSError:  # it is another user's, or gone
-        return False
-    return _names(variables, wire.LINEAGE_VARIABLE, session_id) and not _names(
-        variables, wire.SPARED_VARIABLE, session_id
-    )
+    except OSError:
+        return set()
+    prefix = f"{variable}=".encode()
+    found = (text[len(prefix) :] for text in variables if text.startswith(prefix))
+    return {word for text in found for word in text.decode("utf-8", "replace").split(":") if word}
 
 
 def _in_our_cgroup(found: Iterable[Process]) -> list[Process]:
@@ -399,16 +418,7 @@ def _parse_stat(data: bytes) -> Process:
         int(fields[19]),
         fields[0].decode("ascii", "replace"),
         int(fields[11]) + int(fields[12]),
-    )
-
-
-def _names(variables: Iterable[bytes], name: str, session_id: str) -> bool:
-    """Say whether an environment variable names a session, among others."""
-    prefix = f"{name}=".encode()
-    return any(
-        session_id.encode() in variable[len(prefix) :].split(b":")
-        for variable in variables
-        if variable.startswith(prefix)
+        bool(int(fields[6]) & _PF_FORKNOEXEC),
     )
 
 

@@ -46,11 +46,13 @@ class SessionPage:
         self._stray: tuple[float, float] | None = None
         self._flags = 0
         self._record_bytes = 0
-        self._lock = _thread.allocate_lock()
+        self._lock = _thread.RLock()  # a signal handler may write in the middle of a write
         if inherited_fd >= 0:
             self.fd = inherited_fd
         else:
-            self.fd = os.memfd_create(wire.PAGE_PREFIX + session, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            self.fd = _above_standard(
+                os.memfd_create(wire.PAGE_PREFIX + session, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            )
         try:
             if inherited_fd < 0:
                 os.ftruncate(self.fd, wire.PAGE_BYTES)
@@ -129,7 +131,7 @@ class SessionPage:
 
     def after_fork(self) -> None:
         """Make the page usable in a forked child: another thread of the parent may have held the lock."""
-        self._lock = _thread.allocate_lock()
+        self._lock = _thread.RLock()
 
     def close(self) -> None:
         """Unmap and close the page: the mark is gone from this process.
@@ -153,6 +155,16 @@ class SessionPage:
 
 # Mappings whose descriptors are the program's by now: were they collected, mmap would close those.
 _abandoned: list[mmap.mmap] = []
+
+
+def _above_standard(descriptor: int) -> int:
+    """Return a descriptor of the same that is no program's standard input, output or error, which may have been closed."""
+    if descriptor > 2:
+        return descriptor
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(descriptor)
 
 
 def _map(descriptor: int, size: int) -> tuple[mmap.mmap, int]:

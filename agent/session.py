@@ -78,6 +78,10 @@ class _Process:
         self.outer_spared: str | None = None
         self.retry_at_s = 0.0  # a daemon that did not answer is not asked again before
         self.hooked = False
+        self.handed_over = False  # the session is that of `reaperctl run`, and ends with the process
+        self.attempt: tuple[int, int] | None = (
+            None  # of that one: sessions that follow are below the same supervisor
+        )
         self.warned = False
 
 
@@ -119,7 +123,7 @@ def register(
                 return inherited
             try:
                 session = _handed_over() or _stamp(
-                    name, sockets.candidate_sockets(socket), attempt, for_exec=for_exec
+                    name, sockets.candidate_sockets(socket), attempt or _process.attempt, for_exec=for_exec
                 )
                 paths = _process.page.sockets if _process.page is not None else []
             except (OSError, ValueError, AttributeError, wire.WireError) as error:
@@ -186,7 +190,9 @@ def _handed_over() -> Session | None:
     from agent import handover
 
     found = handover.take_over(words[-1])
-    _process.warned = True  # as `reaperctl run` has
+    if found is not None:
+        _process.handed_over, _process.attempt = True, found.page.attempt
+        _process.warned = True  # by who has handed it over
     return found and _lead(found.page, found.sockets, Session(words[-1], found.name, os.getpid()))
 
 
@@ -293,6 +299,7 @@ def unregister() -> None:
             return
         _remove_environment_stamp(session.id)
         _process.session = _process.page = None
+        _process.handed_over = False
         page.raise_flag(wire.ENDED)  # for the daemon that comes later: forked workers hold the page, too
         if session.socket is not None:
             try:  # noqa: SIM105 - to load contextlib takes longer
@@ -340,6 +347,17 @@ def _page_that_leads() -> SessionPage | None:
     return _process.page if session is not None and session.leading else None
 
 
+def page_descriptor() -> int:
+    """Return this process's descriptor of its session page; -1 where it leads no session."""
+    page = _page_that_leads()
+    return -1 if page is None else page.fd
+
+
+def is_handed_over() -> bool:
+    """Say whether the session was begun for this whole process, before it ran its program."""
+    return _process.handed_over
+
+
 def is_registered() -> bool:
     """Say whether this process belongs to a session, as its leader or as a worker."""
     return _process.session is not None
@@ -352,7 +370,8 @@ def listen(to_progress: Progress) -> None:
 
 def unlisten(to_progress: Progress) -> None:
     """Take that back."""
-    _process.listeners.remove(to_progress)
+    if to_progress in _process.listeners:  # else a signal handler has done so
+        _process.listeners.remove(to_progress)
 
 
 def limit_of_workers() -> int | None:
@@ -387,7 +406,7 @@ def progress(done: float, total: float | None = None, message: str = "") -> None
         return
     try:
         page.write_progress(done, total, message)
-        for listener in _process.listeners:
+        for listener in tuple(_process.listeners):
             listener(done, total, message)
     except (TypeError, AttributeError):
         raise TypeError(

@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 from agent.session import read_start_ticks
+from agent.wire import MAX_MESSAGE_BYTES
 
 RUNNING, COMPLETED, FAILED, INTERRUPTED, KILLED = "running", "completed", "failed", "interrupted", "killed"
 UNKNOWN = "unknown"  # it says that it runs, and from here nobody can tell
@@ -145,8 +146,10 @@ class StatusFile:
         """
         if not math.isfinite(done):  # JSON has no such number
             return
-        known = total if total is not None and math.isfinite(total) else None
-        self._progress = {"done": done, "total": known, "message": message}
+        known = None if total is None or not math.isfinite(total) else _plain(total)
+        # As in the session page: a file that grew too long could not be read.
+        text = message.encode("utf-8", "replace")[:MAX_MESSAGE_BYTES].decode("utf-8", "ignore")
+        self._progress = {"done": _plain(done), "total": known, "message": text}
         now_s = time.monotonic()
         if now_s - self._refreshed_s < REFRESH_S or not self._lock.acquire(blocking=False):
             return
@@ -166,6 +169,12 @@ class StatusFile:
                 state=state, ended_at=_now(), progress=self._progress, **more
             )
             write_status(self.path, self._status)
+
+
+def _plain(number: float) -> float:
+    """Return a number as JSON has it: it may be numpy's, or a fraction."""
+    value = float(number)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def write_status(path: str, status: Status) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -24,6 +25,8 @@ from agent.status import COMPLETED, FAILED, INTERRUPTED, MAX_ERROR_CHARS, Status
 
 log = logging.getLogger("agent")
 
+# Who signals a process group, and who passes a signal on to it, send the same one twice (timeout(1), `kill %1`, systemd).
+SAME_S = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -116,6 +119,7 @@ class ProcessManager:
             raise RuntimeError("this training session has begun already; use another one for what is inside")
         self._owns_session = not session.is_registered()
         self.session = session.register(**self._options)
+        self._owns_session = self._owns_session and not session.is_handed_over()
         try:
             if self._status_path is not None:
                 self._status = StatusFile(self._status_path, self.session.name, self.session.id)
@@ -204,7 +208,9 @@ class ProcessManager:
             session.name_status_file(self._status_path_before)
 
     def _at_exit(self) -> None:
-        self.stop(KeyboardInterrupt() if self._signals.received else None)
+        # What has ended the program, where it was not stopped before; of SystemExit, nothing is left to see.
+        error: BaseException | None = KeyboardInterrupt() if self._signals.received else None
+        self.stop(error or getattr(sys, "last_value", None))
 
     def end_at_once(self, number: int) -> None:
         """End all workers with SIGKILL, and then this process by the signal that asked for it."""
@@ -259,11 +265,14 @@ class _Signals:
         self._before: dict[int, Any] = {}
         self._deferring = False
         self._deferred: int | None = None
+        self._over = False
         self.received: int | None = None
+        self._received_at_s = 0.0
 
     def install(self) -> None:
         """Take over the signals; in the main thread of the main interpreter alone, for Python lets no other."""
         self.received = self._deferred = None
+        self._over = False
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
@@ -273,7 +282,13 @@ class _Signals:
                 signal.signal(number, self._received)
 
     def restore(self) -> None:
-        """Put back what was there; whoever has replaced our handler meanwhile keeps theirs."""
+        """Put back what was there; whoever has replaced our handler meanwhile keeps theirs.
+
+        Another thread than the main one cannot: then ours stays, and does what the one before would.
+        """
+        self._over = threading.current_thread() is not threading.main_thread()
+        if self._over:
+            return
         for number, before in self._before.items():
             if signal.getsignal(number) == self._received:
                 signal.signal(number, before)
@@ -288,8 +303,8 @@ class _Signals:
         finally:
             waited = self._deferred
             before: Any = None if waited is None else self._before.get(waited)
-            self.restore()
             self._deferring, self._deferred = False, None
+            self.restore()
             if waited is not None and _is_somebodys(before):
                 before(waited, None)
             elif waited is not None:
@@ -297,15 +312,18 @@ class _Signals:
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         before = self._before.get(number, signal.SIG_DFL)
-        if self._deferring and self._deferred is None:
+        if self._over:
+            self.restore()
+            before(number, frame) if callable(before) else signal.raise_signal(number)
+        elif self._deferring and self._deferred is None:
             self._deferred = number
             self.received = self.received or number
         elif _is_somebodys(before):
             before(number, frame)
         elif self.received is None:
-            self.received = number
+            self.received, self._received_at_s = number, time.monotonic()
             _unwind(number)
-        else:
+        elif number != self.received or time.monotonic() - self._received_at_s >= SAME_S:
             self._manager.end_at_once(number)
 
 

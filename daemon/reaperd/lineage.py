@@ -168,6 +168,9 @@ class _Search:
             self.left_alone[process.id] = (
                 f"carries the session's stamp, but runs in cgroup {process.cgroup!r}"
             )
+        elif self.session.ending and process.forked:
+            # Its environment is the one that the leader was run with (`reaperctl run`); before the end it would have the page.
+            self.left_alone[process.id] = "was forked after the leader had ended the session"
         elif self.session.cgroup == "/":
             self.stamped[process.id] = process
         else:

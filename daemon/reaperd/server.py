@@ -180,7 +180,7 @@ class Server:
                 opened = self._open_page(session)
                 if opened is not None:
                     ours.callback(opened.close)
-                session = self._core.observer.describe_leader(session)
+                session = self._core.observer.describe_leader(self._supervised(session))
                 if pidfd.has_exited(handle):  # what was read may be the next owner's of the pid
                     raise ProcessGone(str(peer.pid))
                 self._supersede(session)
@@ -221,6 +221,11 @@ class Server:
                 "quota", f"you have {most} sessions, and [sessions] max_per_uid allows no more"
             )
         return True
+
+    def _supervised(self, session: Session) -> Session:
+        """Return ``session`` as one under `reaperctl run`, where an older one of the same leader is: it has exec'ed since."""
+        older = (entry.session.attempt for entry in self._core.sessions.led_by(session.leader))
+        return session._replace(attempt=session.attempt or next(filter(None, older), None))
 
     def _open_page(self, session: Session) -> OpenPage | None:
         """Return the page of a session that has one: other languages need not make any."""

@@ -7,11 +7,22 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from harness import WORKERS_GONE_S, Daemon, Leader, alive, broken_promise, list_shm, parent_of
+from harness import (
+    WORKERS_GONE_S,
+    Daemon,
+    Leader,
+    alive,
+    broken_promise,
+    list_shm,
+    parent_of,
+    test_environment,
+)
 
 SIGKILLED = {"kind": "signal", "code": 9}
 
@@ -260,3 +271,32 @@ def test_ps_shows_leader_name_and_every_worker_with_its_evidence(
     assert {w["framework"] for w in session["workers"] if w["role"] == "worker"} == {"loky"}
     leader.kill9()
     assert_reaped(daemon, leader)
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "ends by itself"])
+def test_names_in_shared_memory_of_a_leader_that_left_nobody_go_only_where_it_ended_badly(
+    killed: bool, run: str, daemon: Daemon
+) -> None:
+    """Its tracker may have been ended with it, as where a terminal is closed."""
+    script = (
+        "import agent, os, signal; agent.register('alone'); "
+        "path = f'/dev/shm/joblib_memmapping_folder_{os.getpid()}_x'; os.mkdir(path); print(path, flush=True); "
+        + ("os.kill(os.getpid(), 9)" if killed else "")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=test_environment(run, REAPER_SOCKET=daemon.socket),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    path = done.stdout.strip()
+    try:
+        event = daemon.wait_event(kind="ended", name="alone")
+        assert event["processes"] == []
+        assert os.path.exists(path) != killed
+    finally:
+        if os.path.exists(path):
+            os.rmdir(path)

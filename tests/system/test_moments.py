@@ -157,7 +157,7 @@ def test_whatever_ends_a_search_at_any_moment_leaves_nothing(
     after_s = random.Random(f"{SEED} {way.name} {turn}").uniform(0, 1.1 * whole["took_s"])
     watched = turn % 2 == 1
     search = start(tmp_path, 2, "reaper", request.getfixturevalue("daemon").socket if watched else NOWHERE)
-    code = search.end(way.number, group=way.group, after_s=after_s, again_after_s=0.02 if way.twice else None)
+    code = search.end(way.number, group=way.group, after_s=after_s, again_after_s=0.25 if way.twice else None)
     where = f"REAPER_TEST_SEED={SEED}, after {after_s:.3f} s of {whole['took_s']:.1f} s, exit code {code}"
     left = wait_gone(marked("REAPER_TEST_SEARCH", run), 5.0)
     assert not left, f"{where}: {describe(left)}"

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -402,6 +403,159 @@ def test_what_loses_its_parent_below_the_run_is_waited_for(run: str) -> None:
         )
         stdout, _ = process.communicate(b"\n", WITHIN_S)
         assert b"Z" not in stdout
+
+
+# -- what a script may do to its session ----------------------------------------------------------
+
+ODD = {
+    # Named in the page alone: it was given an environment from before.
+    "spares with a copied environment": """
+        environment = dict(os.environ)
+        with agent.spared():
+            tell(subprocess.Popen(SLEEP, env=environment).pid)
+        os.kill(os.getpid(), 9)
+    """,
+    # Its environment is the one that the leader was run with, which says whose it was.
+    "forks after unregister()": """
+        agent.unregister()
+        if (pid := os.fork()) == 0:
+            signal.pause()
+        tell(pid)
+        os.kill(os.getpid(), 9)
+    """,
+    "has a session after another": """
+        with agent.training_session():
+            pass
+        with agent.training_session("second"):
+            tell(subprocess.Popen(SLEEP).pid)
+            os.kill(os.getpid(), 9)
+    """,
+    "goes on after a session": """
+        with agent.training_session():
+            pass
+        tell(subprocess.Popen(SLEEP).pid)
+        os.kill(os.getpid(), 9)
+    """,
+    "registers anew": """
+        agent.unregister()
+        agent.register("second")
+        tell(subprocess.Popen(SLEEP).pid)
+        os.kill(os.getpid(), 9)
+    """,
+    "execs itself": """
+        if len(sys.argv) < 2:
+            os.execv(sys.executable, [sys.executable, "-W", "ignore", sys.argv[0], "again"])
+        tell(subprocess.Popen(SLEEP).pid)
+        os.kill(os.getpid(), 9)
+    """,
+}
+LEFT_ALONE = ("spares with a copied environment", "forks after unregister()")
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["without a daemon", "with one"])
+@pytest.mark.parametrize("what", ODD)
+def test_what_a_script_does_to_its_session_is_heeded(
+    what: str, watched: bool, run: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    script, told = tmp_path / "odd.py", tmp_path / "pid"
+    head = f"""
+import agent, os, signal, subprocess, sys
+SLEEP = [sys.executable, "-c", "import signal; signal.pause()"]
+
+def tell(pid):
+    with open({str(told)!r}, "w") as file:
+        file.write(str(pid))
+
+agent.register("first")
+"""
+    script.write_text(head + textwrap.dedent(ODD[what]))
+    daemon: Daemon | None = request.getfixturevalue("daemon") if watched else None
+    ended = subprocess.run(
+        [*CTL, "run", "--", sys.executable, "-W", "ignore", str(script)],
+        env=test_environment(run, REAPER_SOCKET=daemon.socket if daemon else NO_DAEMON),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        timeout=WITHIN_S,
+        check=False,
+    )
+    assert ended.returncode == -9
+    pid = int(told.read_text())
+    try:
+        if daemon is not None:
+            repeat_until(lambda: daemon.sessions() == [] or None, WITHIN_S, "a session is not over")
+        assert wait_gone([pid], 0.0 if what in LEFT_ALONE else WITHIN_S) == [pid] * (what in LEFT_ALONE)
+    finally:
+        _end([pid])
+
+
+def test_a_signal_that_is_ignored_stops_no_restart(start: Callable[..., Run]) -> None:
+    """nohup is how trainings are started that are to outlive the terminal."""
+    one = start(
+        "wait exit:0", "--restart", "on-failure:1", "--backoff", "0.05", within=["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
+    )  # fmt: skip
+    pid = one.ready()
+    one.process.send_signal(signal.SIGHUP)
+    os.kill(pid, signal.SIGKILL)
+    status, said = one.end()
+    assert (status, one.attempts) == (0, 2), said
+
+
+def test_a_run_that_a_later_daemon_stops_does_not_begin_again(
+    start: Callable[..., Run], start_daemon: Callable[..., Daemon]
+) -> None:
+    daemon = start_daemon(started=False)
+    one = start("stubborn", "--restart", "on-failure:3", "--backoff", "0.05", socket=daemon.socket)
+    one.ready()
+    daemon.start()
+    repeat_until(lambda: daemon.sessions() or None, WITHIN_S, "the daemon does not adopt the session")
+    codes: list[int] = []
+    stopping = threading.Thread(target=lambda: codes.append(daemon.ctl("stop", "command.py").returncode))
+    stopping.start()
+    assert one.hear("signal") == signal.SIGTERM
+    one.leave()
+    stopping.join(WITHIN_S)
+    assert codes == [0]
+    status, said = one.end()
+    assert (status, one.attempts) == (1, 1), said
+
+
+def test_ctrl_c_is_passed_on_to_a_command_that_has_left_the_process_group(run: str) -> None:
+    controller, terminal = pty.openpty()
+    script = "import os, signal, time; os.setpgid(0, 0); print('begun', flush=True); signal.pause()"
+    try:
+        with subprocess.Popen(
+            [*CTL, "run", "--", sys.executable, "-c", script],
+            env=test_environment(run, REAPER_SOCKET=NO_DAEMON),
+            stdin=terminal,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=lambda: _take_terminal(terminal),
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"begun\n"
+            os.write(controller, b"\x03")
+            assert process.wait(WITHIN_S) == -signal.SIGINT
+    finally:
+        os.close(controller)
+        os.close(terminal)
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "2>&-", "0<&- 2>&-"])
+def test_the_page_is_no_standard_file_of_the_command(closed: str, run: str, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    command = f"readlink /proc/$$/fd/0 /proc/$$/fd/1 /proc/$$/fd/2 > {told}; exit 0"
+    subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *CTL, "run", "sh", "-c", command],
+        env=test_environment(run, REAPER_SOCKET=NO_DAEMON),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        timeout=WITHIN_S,
+        check=True,
+    )
+    assert "memfd" not in told.read_text()
 
 
 # -- what cannot be run ---------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from harness import Daemon, Scratch, alive, end_process, has_ended, open_pidfd, test_environment
 
 import agent
+from agent.training import SAME_S
 
 StartDaemon = Callable[..., Daemon]
 ZOO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "support", "zoo")
@@ -157,10 +159,19 @@ def test_the_second_signal_ends_everything_at_once(number: int, kind: str, start
     training = start(kind, "deaf")
     training.signal(number)
     assert training.read()["unwinding"]
+    time.sleep(SAME_S)  # sooner, it would be the first one that came in two ways
     training.signal(number)
     assert training.wait() == -number
     assert all(handle is None or has_ended(handle) for handle in training.handles.values())
     assert training.status().state == "interrupted"
+
+
+def test_the_same_signal_at_nearly_the_same_time_is_one(start: Start) -> None:
+    training = start("commands", "wait")
+    training.signal(signal.SIGTERM, group=True)
+    training.signal(signal.SIGTERM)
+    assert training.wait() == 128 + signal.SIGTERM
+    assert training.status().cause == {"kind": "signal", "code": signal.SIGTERM}
 
 
 def test_a_run_that_was_killed_never_reads_as_running(start: Start) -> None:

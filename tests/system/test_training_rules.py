@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from harness import Cgroup, Daemon, Scratch, repeat_until, test_environment
 
+import agent
+
 HEAD = """
 import json, multiprocessing, os, signal, subprocess, sys, threading, time
 import agent
@@ -441,3 +443,68 @@ def test_a_session_that_ends_within_another_leaves_it_its_status_file(
 
     repeat_until(lambda: state(outer) == "killed" or None, 20.0, "the daemon never wrote the end of the run")
     assert gone or state(inner) == "completed"
+
+
+def test_a_session_that_another_thread_stops_leaves_signals_as_they_were(tell: Tell) -> None:
+    told = tell("""
+        calls = []
+        session = agent.ProcessManager()
+        session.start()
+        thread = threading.Thread(target=session.stop)
+        thread.start()
+        thread.join()
+        del session
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(20)
+        except KeyboardInterrupt:
+            calls.append("interrupted")
+        say(calls=calls, handlers=handlers())
+    """)
+    assert told["calls"] == ["interrupted"]
+    assert "default_int_handler" in told["handlers"][0]
+
+
+@pytest.mark.parametrize(("end", "state"), [("raise ValueError('x')", "failed"), ("pass", "completed")])
+def test_a_session_that_nobody_stops_says_what_ended_the_program(
+    end: str, state: str, tell: Tell, scratch: Scratch
+) -> None:
+    path = scratch.file("run.json")
+    tell(
+        f"""
+        session = agent.ProcessManager(status_file={path!r})
+        session.start()
+        say()
+        {end}
+        """,
+        code=int(state == "failed"),
+    )
+    assert agent.read_status(path).state == state
+
+
+def test_a_second_signal_while_progress_is_told_all_the_time_still_ends_everything(
+    tell: Tell, scratch: Scratch
+) -> None:
+    tell(
+        f"""
+        with agent.training_session(status_file={scratch.file("run.json")!r}):
+            going = threading.Event()
+
+            def signals():
+                going.wait()
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0.25)
+
+            threading.Thread(target=signals, daemon=True).start()
+            say()
+            while True:
+                try:
+                    while True:
+                        agent.progress(1, 2, "x")
+                        going.set()
+                except SystemExit:
+                    pass
+        """,
+        code=-15,
+    )

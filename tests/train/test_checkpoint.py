@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import pickle
 import stat
@@ -17,6 +19,7 @@ from sklearn.datasets import load_iris, make_regression
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import fbeta_score, make_scorer, max_error, mean_squared_error, r2_score
 from sklearn.model_selection import GridSearchCV, KFold, RandomizedSearchCV, ShuffleSplit, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
@@ -201,6 +204,82 @@ def test_a_function_of_ones_own_counts_with_its_source() -> None:
         return values * 3
 
     assert key_of(FunctionTransformer(double), X, None, {}) != before
+
+
+DATA = load_iris(return_X_y=True)
+
+
+def times(factor: int) -> Any:
+    def apply(x: Any) -> Any:
+        return x * factor
+
+    return apply
+
+
+def power(x: Any, *, of: int = 1) -> Any:
+    return x**of
+
+
+def with_default(of: int) -> Any:
+    def apply(x: Any, *, of: int = of) -> Any:
+        return x**of
+
+    return apply
+
+
+class Scale:
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def __call__(self, x: Any) -> Any:
+        return x * self.factor
+
+    def scaled(self, x: Any) -> Any:
+        return x * self.factor
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        times,
+        with_default,
+        lambda number: functools.partial(power, of=number),
+        lambda number: functools.partial(functools.partial(power), of=number),
+        Scale,
+        lambda number: Scale(number).scaled,
+        lambda number: (numpy.log1p, numpy.exp, numpy.sqrt)[number],
+        operator.itemgetter,
+        lambda number: make_scorer((r2_score, mean_squared_error, max_error)[number]),
+        lambda number: make_scorer(fbeta_score, beta=number),
+    ],
+)
+def test_what_a_function_was_made_with_makes_another_fit(make: Any) -> None:
+    def key(number: int) -> str:
+        return key_of(FunctionTransformer(make(number)), *DATA, {})
+
+    assert key(1) == key(1)
+    assert key(1) != key(2)
+
+
+def test_a_function_that_calls_itself_is_told_from_another() -> None:
+    def countdown(step: int) -> Any:
+        def apply(x: Any) -> Any:
+            return apply(x - step) if x > 0 else x
+
+        return apply
+
+    one, same, other = (key_of(FunctionTransformer(countdown(n)), *DATA, {}) for n in (1, 1, 2))
+    assert one == same != other
+
+
+def test_what_cannot_be_told_from_another_is_fitted_anew_and_said_so(tmp_path: Path) -> None:
+    odd = Scale(1)
+    odd.factor = lambda: 1  # type: ignore[assignment]  # no pickle of it is to be had
+    for _ in range(2):
+        with pytest.warns(UncheckpointedWarning, match="cannot be told from another"):
+            one = Checkpointed(FunctionTransformer(func=None, inverse_func=odd), tmp_path).fit(DATA[0])
+        assert not one.from_checkpoint_
+    assert os.listdir(tmp_path) == []
 
 
 def test_another_version_of_a_library_makes_another_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,6 +183,13 @@ def test_a_forked_child_shares_the_page_and_can_write_it_whoever_held_its_lock(l
     assert read(leader.fd).progress == (9.0, 10.0, "from the child")
 
 
+def test_a_signal_handler_may_write_in_the_middle_of_a_write(leader: SessionPage) -> None:
+    with leader._lock:
+        leader.write_progress(2, 3, "handler")
+    leader.write_progress(4, 5, "after")
+    assert read(leader.fd).progress == (4.0, 5.0, "after")
+
+
 def test_a_closed_page_is_gone_from_this_process_and_takes_no_more_writes(leader: SessionPage) -> None:
     before = len(os.listdir("/proc/self/fd"))
     leader.close()

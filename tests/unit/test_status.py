@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -77,6 +79,23 @@ def test_progress_that_is_no_number_of_json_is_left_out(tmp_path: Path) -> None:
     run.note_progress(float("nan"), 2, "y")
     run.end("completed")
     assert agent.read_status(tmp_path / "run.json").progress == {"done": 1, "total": None, "message": "x"}
+
+
+@pytest.mark.parametrize("number", [Decimal(5), Fraction(5), True + 4, 5.0])
+def test_progress_in_any_kind_of_number_is_written(number: Any, tmp_path: Path) -> None:
+    run = StatusFile(tmp_path / "run.json", "risk", "id")
+    run.note_progress(number, number * 2, "")
+    run.end("completed")
+    assert agent.read_status(tmp_path / "run.json").progress == {"done": 5, "total": 10, "message": ""}
+
+
+def test_a_long_message_is_cut_so_that_the_file_can_be_read(tmp_path: Path) -> None:
+    run = StatusFile(tmp_path / "run.json", "risk", "id")
+    run.note_progress(1, 2, "\N{SNOWMAN}" * 100_000)
+    run.end("completed")
+    progress = agent.read_status(tmp_path / "run.json").progress
+    assert progress is not None
+    assert progress["message"] == "\N{SNOWMAN}" * 333
 
 
 def test_progress_that_cannot_be_written_is_no_fault_of_the_training(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -13,7 +14,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from agent import limits, session
+from agent import limits, session, wire
 from agent.family import Remains
 from reaperd.ctl import CommandError, events, render, restarts
 from reaperd.ctl.link import Link, next_after, sockets_of
@@ -21,11 +22,13 @@ from reaperd.ctl.restarts import Ended, Rules
 from reaperd.ctl.terminal import tell
 from reaperd.ctl.units import list_of, plural, text_of
 from reaperd.linux import cgroup, prctl
+from reaperd.linux.page import open_page, read_page
+from reaperd.pages import Page
 from reaperd.words import duration
 
 CANNOT_RUN, NOT_FOUND = 126, 127  # as env(1) and every shell have it
 _ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
-_PASSED_ON = (*_ENDING, signal.SIGUSR1, signal.SIGUSR2)
+_OTHERS = (signal.SIGUSR1, signal.SIGUSR2)
 _SI_KERNEL = 0x80  # siginfo.h: the terminal's, which has sent it to the whole foreground process group
 _LOOK_S = 1  # from one look for signals to the next while the daemon cleans up
 _CLEAN_UP_WITHIN_S = 60.0
@@ -58,6 +61,10 @@ def _check(program: str) -> None:
 
 def name_of(command: Sequence[str]) -> str:
     """Return what people are to see: the script's name, or the module's, where the command is a Python."""
+    return _name_of(command)[: wire.MAX_NAME_CHARS]
+
+
+def _name_of(command: Sequence[str]) -> str:
     program = os.path.basename(command[0])
     if program.startswith(("python", "pypy")):
         for at, word in enumerate(command[1:], 1):
@@ -74,6 +81,7 @@ class _Started(NamedTuple):
     """What the child has told of itself before it became the command."""
 
     pid: int
+    page: int  # a descriptor of ours of its session page; -1: it has none
     session: str
     socket: str | None  # the daemon that watches it
     max_workers: int | None  # that daemon's limit
@@ -88,19 +96,23 @@ class _Run:
         self._command = command
         self._name: str = options.name or name_of(command)
         self._rules = Rules(options.restart, options.backoff)
+        self._sockets = sockets_of(options)
         self._timeout_s: float = min(options.timeout, _LONGEST_TIMEOUT_S)
         self._ended: list[Ended] = []
         self._attempt = 0
         self._asked: int | None = None  # the signal by which somebody asked us for an end
         # What we let the agent, and joblib, have.
         self._workers = self._cpus = options.max_workers
+        # One that is ignored (nohup) would be queued for us all the same.
+        self._signals = [one for one in (*_ENDING, *_OTHERS) if signal.getsignal(one) != signal.SIG_IGN]
+        self._apart = False  # the command has a process group of its own
         self._oom_counter = cgroup.counter_file(_read("/proc/self/cgroup"))
 
     def until_over(self) -> int:
         """Run the command until nothing more is to be done; return the last one's wait status."""
         prctl.adopt_orphans()
         # Taken one by one from here on; the command gets back what we were given.
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*_PASSED_ON, signal.SIGCHLD))
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*self._signals, signal.SIGCHLD))
         while True:
             started = self._start()
             self._wait_for(started.pid)
@@ -145,7 +157,13 @@ class _Run:
                 "what the command leaves behind is ended by `reaperctl run` itself"
             )
         return _Started(
-            pid, note.get("session", ""), note.get("socket"), note.get("max_workers"), began_s, kills
+            pid,
+            _open_page(pid, note.get("page", -1)),
+            note.get("session", ""),
+            note.get("socket"),
+            note.get("max_workers"),
+            began_s,
+            kills,
         )
 
     def _become_the_command(self, note: int, supervisor: int) -> NoReturn:
@@ -166,6 +184,7 @@ class _Run:
             self._note(
                 note,
                 session=ours.id,
+                page=session.page_descriptor(),
                 socket=ours.socket,
                 max_workers=ours.max_workers,
                 unwatched=ours.unwatched,
@@ -191,7 +210,10 @@ class _Run:
         command = os.pidfd_open(pid)
         try:
             while not self._has_ended(pid):
-                self._take(signal.sigwaitinfo((*_PASSED_ON, signal.SIGCHLD)), command)
+                told = signal.sigwaitinfo((*self._signals, signal.SIGCHLD))
+                if told.si_signo != signal.SIGCHLD:
+                    self._apart = os.getpgid(pid) != os.getpgrp()
+                    self._take(told, command)
         finally:
             os.close(command)
 
@@ -208,14 +230,19 @@ class _Run:
         if told.si_signo in _ENDING:
             self._asked = told.si_signo
         # The terminal's have reached the command as well: a second one would be one too many.
-        if command is not None and told.si_signo in _PASSED_ON and told.si_code != _SI_KERNEL:
-            signal.pidfd_send_signal(command, told.si_signo)
+        if command is not None and (told.si_code != _SI_KERNEL or self._apart):
+            try:
+                signal.pidfd_send_signal(command, told.si_signo)
+            except ProcessLookupError:
+                pass
+            except PermissionError:  # it is another user by now (sudo)
+                self._tell(f"may not be sent {render.signal_name(told.si_signo)} by this user")
         return told.si_signo in _ENDING
 
     def _take_pending(self) -> bool:
         """Take in what was sent to us until now, and say whether somebody wants an end."""
         wants = False
-        while (told := signal.sigtimedwait(_PASSED_ON, 0)) is not None:
+        while (told := signal.sigtimedwait(self._signals, 0)) is not None:
             wants = self._take(told) or wants
         return wants
 
@@ -228,9 +255,12 @@ class _Run:
         assert found is not None, "the command has ended"
         # A Ctrl-C that ended the command was sent to us before the command could die of it (kill(2) holds up exits).
         self._take_pending()
-        told = {} if started.socket is None else self._wait_for_daemon(started)
+        told = self._wait_for_daemon(started)
+        page = _read_page(started.page)
         if not told:
-            self._end_remains(started, _EXIT_GRACE_S if found.si_code == os.CLD_EXITED else 0.0)
+            spared, ended = ((), False) if page is None else (page.spared, bool(page.flags & wire.ENDED))
+            grace_s = _EXIT_GRACE_S if found.si_code == os.CLD_EXITED else 0.0
+            self._end_remains(Remains(started.session, spared, ended=ended), grace_s)
         _, status = os.waitpid(started.pid, 0)
         while _collect():
             pass
@@ -243,12 +273,12 @@ class _Run:
             workers=self._workers,
         )
 
-    def _end_remains(self, started: _Started, exit_grace_s: float) -> None:
+    def _end_remains(self, remains: Remains, exit_grace_s: float) -> None:
         """End what the command left, of which nobody else takes care; another signal to us cuts its grace short."""
-        remains, until_s = Remains(started.session), time.monotonic() + exit_grace_s
+        until_s = time.monotonic() + exit_grace_s
         while remains.workers() and (left_s := until_s - time.monotonic()) > 0:
-            told = signal.sigtimedwait((*_PASSED_ON, signal.SIGCHLD), min(left_s, _LOOK_S))
-            if told is not None and self._take(told):
+            told = signal.sigtimedwait((*self._signals, signal.SIGCHLD), min(left_s, _LOOK_S))
+            if told is not None and told.si_signo != signal.SIGCHLD and self._take(told):
                 break
         count = len(remains.workers())
         left = [str(one.pid) for one in remains.end(_GRACE_S)]
@@ -262,11 +292,12 @@ class _Run:
 
     def _wait_for_daemon(self, started: _Started) -> dict[str, Any]:
         """Return the event that tells how the session ended, and tell of it; an empty one where the daemon does not get there."""
-        link = Link([started.socket or ""], timeout_s=self._timeout_s)
+        link = Link([started.socket] if started.socket else self._sockets, timeout_s=self._timeout_s)
         after, until_s = 0, time.monotonic() + _CLEAN_UP_WITHIN_S
         while time.monotonic() < until_s:
             try:
-                reply = link.ask("events", after=after, wait_s=_LOOK_S, session=started.session)
+                wait_s = _LOOK_S if started.socket or after else 0
+                reply = link.ask("events", after=after, wait_s=wait_s, session=started.session)
             except CommandError:
                 break
             found: list[dict[str, Any]] = list_of(reply, "events")
@@ -274,6 +305,8 @@ class _Run:
                 if text_of(one, "kind") in events.ENDS:
                     self._tell_what_was_left(one)
                     return one
+            if not found and not after and started.socket is None:
+                break  # a daemon that began later, and has not adopted the session
             after = next_after(reply, after)
             if self._take_pending():  # the daemon goes on without us
                 return {"kind": ""}
@@ -302,7 +335,7 @@ class _Run:
         """Wait; True when somebody wants an end meanwhile."""
         until_s = time.monotonic() + for_s
         while self._asked is None and (left_s := until_s - time.monotonic()) > 0:
-            told = signal.sigtimedwait(_PASSED_ON, left_s)
+            told = signal.sigtimedwait(self._signals, left_s)
             if told is not None:
                 self._take(told)
         return self._asked is not None
@@ -310,6 +343,26 @@ class _Run:
     def _tell(self, text: str) -> None:
         restarts_ = self._rules.restarts
         tell(f"{self._name}: " + (f"attempt {self._attempt} of {restarts_ + 1} " if restarts_ else "") + text)
+
+
+def _open_page(pid: int, descriptor: int) -> int:
+    """Return a descriptor of a child's session page; -1 where it has none, or has ended. Ours makes us no member: we are older."""
+    try:
+        return open_page(f"/proc/{pid}/fd/{descriptor}", uid=os.geteuid()) if descriptor >= 0 else -1
+    except (OSError, wire.WireError):
+        return -1
+
+
+def _read_page(descriptor: int) -> Page | None:
+    """Return what the page of a dead command said at last, and close it."""
+    if descriptor < 0:
+        return None
+    try:
+        return read_page(descriptor, writer_is_dead=True)
+    except wire.WireError:
+        return None
+    finally:
+        os.close(descriptor)
 
 
 def _collect() -> bool:
@@ -335,10 +388,11 @@ def _end_like(status: int) -> int:
     if not number:
         return status >> 8 & 0xFF
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has dumped its own
-    if number != signal.SIGKILL:
+    with contextlib.suppress(OSError):  # SIGKILL, and those that the C library keeps to itself
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
-    signal.raise_signal(number)
+    with contextlib.suppress(OSError):
+        signal.raise_signal(number)
     return 128 + number
 
 
