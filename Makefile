@@ -58,7 +58,7 @@ example: $(STAMP) ## train the risk models of examples/risk_model.py; end it whe
 MAY_UNSHARE = $(if $(ROOT),$(shell unshare --mount sh -c 'mount -t tmpfs tmpfs /dev/shm' 2>/dev/null && echo yes))
 APART = $(if $(MAY_UNSHARE),unshare --mount sh -c 'mount -t tmpfs tmpfs /dev/shm && exec "$$0" "$$@"')
 
-# Lint, and what needs scikit-learn in its own process, beside the unit tests: those measure no time.
+# Lint, and what runs in a process of its own, beside the unit tests: those measure no time.
 .PHONY: test
 test: $(STAMP) ## lint, and every test: unit, system, siege, training, and as root those that need root
 	@$(MAKE) --no-print-directory -j $(if $(MAY_UNSHARE),2,1) suite lint training
@@ -70,10 +70,11 @@ check: suite training ## every test, without lint; PYTEST_ARGS="-k name" chooses
 suite: $(STAMP)
 	$(BIN)/python -m pytest $(SUITE) $(PYTEST_ARGS)
 
-# In a process of its own: with scikit-learn in it, one is too large for tests that look at themselves.
+# In a process of its own: with scikit-learn in it, one is too large for tests that look at themselves. Those of installing
+# measure no time either.
 .PHONY: training
 training: $(STAMP)
-	$(APART) $(BIN)/python -m pytest tests/train $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(APART) $(BIN)/python -m pytest tests/train tests/install $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 # An environment of its own: what Reaper is measured against is none of its dependencies.
 BENCH := build/bench

@@ -169,8 +169,9 @@ class _Search:
                 f"carries the session's stamp, but runs in cgroup {process.cgroup!r}"
             )
         elif self.session.ending and process.forked:
-            # Its environment is the one that the leader was run with (`reaperctl run`); before the end it would have the page.
-            self.left_alone[process.id] = "was forked after the leader had ended the session"
+            # The environment of the leader itself, where `reaperctl run` ran that, is no evidence of when it was forked: before
+            # the end it would have the page. Below a member it is one all the same.
+            return
         elif self.session.cgroup == "/":
             self.stamped[process.id] = process
         else:

@@ -15,7 +15,7 @@ from harness import Scratch
 
 FIXED_SEED = 20
 STEPS = 80
-MOMENTS = 50
+MOMENTS = 20
 # What has a mark of its own: a daemon that was killed before it noted anything still finds it.
 MARKED = ("forked", "bare", "execed", "detached", "detached-execed", "deaf", "slow", "grandchild", "breeder")
 
@@ -50,7 +50,7 @@ def test_the_same_seed_gives_the_same_plan() -> None:
     assert first != other
 
 
-def test_a_daemon_killed_at_fifty_moments_loses_no_session_and_leaves_nobody_alive(stage: Stage) -> None:
+def test_a_daemon_killed_at_twenty_moments_loses_no_session_and_leaves_nobody_alive(stage: Stage) -> None:
     seed = fresh_seed()
     print(f"seed {seed}")
     try:

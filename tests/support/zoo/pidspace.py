@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import select
@@ -95,7 +96,8 @@ def take_pid(pid: int, body: Callable[[], object]) -> int:
         child = fork(elsewhere_then_body)
         if child == pid:
             return child
-        os.waitpid(child, 0)
+        with contextlib.suppress(ChildProcessError):  # who ignores SIGCHLD need not wait
+            os.waitpid(child, 0)
     raise AssertionError(f"no child got {pid}")
 
 
