@@ -40,7 +40,9 @@ def main() -> int:
     # What is tested is what comes of a number of workers; that there may be fewer is our own tests' business.
     limits.usable_cpus = lambda: 16
     session.push_limit(16)
-    return int(pytest.main(["-c", os.devnull, "--rootdir", directory, "-p", "no:cacheprovider", *options, copy]))
+    return int(
+        pytest.main(["-c", os.devnull, "--rootdir", directory, "-p", "no:cacheprovider", *options, copy])
+    )
 
 
 if __name__ == "__main__":
