@@ -111,8 +111,8 @@ def training_session(
     SIGKILL. Trackers of shared memory end with this process; what was there before, and what ``spared()`` started, lives on.
 
     In the main thread SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP raise SystemExit (128 + the signal's number); another
-    one (or the same, 0.2 s later or more) ends everything at once. A signal that was ignored stays so, and a handler of one's own stays in charge.
-    Afterwards all handlers are as they were.
+    one (or the same, 0.2 s later or more) ends everything at once. A signal that was ignored stays so, and a handler of one's
+    own stays in charge. Afterwards all handlers are as they were.
 
     ``max_workers`` limits ``n_jobs`` (None: the daemon's ``[sessions] max_workers``, else 4). ``status_file`` is written at
     the start and at the end; see ``read_status()``. ``socket`` and ``required`` are as for ``register()``. A worker

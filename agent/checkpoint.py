@@ -304,7 +304,7 @@ def _code_of(value: Any) -> str:
             [(name, told) for name, one in members if (told := _instructions_of(one))]
             + [_code_of(base) for base in value.__bases__]
         )
-    return repr(_instructions_of(value) or _instructions_of(type(value).__call__))
+    return repr(_instructions_of(value))
 
 
 def _instructions_of(value: Any) -> Any:

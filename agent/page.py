@@ -14,6 +14,10 @@ import sys
 
 from agent import wire
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 # linux/fcntl.h; the constants are in Python's fcntl module for some versions only.
 _F_ADD_SEALS = 1033
 _SIZE_SEALS = 0x2 | 0x4  # SHRINK, GROW
@@ -42,8 +46,7 @@ class SessionPage:
         self._identity = (session, name, start_ticks, boot_id)
         self.attempt = attempt
         self._sockets: list[str] = []
-        self._status_file = ""
-        self._stray: tuple[float, float] | None = None
+        self._fields: dict[str, Any] = {"attempt": attempt}
         self._flags = 0
         self._record_bytes = 0
         self._lock = _thread.RLock()  # a signal handler may write in the middle of a write
@@ -67,9 +70,7 @@ class SessionPage:
 
     def write_record(self, sockets: list[str]) -> None:
         """Say who the leader is and which daemon's socket it belongs to (all that were tried, where none answered)."""
-        record = wire.pack_record(
-            *self._identity, self.fd, sockets, self._status_file, self.attempt, self._stray
-        )
+        record = wire.pack_record(*self._identity, self.fd, sockets, **self._fields)
         self._sockets = sockets
         self._record_bytes = len(record)
         self._write(wire.RECORD_AT, record)
@@ -79,31 +80,18 @@ class SessionPage:
         """The sockets that the record names."""
         return self._sockets
 
-    def name_status_file(self, path: str) -> str:
-        """Say which file is to tell how the leader ended, where it cannot do so itself; "" for none. Return the one before.
+    def say(self, **fields: object) -> dict[str, object]:
+        """Put optional fields of the record (``wire.pack_record``) to these values, None for none, and return what they were.
 
-        WireError: no room.
+        WireError: no room, and they are as they were.
         """
-        before, self._status_file = self._status_file, path
+        before, self._fields = self._fields, {**self._fields, **fields}
         try:
             self.write_record(self._sockets)
         except wire.WireError:
-            self._status_file = before
+            self._fields = before
             raise
-        return before
-
-    def call_stray(self, thresholds: tuple[float, float] | None) -> tuple[float, float] | None:
-        """Say after how many seconds, and from how many percent of a core on, a worker without its pool is told of.
-
-        Return what was said before. WireError: no room.
-        """
-        before, self._stray = self._stray, thresholds
-        try:
-            self.write_record(self._sockets)
-        except wire.WireError:
-            self._stray = before
-            raise
-        return before
+        return {name: before.get(name) for name in fields}
 
     def write_progress(self, done: float, total: float | None, message: str) -> None:
         """Say how far the work is."""

@@ -185,7 +185,8 @@ def _handed_over() -> Session | None:
     Every other leader's page is closed by execve(2), and its session is over.
     """
     words = os.environ.get(wire.LINEAGE_VARIABLE, "").split(":")
-    if not words[-1].startswith(f"{os.getpid()}-{read_start_ticks():x}-"):
+    ours = f"{os.getpid()}-"  # by itself first: hardly anybody has exec'ed so, and registering is waited for
+    if not words[-1].startswith(ours) or not words[-1].startswith(f"{ours}{read_start_ticks():x}-"):
         return None
     from agent import handover
 
@@ -318,28 +319,18 @@ def _remove_environment_stamp(session_id: str) -> None:
         os.environ.pop(wire.LINEAGE_VARIABLE, None)
 
 
-def name_status_file(path: str) -> str:
-    """Have the daemon write the end of this run into a file, should this process be killed; return the file before, "" for none.
+def say(**fields: object) -> dict[str, object]:
+    """Tell the daemon of this session, in its page, and return what was told before.
 
-    A path that is too long for the session page is left out.
+    ``status_file`` is the file into which it is to write the end of this run, should this process be killed; ``stray`` the
+    seconds and the percent of a core from which on it is to report workers that lost their pool; None for neither. What the
+    page has no room for is left out: then nothing is returned.
     """
     page = _page_that_leads()
     try:
-        return "" if page is None else page.name_status_file(path)
+        return {} if page is None else page.say(**fields)
     except wire.WireError:
-        return ""
-
-
-def call_stray(thresholds: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Have the daemon tell of workers that lost their pool so many seconds ago and use that much of a core; None: no longer.
-
-    Return what was said before.
-    """
-    page = _page_that_leads()
-    try:
-        return None if page is None else page.call_stray(thresholds)
-    except wire.WireError:
-        return None
+        return {}
 
 
 def _page_that_leads() -> SessionPage | None:

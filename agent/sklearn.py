@@ -18,17 +18,15 @@ from typing import Any, NamedTuple
 from agent import session
 
 _NAME = "progress-of-a-fit"
-_COUNTS = struct.Struct(
-    "<qqq"
-)  # tasks that are done, those that are expected, and those that have an unknown number of parts
+# Tasks that are done, those that are expected, and those that have an unknown number of parts.
+_COUNTS = struct.Struct("<qqq")
 _REPORT_S = 0.5  # the last value in the session page is no older, even when the leader is killed
-
 
 _lock = threading.Lock()  # fits in several threads may begin and end at once
 
 
 class _Counter(NamedTuple):
-    """Two numbers in a memfd of the leader's. A worker finds it by the leader's descriptor, and writes with its own uid's rights."""
+    """Three numbers in a memfd of the leader's. A worker finds it by the leader's descriptor, and writes with its own uid's rights."""
 
     pid: int
     start_ticks: int

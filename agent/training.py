@@ -76,8 +76,8 @@ class ProcessManager:
         self._family: family.Family | None = None
         self._status: StatusFile | None = None
         # What the page says of the session around this one.
-        self._status_path_before = ""
-        self._stray_before: tuple[float, float] | None = None
+        self._status_before: dict[str, object] = {}
+        self._stray_before: dict[str, object] = {}
         self._owns_session = False
         self._signals = _Signals(self)
         self.session: Session | None = None
@@ -123,7 +123,7 @@ class ProcessManager:
         try:
             if self._status_path is not None:
                 self._status = StatusFile(self._status_path, self.session.name, self.session.id)
-                self._status_path_before = session.name_status_file(self._status.path)
+                self._status_before = session.say(status_file=self._status.path)
                 session.listen(self._status.note_progress)
         except BaseException:
             if self._owns_session:
@@ -140,7 +140,7 @@ class ProcessManager:
             if self.session.socket is None:
                 self._strays.start()
             else:
-                self._stray_before = session.call_stray(self._strays.thresholds)
+                self._stray_before = session.say(stray=self._strays.thresholds)
         except BaseException as error:  # a signal, for one: whoever called has nothing to end yet
             self.stop(error)
             raise
@@ -178,7 +178,7 @@ class ProcessManager:
 
     def _end(self, error: BaseException | None) -> list[Worker]:
         self._strays.stop()
-        session.call_stray(self._stray_before)
+        session.say(**self._stray_before)
         try:
             left = self.cleanup()
             if left:
@@ -205,7 +205,7 @@ class ProcessManager:
         except OSError as failure:
             log.warning("cannot write the status file %s: %s", self._status.path, failure.strerror)
         finally:
-            session.name_status_file(self._status_path_before)
+            session.say(**self._status_before)
 
     def _at_exit(self) -> None:
         # What has ended the program, where it was not stopped before; of SystemExit, nothing is left to see.

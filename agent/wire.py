@@ -336,11 +336,13 @@ def pack_record(
     boot_id: str,
     page_fd: int,
     sockets: list[str],
-    status_file: str = "",
-    attempt: tuple[int, int] | None = None,
-    stray: tuple[float, float] | None = None,
+    **optional: object,
 ) -> bytes:
-    """Return the record of a page; raise WireError when it would not fit."""
+    """Return the record of a page; raise WireError when it would not fit.
+
+    ``optional`` are ``status_file`` (a path), ``attempt`` (which, and the most there can be) and ``stray`` (seconds, percent
+    of a core); those that say nothing are left out.
+    """
     record = {
         "id": session,
         "name": name,
@@ -348,9 +350,7 @@ def pack_record(
         "boot_id": boot_id,
         "fd": page_fd,
         "sockets": sockets[:MAX_SOCKETS],
-        **({"status_file": status_file} if status_file else {}),
-        **({"attempt": attempt} if attempt else {}),
-        **({"stray": stray} if stray else {}),
+        **{key: value for key, value in optional.items() if value},
     }
     data = encode(record)
     if len(data) > PROGRESS_AT - RECORD_AT:

@@ -345,7 +345,9 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
             looked.family.subreapers
         ),
         targets=targets,
-        left_alone={**entry.left_alone, **_excused(entry, looked), **looked.family.left_alone},
+        left_alone=_but_for_the_gone(
+            {**entry.left_alone, **_excused(entry, looked), **looked.family.left_alone}, targets
+        ),
         looks=entry.looks + (not looked.ahead),
         looked_at_s=looked.at_s,
         judged_at_s=looked.at_s if looked.afresh else entry.judged_at_s,
@@ -386,6 +388,14 @@ def _judged_again(target: Target, looked: Looked) -> Target:
     if target.excused == (not listed) or (not listed and id_.pid in looked.unread):
         return target
     return target._replace(excused=not listed)
+
+
+def _but_for_the_gone(
+    left_alone: Mapping[ProcessId, str], targets: Mapping[ProcessId, Target]
+) -> Mapping[ProcessId, str]:
+    """Return who is left alone: what was seen of one before, or just before, it ended does not make it one of them."""
+    gone = {id_ for id_, target in targets.items() if target.stage is Stage.GONE}
+    return {id_: reason for id_, reason in left_alone.items() if id_ not in gone}
 
 
 def _excused(entry: Entry, looked: Looked) -> Mapping[ProcessId, str]:
@@ -430,10 +440,11 @@ def _exited(entry: Entry, exited: Exited) -> Entry:
             gone[id_] = target._replace(stage=stage, gone_at_s=target.gone_at_s or at_s)
     if not gone:
         return entry
-    # A look that came between its end and the news of it took it for one that was to be left alone.
-    left_alone = {id_: reason for id_, reason in entry.left_alone.items() if id_ not in gone}
     session = entry.session.keeping(entry.session.kept - gone.keys())
-    changed = entry._replace(session=session, targets={**entry.targets, **gone}, left_alone=left_alone)
+    targets = {**entry.targets, **gone}
+    changed = entry._replace(
+        session=session, targets=targets, left_alone=_but_for_the_gone(entry.left_alone, targets)
+    )
     if all(target.tracker for target in gone.values()):
         return changed
     # A worker may have forked in its last moment: begin to look again.

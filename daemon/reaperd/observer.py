@@ -67,20 +67,28 @@ class Observer:
     def describe_leader(self, session: Session) -> Session:
         """Return ``session`` with what only its living leader tells; ProcessGone."""
         pid = session.leader.pid
-        _, parent = self.proc.parent(pid)
         cgroups, namespaces = self.proc.cgroup(pid), self.proc.namespaces(pid)
         counter = self._oom_counters.find(cgroups)
         return session._replace(
             cgroup=wire.parse_cgroup(cgroups),
             adopters=(adopters := kinship.ancestors(self.proc, pid)),
-            # /proc does not say who is one, and a command may die before anybody was seen to be adopted.
-            subreapers=frozenset(one for one in adopters if session.attempt and one.pid == parent),
+            subreapers=self._supervisor_of(session, adopters),
             init=self._init_among(adopters, namespaces.pid),
             namespaces=namespaces,
             groups=parse_groups(self.proc.status(pid)),
             oom_counter=counter.path,
             oom_kills=counter.kills,
         )
+
+    def _supervisor_of(self, session: Session, adopters: frozenset[ProcessId]) -> frozenset[ProcessId]:
+        """Return the leader's parent under `reaperctl run`, which adopts what it leaves.
+
+        /proc does not say who is a subreaper, and a command may die before anybody was seen to be adopted.
+        """
+        if session.attempt is None:
+            return frozenset()
+        _, parent = self.proc.parent(session.leader.pid)
+        return frozenset(one for one in adopters if one.pid == parent)
 
     def _init_among(self, adopters: frozenset[ProcessId], namespace: str) -> ProcessId | None:
         """Return the init of a pid namespace, None where that is not among ``adopters``."""

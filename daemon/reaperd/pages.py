@@ -38,9 +38,8 @@ class Page(NamedTuple):
     progress: Progress | None
     spared: tuple[tuple[int, int], ...]  # (pid, start ticks) of what was started under spared()
     status_file: str = ""  # that is to say how the leader ended
-    stray: tuple[float, float] | None = (
-        None  # seconds and percent of a core from which on workers without a pool are told of
-    )
+    # Seconds and percent of a core from which on workers without a pool are to be reported.
+    stray: tuple[float, float] | None = None
     attempt: tuple[int, int] | None = None  # which of how many, under `reaperctl run`
 
 

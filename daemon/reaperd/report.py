@@ -76,14 +76,7 @@ def end_event(entry: Entry, *, dry_run: bool) -> dict[str, Any]:
 
 
 def _left_alone(entry: Entry) -> list[dict[str, Any]]:
-    """Return who was left alone; not who was found to be a member since: its parent was another by then."""
-    left = {id_: reason for id_, reason in entry.left_alone.items() if not _was_signalled(entry, id_)}
-    return [{"pid": id_.pid, "reason": reason} for id_, reason in left.items()]
-
-
-def _was_signalled(entry: Entry, id_: ProcessId) -> bool:
-    target = entry.targets.get(id_)
-    return target is not None and bool(target.signals)
+    return [{"pid": id_.pid, "reason": reason} for id_, reason in entry.left_alone.items()]
 
 
 def _freed_record(freed: Freed) -> dict[str, int]:

@@ -337,6 +337,15 @@ class Cgroup:
         with open(os.path.join(self.path, name), encoding="ascii") as file:
             return file.read()
 
+    def limit_memory(self, size_bytes: int) -> None:
+        """Set the limit, in either version of the controller; swap would only put off the end."""
+        try:
+            self.write("memory.limit_in_bytes", str(size_bytes))
+            self.write("memory.memsw.limit_in_bytes", str(size_bytes))
+        except FileNotFoundError:
+            self.write("memory.max", str(size_bytes))
+            self.write("memory.swap.max", "0")
+
     def pids(self) -> list[int]:
         return [int(word) for word in self.read("cgroup.procs").split()]
 

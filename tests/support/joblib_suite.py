@@ -11,11 +11,10 @@ from __future__ import annotations
 import os
 import sys
 
+import foreign_suite
 import joblib.test
-import pytest
 
 import agent.joblib
-from agent import limits, session
 
 LISTED = 'PROCESS_BACKENDS = ["multiprocessing", "loky"]'
 
@@ -37,12 +36,7 @@ def main() -> int:
     with open(copy, "w", encoding="utf-8") as file:
         file.write(source.replace(LISTED, LISTED[:-1] + ', "reaper"]'))
     agent.joblib.register()
-    # What is tested is what comes of a number of workers; that there may be fewer is our own tests' business.
-    limits.usable_cpus = lambda: 16
-    session.push_limit(16)
-    return int(
-        pytest.main(["-c", os.devnull, "--rootdir", directory, "-p", "no:cacheprovider", *options, copy])
-    )
+    return foreign_suite.run(directory, copy, options)
 
 
 if __name__ == "__main__":

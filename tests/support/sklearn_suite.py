@@ -12,11 +12,10 @@ import os
 import shutil
 import sys
 
-import pytest
+import foreign_suite
 import sklearn.callback
 
 import agent.joblib
-from agent import limits, session
 
 NAME = "callback_tests"
 BOTH = """
@@ -75,11 +74,7 @@ def main() -> int:
     os.environ["PYTHONPATH"] = directory
     sys.path.insert(0, directory)
     agent.joblib.register(make_default=True)
-    limits.usable_cpus = lambda: 16
-    session.push_limit(16)
-    return int(
-        pytest.main(["-c", os.devnull, "--rootdir", directory, "-p", "no:cacheprovider", *options, folder])
-    )
+    return foreign_suite.run(directory, folder, options)
 
 
 if __name__ == "__main__":

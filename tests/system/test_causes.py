@@ -113,16 +113,6 @@ def test_after_a_crash_nothing_is_given_exit_grace(daemon: Daemon, start_leader:
     daemon.wait_end(leader.session)
 
 
-def limit_memory(group: Cgroup, size_bytes: int) -> None:
-    """Set the limit, in either version of the controller; swap would only put off the end."""
-    try:
-        group.write("memory.limit_in_bytes", str(size_bytes))
-        group.write("memory.memsw.limit_in_bytes", str(size_bytes))
-    except FileNotFoundError:
-        group.write("memory.max", str(size_bytes))
-        group.write("memory.swap.max", "0")
-
-
 def count_oom_kills(group: Cgroup) -> int:
     try:
         text = group.read("memory.oom_control")
@@ -140,7 +130,7 @@ def test_a_leader_that_the_oom_killer_took_is_said_to_have_died_of_it(
     parent: str, daemon: Daemon, start_leader: StartLeader, memory_cgroup: Callable[[str], Cgroup]
 ) -> None:
     group = memory_cgroup("oom")
-    limit_memory(group, LIMIT)
+    group.limit_memory(LIMIT)
     leader = start_leader("kin.py", "subprocess", socket=daemon.socket, groups=[group], parent=parent)
     leader.tell(f"eat {4 * LIMIT}")
     leader.wait_dead()
@@ -155,7 +145,7 @@ def test_a_plain_sigkill_in_a_cgroup_with_a_limit_is_not_called_oom(
     daemon: Daemon, start_leader: StartLeader, memory_cgroup: Callable[[str], Cgroup]
 ) -> None:
     group = memory_cgroup("kill")
-    limit_memory(group, LIMIT)
+    group.limit_memory(LIMIT)
     leader = start_leader("kin.py", "subprocess", socket=daemon.socket, groups=[group])
     leader.kill9()
     assert broken_promise(leader) == ""
@@ -168,7 +158,7 @@ def test_a_sigkill_after_the_oom_killer_took_a_worker_is_not_called_oom(
     daemon: Daemon, start_leader: StartLeader, memory_cgroup: Callable[[str], Cgroup]
 ) -> None:
     group = memory_cgroup("worker")
-    limit_memory(group, LIMIT)
+    group.limit_memory(LIMIT)
     leader = start_leader("kin.py", "subprocess", socket=daemon.socket, groups=[group])
     assert leader.ask(f"worker-eats {4 * LIMIT}")["signal"] == 9
     assert count_oom_kills(group) == 1

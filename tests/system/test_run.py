@@ -166,6 +166,25 @@ def test_a_command_that_never_registers_is_a_session_too(run: str, daemon: Daemo
     assert event["attempt"] == {"number": 1, "most": 1}
 
 
+def test_a_training_session_in_the_command_does_not_end_its_session(run: str, daemon: Daemon) -> None:
+    script = (
+        "import agent\n"
+        "with agent.training_session() as one: first = one.session.id\n"
+        "print(first == agent.register().id)"
+    )
+    ended = subprocess.run(
+        [*CTL, "run", sys.executable, "-W", "ignore", "-c", script],
+        env=test_environment(run, REAPER_SOCKET=daemon.socket),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=WITHIN_S,
+        check=True,
+    )
+    assert ended.stdout == "True\n"
+    assert len(daemon.events(kind="registered")) == 1
+
+
 def test_what_a_worker_registers_below_the_command_is_a_session_of_its_own(run: str, daemon: Daemon) -> None:
     script = f'"{sys.executable}" -c "import agent; print(agent.register().id)"; echo $REAPER_LINEAGE; exit 0'
     ended = subprocess.run(
@@ -255,12 +274,7 @@ def test_after_an_oom_kill_it_begins_again_with_half_the_workers(
 ) -> None:
     group = memory_cgroup("halved")
     limit = 96 << 20
-    try:
-        group.write("memory.limit_in_bytes", str(limit))
-        group.write("memory.memsw.limit_in_bytes", str(limit))
-    except FileNotFoundError:
-        group.write("memory.max", str(limit))
-        group.write("memory.swap.max", "0")
+    group.limit_memory(limit)
     one = start(
         f"eat:{4 * limit} exit:0", "--restart", "on-failure:2", "--backoff", "0.05", "--max-workers", "2",
         within=entering([group], []),
@@ -580,15 +594,7 @@ def test_the_page_is_no_standard_file_of_the_command(closed: str, run: str, tmp_
     ],
 )
 def test_what_cannot_be_run_is_a_sentence(run: str, words: list[str], code: int, sentence: str) -> None:
-    ended = subprocess.run(
-        [*CTL, "run", *words],
-        env=test_environment(run, REAPER_SOCKET=NO_DAEMON),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=WITHIN_S,
-        check=False,
-    )
+    ended = _run_alone(run, *words)
     assert ended.returncode == code
     assert sentence in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -598,8 +604,14 @@ def test_a_script_without_a_first_line_is_a_sentence(run: str, tmp_path: Path) -
     script = tmp_path / "train"
     script.write_bytes(b"\x00\x01")
     script.chmod(0o755)
-    ended = subprocess.run(
-        [*CTL, "run", str(script)],
+    ended = _run_alone(run, str(script))
+    assert ended.returncode == 126
+    assert "Exec format error" in ended.stderr
+
+
+def _run_alone(run: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*CTL, "run", *words],
         env=test_environment(run, REAPER_SOCKET=NO_DAEMON),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -607,5 +619,3 @@ def test_a_script_without_a_first_line_is_a_sentence(run: str, tmp_path: Path) -
         timeout=WITHIN_S,
         check=False,
     )
-    assert ended.returncode == 126
-    assert "Exec format error" in ended.stderr

@@ -482,6 +482,23 @@ def test_a_session_that_nobody_stops_says_what_ended_the_program(
     assert agent.read_status(path).state == state
 
 
+def test_the_same_signal_again_at_once_is_the_first_one_still(tell: Tell) -> None:
+    told = tell(
+        """
+        with agent.training_session():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(20)
+            except SystemExit:
+                os.kill(os.getpid(), signal.SIGTERM)
+                say(goes_on=True)
+                raise
+        """,
+        code=143,
+    )
+    assert told == {"goes_on": True}
+
+
 def test_a_second_signal_while_progress_is_told_all_the_time_still_ends_everything(
     tell: Tell, scratch: Scratch
 ) -> None:

@@ -183,6 +183,17 @@ def test_a_forked_child_shares_the_page_and_can_write_it_whoever_held_its_lock(l
     assert read(leader.fd).progress == (9.0, 10.0, "from the child")
 
 
+def test_what_the_page_has_no_room_for_leaves_it_as_it_was(leader: SessionPage) -> None:
+    assert leader.say(status_file="/run.json", stray=(1.0, 2.0)) == {"status_file": None, "stray": None}
+    with pytest.raises(wire.WireError):
+        leader.say(status_file="/" + "x" * wire.PAGE_BYTES)
+    leader.write_record(["/other"])
+    told = read(leader.fd)
+    assert (told.status_file, told.stray, told.sockets) == ("/run.json", (1.0, 2.0), ("/other",))
+    assert leader.say(status_file=None) == {"status_file": "/run.json"}
+    assert (read(leader.fd).status_file, read(leader.fd).stray) == ("", (1.0, 2.0))
+
+
 def test_a_signal_handler_may_write_in_the_middle_of_a_write(leader: SessionPage) -> None:
     with leader._lock:
         leader.write_progress(2, 3, "handler")

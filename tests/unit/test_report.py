@@ -144,6 +144,18 @@ def test_the_event_of_an_end_has_every_field_that_others_rely_on() -> None:
     }
 
 
+def test_who_was_left_alone_at_first_and_ended_later_is_told_of_once() -> None:
+    event = end(
+        looked(10.0, left_alone={201: "its parent is neither", 300: "was started under spared()"}),
+        looked(10.1, member(201)),
+        sent(201, 15),
+        exited(10.2, 201),
+        looked(10.3, left_alone={201: "its parent is neither"}),  # of what was read before it ended
+    )
+    assert [one["pid"] for one in event["processes"]] == [201]
+    assert event["left_alone"] == [{"pid": 300, "reason": "was started under spared()"}]
+
+
 def test_an_end_that_needed_no_signal_is_not_called_reaped() -> None:
     assert end()["kind"] == "ended"
     event = end(looked(10.0, member(201)), exited(10.1, 201))

@@ -415,7 +415,7 @@ def test_a_page_comes_back_as_it_was_written() -> None:
 def test_a_page_names_a_status_file_by_an_absolute_path_or_none(told: Any, path: str) -> None:
     record = {"id": ID, "name": "x", "start_ticks": 42, "boot_id": BOOT, "fd": 5, "sockets": [SOCKET]}
     assert pages.parse_page(page(wire.encode({**record, "status_file": told}))).status_file == path
-    assert wire.pack_record(ID, "x", 42, BOOT, 5, [SOCKET], "/run.json") == wire.encode(
+    assert wire.pack_record(ID, "x", 42, BOOT, 5, [SOCKET], status_file="/run.json") == wire.encode(
         {**record, "status_file": "/run.json"}
     )
 

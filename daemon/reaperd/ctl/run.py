@@ -23,6 +23,7 @@ from reaperd.ctl.terminal import tell
 from reaperd.ctl.units import list_of, plural, text_of
 from reaperd.linux import cgroup, prctl
 from reaperd.linux.page import open_page, read_page
+from reaperd.linux.procfs import ProcFS
 from reaperd.pages import Page
 from reaperd.words import duration
 
@@ -106,10 +107,10 @@ class _Run:
         # One that is ignored (nohup) would be queued for us all the same.
         self._signals = [one for one in (*_ENDING, *_OTHERS) if signal.getsignal(one) != signal.SIG_IGN]
         self._apart = False  # the command has a process group of its own
-        self._oom_counter = cgroup.counter_file(_read("/proc/self/cgroup"))
+        self._oom_counter = cgroup.counter_file(ProcFS().cgroup(os.getpid()))
 
-    def until_over(self) -> int:
-        """Run the command until nothing more is to be done; return the last one's wait status."""
+    def until_over(self) -> Ended:
+        """Run the command until nothing more is to be done; return how that came to its end."""
         prctl.adopt_orphans()
         # Taken one by one from here on; the command gets back what we were given.
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*self._signals, signal.SIGCHLD))
@@ -122,13 +123,12 @@ class _Run:
             if not following.again:
                 if following.reason:
                     self._tell(f"{_how(ended)}; {following.reason}")
-                return ended.status
+                return ended
             limit = self._halve(started) if ended.out_of_memory else ""
             self._tell(f"{_how(ended)}; starting again in {duration(following.after_s)}{limit}")
             if self._pause(following.after_s):
-                return (
-                    self._asked or ended.status
-                )  # the number of a signal alone is the status of who died of it
+                # The number of a signal alone is the status of who died of it.
+                return ended._replace(status=self._asked or ended.status)
 
     # -- one attempt -------------------------------------------------------------------------
 
@@ -268,7 +268,7 @@ class _Run:
         return Ended(
             status,
             lasted_s,
-            out_of_memory=killed and status != 0,
+            out_of_memory=killed,
             asked=self._asked is not None or told.get("stopped_by_uid") is not None,
             workers=self._workers,
         )
@@ -382,20 +382,14 @@ def _how(ended: Ended) -> str:
     return f"{how} after {duration(ended.lasted_s)}"
 
 
-def _end_like(status: int) -> int:
-    """Return the exit code of a wait status, or end by the signal that ended the command: a shell stops its loop then."""
-    number = status & 0x7F
-    if not number:
-        return status >> 8 & 0xFF
+def _end_like(ended: Ended) -> int:
+    """Return the exit code, or end by the signal that ended the command: a shell stops its loop then."""
+    if not ended.signal:
+        return ended.code
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has dumped its own
     with contextlib.suppress(OSError):  # SIGKILL, and those that the C library keeps to itself
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
+        signal.signal(ended.signal, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (ended.signal,))
     with contextlib.suppress(OSError):
-        signal.raise_signal(number)
-    return 128 + number
-
-
-def _read(path: str) -> str:
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        return file.read()
+        signal.raise_signal(ended.signal)
+    return ended.code

@@ -5,13 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = (
-    1,
-    4,
-    15,
-    36,
-    38,
-)
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME = 1, 4, 15
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 
 
 def _prctl(option: int, argument: int | bytes) -> None:
