@@ -42,7 +42,12 @@ __all__ = [
 
 
 def register(
-    name: str | None = None, *, socket: str | None = None, timeout: float = 1.0, required: bool = False
+    name: str | None = None,
+    *,
+    socket: str | None = None,
+    timeout: float = 1.0,
+    required: bool = False,
+    isolate: bool = False,
 ) -> Session:
     """Make this process the leader of a session: when it dies, Reaper ends all that it started.
 
@@ -52,11 +57,13 @@ def register(
     Idempotent in one process. A forked worker gets its leader's session back and never becomes a leader itself.
     Without a daemon it marks what is started all the same, warns once and returns: a daemon that starts later adopts
     the session. ``required=True`` raises RegistrationError instead. ``REAPER_DISABLE=1`` switches everything off.
+    ``isolate=True`` asks the daemon for a control group of the session's own, which no worker leaves whatever it does, and
+    may wait five seconds more for it. Where there is none to be had a RuntimeWarning says why, and all goes on as without.
     No thread, socket or signal handler stays behind.
     """
     from agent import session
 
-    return session.register(name, socket=socket, timeout=timeout, required=required)
+    return session.register(name, socket=socket, timeout=timeout, required=required, isolate=isolate)
 
 
 def unregister() -> None:
@@ -99,6 +106,7 @@ def training_session(
     cpu_threshold: float = 50.0,
     socket: str | None = None,
     required: bool = False,
+    isolate: bool = False,
     grace: float = 5.0,
 ) -> ProcessManager:
     """Return a context in which this process is the leader of a session, and which leaves nothing of what is started in it.
@@ -115,7 +123,7 @@ def training_session(
     own stays in charge. Afterwards all handlers are as they were.
 
     ``max_workers`` limits ``n_jobs`` (None: the daemon's ``[sessions] max_workers``, else 4). ``status_file`` is written at
-    the start and at the end; see ``read_status()``. ``socket`` and ``required`` are as for ``register()``. A worker
+    the start and at the end; see ``read_status()``. ``socket``, ``required`` and ``isolate`` are as for ``register()``. A worker
     that lost its pool ``orphan_age_limit`` seconds ago and uses ``cpu_threshold`` percent of a core is told of: by the
     daemon at its scans (its log, ``reaperctl events``), and without one by a thread that looks every
     ``monitoring_interval`` seconds (logger ``agent``).
@@ -133,6 +141,7 @@ def training_session(
         status_file=status_file,
         socket=socket,
         required=required,
+        isolate=isolate,
         grace=grace,
     )
 

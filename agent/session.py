@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Progress = Callable[[float, float | None, str], None]
 
 _RETRY_S = 30.0
+_ISOLATING_S = 5.0  # that a daemon may take for it, beside what it takes to answer
 
 
 class RegistrationError(RuntimeError):
@@ -37,10 +38,11 @@ class Session:
     """What ``register()`` returns.
 
     ``id`` is empty where nothing was registered (``REAPER_DISABLE=1``, not Linux); ``socket`` is the daemon that
-    accepted the session, None where none did (yet); ``max_workers`` is that daemon's limit, None without one.
+    accepted the session, None where none did (yet); ``max_workers`` is that daemon's limit, None without one;
+    ``isolated`` says whether that daemon gave it a control group of its own, and ``not_isolated`` why not, where asked to.
     """
 
-    __slots__ = ("id", "max_workers", "name", "pid", "socket", "unwatched")
+    __slots__ = ("id", "isolated", "max_workers", "name", "not_isolated", "pid", "socket", "unwatched")
 
     def __init__(self, session: str, name: str, pid: int) -> None:
         """Describe a session; registering it is ``register()``'s work."""
@@ -49,6 +51,8 @@ class Session:
         self.pid = pid
         self.socket: str | None = None
         self.max_workers: int | None = None
+        self.isolated = False
+        self.not_isolated = ""
         self.unwatched = ""  # why no daemon watches
 
     @property
@@ -94,6 +98,7 @@ def register(
     socket: str | None = None,
     timeout: float = 1.0,
     required: bool = False,
+    isolate: bool = False,
     attempt: tuple[int, int] | None = None,
     for_exec: bool = False,
 ) -> Session:
@@ -132,8 +137,15 @@ def register(
                     f"the session cannot be marked: {error}",
                     required=required,
                 )
-        if session.socket is None and (required or time.monotonic() >= _process.retry_at_s):
-            _announce(session, paths or sockets.candidate_sockets(socket), float(timeout), required)
+        wanting = session.socket is None or (isolate and not session.isolated)
+        if wanting and (required or time.monotonic() >= _process.retry_at_s):
+            _announce(
+                session,
+                paths or sockets.candidate_sockets(socket),
+                float(timeout),
+                required=required,
+                isolate=isolate,
+            )
         return session
 
 
@@ -229,7 +241,7 @@ def _first_listening(paths: list[str]) -> str:
     return paths[0]
 
 
-def _announce(session: Session, paths: list[str], timeout_s: float, required: bool) -> None:
+def _announce(session: Session, paths: list[str], timeout_s: float, *, required: bool, isolate: bool) -> None:
     """Tell a daemon, the first that accepts; without one the marks must do until a daemon starts."""
     page = _process.page
     assert page is not None, "a session that leads has a page"
@@ -241,7 +253,10 @@ def _announce(session: Session, paths: list[str], timeout_s: float, required: bo
         "page_fd": page.fd,
         "temp_dirs": _temp_dirs(),
         **({"attempt": list(page.attempt)} if page.attempt else {}),
+        **({"isolate": True} if isolate else {}),
     }
+    if isolate:
+        timeout_s += _ISOLATING_S
     reasons = []
     for path in paths:
         try:
@@ -254,10 +269,25 @@ def _announce(session: Session, paths: list[str], timeout_s: float, required: bo
             session.socket = path
             limit = reply.get("max_workers")
             session.max_workers = limit if isinstance(limit, int) and limit > 0 else None
+            session.isolated = reply.get("isolated") is True
             page.write_record([path])
+            if isolate and not session.isolated:
+                _go_on_without_isolation(session, reply.get("not_isolated"))
             return
     _process.retry_at_s = time.monotonic() + _RETRY_S
     _without_daemon(session, "; ".join(reasons), required=required)
+
+
+def _go_on_without_isolation(session: Session, told: object) -> None:
+    _process.retry_at_s = time.monotonic() + _RETRY_S
+    session.not_isolated = told if isinstance(told, str) and told else "the daemon is too old for that"
+    import warnings
+
+    warnings.warn(
+        f"the session has no control group of its own, its marks must do: {session.not_isolated}",
+        RuntimeWarning,
+        stacklevel=_frames_of_ours(),
+    )
 
 
 def _temp_dirs() -> list[str]:

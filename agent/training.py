@@ -55,6 +55,7 @@ class ProcessManager:
         status_file: str | os.PathLike[str] | None = None,
         socket: str | None = None,
         required: bool = False,
+        isolate: bool = False,
         grace: float = 5.0,
     ) -> None:
         """Nothing happens before ``start()``; see ``agent.training_session`` for what it takes."""
@@ -69,7 +70,9 @@ class ProcessManager:
                 raise ValueError(f"{what}: must be a number, more than 0, got {value!r:.60}")
         self._max_workers = max_workers
         self._strays = _Strays(self, monitoring_interval, orphan_age_limit, cpu_threshold)
-        self._options: dict[str, Any] = {"name": name, "socket": socket, "required": required}
+        self._options: dict[str, Any] = {
+            "name": name, "socket": socket, "required": required, "isolate": isolate,
+        }  # fmt: skip
         self._status_path = status_file
         self._grace_s = float(grace)
         self._pid = 0  # of the process in which it runs; 0: it does not

@@ -9,6 +9,7 @@ import os
 from agent import wire
 from reaperd import report
 from reaperd.core import Core
+from reaperd.isolation import path_of_scope
 from reaperd.linux import pidfd
 from reaperd.linux.page import OpenPage
 from reaperd.linux.procfs import ProcessGone
@@ -115,6 +116,8 @@ class Adoption:
             if self._core.sessions.led_by(holder.stat.id):
                 return
             session = self._observer.describe_leader(session)
+            scope = path_of_scope(session.key, session.cgroup or "/", self._socket_path)
+            session = session._replace(scope=scope)
             leader_pidfd = pidfd.open_pidfd(holder.stat.id, self._observer.proc)
             self._note(session, "its leader lives")
             self._core.take_on(session, leader_pidfd, OpenPage(os.dup(found.descriptor)))
@@ -132,7 +135,7 @@ class Adoption:
     def _adopt_by_environment(self, found: StampedProcess) -> None:
         """Take on a session whose dead leader only the environment of an exec'ed worker names."""
         told, holder = wire.SessionId.parse(found.session), found.holder
-        if wire.place_of(self._socket_path, found.cgroup, holder.uid) != told.place:
+        if not self._is_in_place(found.key, found.cgroup):
             return  # another daemon's, or carried into another cgroup or to another user
         leader = ProcessId(told.pid, told.start_ticks)
         if not self._observer.could_be_orphan(holder.stat.id, leader):
@@ -151,15 +154,21 @@ class Adoption:
             self._adopt_dead(session, found.cgroup, None)
 
     def _adopt_dead(self, session: Session, cgroup: str, page_fd: int | None) -> None:
-        known = (
-            wire.place_of(self._socket_path, cgroup, session.uid) == wire.SessionId.parse(session.id).place
-        )
         session = session._replace(
-            cgroup=cgroup if known else None,
+            cgroup=cgroup if self._is_in_place(session.key, cgroup) else None,
+            scope=path_of_scope(session.key, cgroup, self._socket_path),
             namespaces=self._observer.proc.namespaces(os.getpid()),
         )
         self._note(session, "its leader died unseen")
         self._core.take_on(session, None, None if page_fd is None else OpenPage(page_fd))
+
+    def _is_in_place(self, key: SessionKey, cgroup: str) -> bool:
+        """Say whether a session of ours, whose leader is dead, began in ``cgroup``, or was put there by a daemon of ours."""
+        place = wire.place_of(self._socket_path, cgroup, key.uid)
+        return (
+            place == wire.SessionId.parse(key.id).place
+            or path_of_scope(key, cgroup, self._socket_path) is not None
+        )
 
     def _note(self, session: Session, how: str) -> None:
         log.info(

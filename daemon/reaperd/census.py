@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from reaperd import kinship
 from reaperd.coverage import Coverage
+from reaperd.isolation import is_within
 from reaperd.known import KnownProcesses, Missed
 from reaperd.linux.alarm import Alarm
+from reaperd.linux.cgroups import CGroups
 from reaperd.linux.procfs import ProcFS
 from reaperd.marks import MarkReader
 from reaperd.model import Process, ProcessId, Session, SessionKey, Snapshot
@@ -36,10 +38,18 @@ class Interrupted(Exception):
 class Census:
     """Snapshots of one /proc."""
 
-    def __init__(self, proc: ProcFS, marks: MarkReader, alarm: Alarm | None = None) -> None:
+    def __init__(
+        self,
+        proc: ProcFS,
+        marks: MarkReader,
+        alarm: Alarm | None = None,
+        *,
+        cgroups: CGroups | None = None,
+    ) -> None:
         """``alarm`` interrupts what nobody waits for: looks at the living, and at everybody."""
         self._proc = proc
         self._alarm = alarm
+        self._cgroups = cgroups or CGroups()
         self._coverage = Coverage(marks.pages)
         self.handles = Handles()
         self.reader = ProcessReader(proc, marks, self._coverage, self.handles)
@@ -96,6 +106,7 @@ class Census:
         named = self.known.pids_of(again, new)
         if hold and not everyone:
             parents = {1, *self.known.pids_of({*adopters, *members}, new)}
+            named |= self._residents(sessions)
             read, missed = self._look_at_the_left(sessions, new, named, parents, hurried=hurried)
         else:
             read, missed = self._look_at_all(new, named, hold=hold, everyone=everyone)
@@ -107,6 +118,16 @@ class Census:
             unread=missed.unread,
             vanished=frozenset(missed.vanished),
         )
+
+    def _residents(self, sessions: Sequence[Session]) -> set[int]:
+        """Return who is in a control group of a session's own and was not read there yet: whatever else tells of him."""
+        found = set()
+        for scope in {session.scope for session in sessions if session.scope and not session.ending}:
+            for pid in self._cgroups.residents(scope):
+                known = self.known.processes.get(pid)
+                if known is None or not (known.pages or is_within(known.cgroup, scope)):
+                    found.add(pid)
+        return found
 
     def read_new(self, listing: dict[int, int]) -> None:
         """Read who is new in ``listing``, as a look at the living would; Interrupted where that takes long.

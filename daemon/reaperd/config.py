@@ -132,7 +132,7 @@ class SessionsConfig(NamedTuple):
 
     max_workers: Annotated[int, _key("max_workers", COUNT)] = 4
     max_per_uid: Annotated[int, _key("max_per_uid", COUNT)] = 1000
-    isolate: Annotated[bool, _key_to_come("isolate", SWITCH)] = False
+    isolate: Annotated[bool, _key("isolate", SWITCH)] = False
 
 
 class LimitsConfig(NamedTuple):

@@ -18,6 +18,7 @@ from reaperd import decide, ledger, report
 from reaperd.causes import read_cause
 from reaperd.census import Interrupted
 from reaperd.escalation import Stage
+from reaperd.isolator import Done, Isolator
 from reaperd.kept import Kept
 from reaperd.leaders import Leaders
 from reaperd.ledger import Entry
@@ -50,6 +51,8 @@ class Core:
         poller: Poller,
         policy: Policy,
         alarm: Alarm,
+        *,
+        socket_path: str = "",
     ) -> None:
         self.observer = observer
         self.store = store
@@ -64,6 +67,7 @@ class Core:
         self._told: set[SessionKey] = set()  # sessions that a dry run has spoken of
         self._reclaimer = Reclaimer(poller, observer, self._reclaimed)
         self._survivors = Survivors(self.sessions, observer, reaper, poller, self._kept, self._reclaimer)
+        self._isolator = Isolator(poller, observer, socket_path, system=os.geteuid() == 0)
         self._heed(policy)
 
     @property
@@ -105,6 +109,30 @@ class Core:
     def is_settled(self, key: SessionKey) -> bool:
         """Say whether a session is over for good: whoever carries its marks still was left alone, or told of."""
         return key in self._told or self.store.is_settled(key)
+
+    def isolate(self, key: SessionKey, done: Done) -> None:
+        """Give a session a control group of its own, and call ``done`` with that, or with why not, once it is decided."""
+        session, handle = self.sessions.entries[key].session, self.leaders.handle(key)
+        leader = self.observer.census.leader(session)
+        if session.scope is not None:
+            done(session.scope, "")
+        elif self.policy.dry_run:
+            done(None, "the daemon runs with dry_run: it changes nothing")
+        elif handle is None or leader is None:
+            done(None, "it has ended")
+        elif (protection := self.policy.protection(leader)) is not None:
+            done(None, f"it {protection}")
+        else:
+            self._isolator.ask(session, handle, functools.partial(self._isolated, key, done))
+
+    def _isolated(self, key: SessionKey, done: Done, scope: str | None, why: str) -> None:
+        if scope is None:
+            log.info("not isolated session=%s uid=%d: %s", key.id, key.uid, why)
+        elif key in self.sessions.entries:
+            log.info("isolated session=%s uid=%d cgroup=%r", key.id, key.uid, scope)
+            self.sessions.apply(key, ledger.Isolated(scope))
+            self.sessions.put_on_record(key)
+        done(scope, why)
 
     # -- the leader ends ---------------------------------------------------------------------
 
@@ -164,6 +192,7 @@ class Core:
         """Do all that is due now, up to the death of the next leader: that goes first."""
         while (self._do_due() or self._reclaimer.step()) and not self._alarm.rings():
             pass
+        self._isolator.step()
         idle_s = self.observer.marks.memory.idle_deadline_s
         if idle_s is not None and idle_s <= time.monotonic():
             self.observer.marks.memory.close()
@@ -198,6 +227,7 @@ class Core:
         due = (
             self.sessions.next_deadline(),
             self._reclaimer.deadline_s,
+            self._isolator.deadline_s,
             self._survivors.exits_due_s,
             self.observer.marks.memory.idle_deadline_s,
         )
@@ -248,6 +278,7 @@ class Core:
         self._kept.hold(key, frozenset())
         self.living.forget(key)
         self._reclaimer.forget(key)
+        self._isolator.let_go(entry.session)
         self.store.forget(key)
         self._survivors.forget(entry)
 
@@ -292,6 +323,7 @@ class Core:
         """Put everything on record and let go; what is being ended goes on being ended by the next daemon."""
         self.sessions.save()
         self._reclaimer.close()
+        self._isolator.close()
         self.observer.marks.memory.close()
         self.store.close()
         self.leaders.close()

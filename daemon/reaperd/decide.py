@@ -63,8 +63,11 @@ def judge(session: Session, snapshot: Snapshot, policy: Policy) -> Family:
     return lineage.family(session, snapshot, policy.protection)
 
 
-def decide(entry: Entry, policy: Policy, now_s: float) -> list[Action]:
-    """Return what is to be done for one session now."""
+def decide(entry: Entry, policy: Policy, now_s: float, *, still: bool = False) -> list[Action]:
+    """Return what is to be done for one session now.
+
+    ``still``: all in its own control group, where it has one, hold still, or cannot be made to.
+    """
     if entry.died_at_s is None:
         return _while_the_leader_lives(entry, policy, now_s)
     if now_s < entry.blind_until_s:
@@ -72,7 +75,7 @@ def decide(entry: Entry, policy: Policy, now_s: float) -> list[Action]:
     targets = [] if policy.dry_run else _to_signal(entry, policy, now_s)
     # Signals first, while the evidence is fresh: where many sessions end at once, a look is due again before long.
     fresh = [t for t in targets if now_s - max(entry.judged_at_s, t.found_at_s) <= FRESH_S]
-    if fresh:
+    if fresh and (still or not _kills(entry, fresh)):
         return _sends(entry, fresh, policy, now_s)
     if targets:
         return [Look(Depth.MEMBERS)]
@@ -135,6 +138,27 @@ def _to_signal(entry: Entry, policy: Policy, now_s: float) -> list[Target]:
     return due
 
 
+def must_hold_still(entry: Entry, policy: Policy, now_s: float) -> bool:
+    """Say whether all in the session's own control group are to hold still for the next look.
+
+    Somebody is to be killed on what it tells: then nobody has forked anybody since, who would be lost sight of.
+    """
+    if entry.died_at_s is None or policy.dry_run:
+        return False
+    return _kills(entry, _to_signal(entry, policy, now_s))
+
+
+def _kills(entry: Entry, targets: list[Target]) -> bool:
+    """Say whether a signal that is due in a session with a control group of its own is SIGKILL."""
+    if entry.session.scope is None:
+        return False
+    return any(NEXT[one.stage, _event(entry, one)] is Stage.KILLED for one in targets)
+
+
+def _event(entry: Entry, target: Target) -> Event:
+    return Event.MULTIPLIED if entry.growth >= GROWTH_LIMIT and _grows(target) else Event.DUE
+
+
 def _grows(target: Target) -> bool:
     return target.late and target.stage in (Stage.FOUND, Stage.ASKED)
 
@@ -142,16 +166,7 @@ def _grows(target: Target) -> bool:
 def _sends(entry: Entry, targets: list[Target], policy: Policy, now_s: float) -> list[Action]:
     """Return the signals for ``targets``; what multiplies is frozen before it is killed: frozen, it forks no more."""
     kill_at_s = max(entry.signal_from_s + policy.grace_s, now_s + LATE_GRACE_S)
-    multiplying = entry.growth >= GROWTH_LIMIT
-    return [
-        next_send(
-            target,
-            Event.MULTIPLIED if multiplying and _grows(target) else Event.DUE,
-            now_s,
-            kill_at_s,
-        )
-        for target in targets
-    ]
+    return [next_send(target, _event(entry, target), now_s, kill_at_s) for target in targets]
 
 
 def next_send(target: Target, event: Event, now_s: float, kill_at_s: float) -> Send:

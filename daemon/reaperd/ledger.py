@@ -189,6 +189,12 @@ class LookFailed(NamedTuple):
     at_s: float
 
 
+class Isolated(NamedTuple):
+    """The leader was put into a control group of the session's own."""
+
+    scope: str
+
+
 class MembersLost(NamedTuple):
     """Members that only descent tells have ended: their pids may be somebody else's."""
 
@@ -250,6 +256,7 @@ Happening = (
     | Looked
     | Exited
     | LookFailed
+    | Isolated
     | SignalsSent
     | MembersLost
     | OomCounted
@@ -288,6 +295,8 @@ def apply(entry: Entry, happening: Happening) -> Entry:  # noqa: PLR0912
             return entry._replace(session=session._replace(ending=True))
         case Spared():
             return entry._replace(session=session._replace(spared=session.spared | happening.processes))
+        case Isolated():
+            return entry._replace(session=session._replace(scope=happening.scope))
         case MembersLost():
             return entry._replace(session=session.keeping(session.kept - happening.processes))
         case OomCounted():

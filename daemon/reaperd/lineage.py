@@ -6,7 +6,9 @@ The rules, in order:
 3. The session page, held or mapped, makes a member: only a fork of the leader or of a worker can have it.
 4. The environment stamp makes a member in the leader's cgroup or below it. Queue systems copy environments, so where
    that cgroup tells nothing, the parent must also be a member, or one that adopts what the leader leaves.
-5. A child of a member is a member, in the leader's cgroup or below it; so is what was found to be one before.
+   A cgroup that Reaper itself has made for a session of the same user is no other place.
+5. Whoever runs in the cgroup that was made for this session is a member: nobody is put there but by a member's fork.
+6. A child of a member is a member, in the leader's cgroup or below it; so is what was found to be one before.
    A leader that has unregistered passes nothing on.
 """
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from reaperd import signatures
+from reaperd import isolation, signatures
 from reaperd.model import Family, Member, Process, ProcessId, Session, Snapshot
 
 
@@ -73,7 +75,18 @@ class _Search:
     def _conspicuous(self) -> Iterable[Process]:
         """Return those that carry a mark of the session, or were found to be members before."""
         marked = [p for p in self.snapshot.marked.get(self.session.id, ()) if self._may_belong(p)]
-        return {process.id: process for process in (*marked, *self._present(self.session.kept))}.values()
+        found = (*marked, *self._residents(), *self._present(self.session.kept))
+        return {process.id: process for process in found}.values()
+
+    def _residents(self) -> list[Process]:
+        """Return who runs in the session's own cgroup; a leader that has unregistered may start anything there."""
+        scope = None if self.session.ending else self.session.scope
+        if scope is None:
+            return []
+        groups = (
+            some for cgroup, some in self.snapshot.residents.items() if isolation.is_within(cgroup, scope)
+        )
+        return [process for some in groups for process in some if self._may_belong(process)]
 
     def _present(self, wanted: frozenset[ProcessId]) -> Iterator[Process]:
         for id_ in wanted:
@@ -158,6 +171,8 @@ class _Search:
             self._accept(
                 process, "holds the session page: it was forked by the leader or by a worker", marked=True
             )
+        elif self._is_resident(process):
+            self._accept(process, "runs in the control group that was made for the session", marked=True)
         elif process.id in self.session.kept and not self._in_cgroup(process):
             self.left_alone[process.id] = (
                 f"was found below the leader, but was put into cgroup {process.cgroup!r}"
@@ -226,9 +241,15 @@ class _Search:
         somebody, on purpose.
         """
         cgroup = self.session.cgroup
+        if isolation.is_scope_of_user(self.session.uid, process.cgroup):
+            return True
         if cgroup is None or process.cgroup == cgroup:
             return cgroup is not None
         return cgroup != "/" and process.cgroup is not None and process.cgroup.startswith(cgroup + "/")
+
+    def _is_resident(self, process: Process) -> bool:
+        scope = None if self.session.ending else self.session.scope
+        return scope is not None and isolation.is_within(process.cgroup, scope)
 
     def _accept(self, process: Process, reason: str, *, marked: bool) -> None:
         framework, role = signatures.recognise(process)

@@ -106,6 +106,7 @@ class Daemon:
             self._poller,
             policy=self._policy(),
             alarm=alarm,
+            socket_path=self._socket_path,
         )
         self._adoption = Adoption(self._core, self._socket_path)
         self._link = GateLink(listener, self._socket_path, self._poller, self._on_request)
@@ -300,6 +301,7 @@ class Daemon:
             max_workers=sessions.max_workers,
             admins=uids_of(self._config.access.admins, "[access] admins"),
             dry_run=self._config.kill.dry_run,
+            isolate=sessions.isolate,
         )
 
 

@@ -94,6 +94,11 @@ class Snapshot:
         )
 
     @functools.cached_property
+    def residents(self) -> Mapping[str, Sequence[Process]]:
+        """The processes by the control group that they are in, where that was read."""
+        return _index((process.cgroup, process) for process in self.processes.values() if process.cgroup)
+
+    @functools.cached_property
     def spared(self) -> Mapping[str, Sequence[Process]]:
         """The processes by the ids of the sessions that they are meant to outlive."""
         return _index((mark, process) for process in self.processes.values() for mark in process.spared)
@@ -159,6 +164,8 @@ class Session(NamedTuple):
     page_inode: int | None = None
     # None: never learned, so no environment stamp counts.
     cgroup: str | None = "/"
+    # A control group of its own, into which the leader was moved then: whoever is in it was started by a member.
+    scope: str | None = None
     # The leader's ancestors: one that is a subreaper inherits what it leaves.
     adopters: frozenset[ProcessId] = frozenset()
     # Those of them that are known to be ones: they were seen to have adopted a member.

@@ -157,6 +157,13 @@ class Observer:
             return True
         return stat.id != leader or stat.dead
 
+    def is_beside_us(self, pid: int) -> bool:
+        """Say whether pids and control groups mean to ``pid`` what they mean here."""
+        ours = self.proc.cgroup_namespace(os.getpid())
+        return self.proc.pid_namespace(pid) == self._namespaces.pid != "" and (
+            self.proc.cgroup_namespace(pid) == ours != ""
+        )
+
     def shares_our_namespaces(self, session: Session) -> bool:
         """Say whether the pids and paths of ``session`` mean here what they mean there."""
         ours = self._namespaces

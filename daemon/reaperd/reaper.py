@@ -1,13 +1,19 @@
-"""The only place that signals anyone but our own helpers, always through a pidfd, and the owner of the pidfds of those who are to be ended."""
+"""The only place that signals anyone but our own helpers, and the owner of the pidfds of those who are to be ended.
+
+Through such a pidfd always, or through a control group in which nobody else is.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import os
 import resource
+from collections.abc import Collection
 
 from reaperd.linux import pidfd
+from reaperd.linux.cgroups import CGroups
 from reaperd.linux.procfs import ProcessGone, ProcFS
 from reaperd.model import ProcessId
 
@@ -25,8 +31,11 @@ class Outcome(enum.Enum):
 class Reaper:
     """Holds a pidfd for every process that is to be ended until it is gone."""
 
-    def __init__(self, proc: ProcFS, untouchable: frozenset[ProcessId]) -> None:
+    def __init__(
+        self, proc: ProcFS, untouchable: frozenset[ProcessId], cgroups: CGroups | None = None
+    ) -> None:
         self._proc = proc
+        self._cgroups = cgroups or CGroups()
         self._untouchable = untouchable
         self._pidfds: dict[ProcessId, int] = {}
         self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
@@ -77,6 +86,34 @@ class Reaper:
         except PermissionError:
             return Outcome.DENIED
         return Outcome.SENT
+
+    def hold_still(self, cgroup: str) -> None:
+        """Freeze all in a control group of a session's own, as far as that can be done: nobody in it forks any more."""
+        try:
+            if not self._cgroups.freeze(cgroup):
+                log.debug("not all of cgroup %r hold still", cgroup)
+        except OSError as error:  # it is gone with the last in it
+            log.debug("cannot freeze cgroup %r: %s", cgroup, error.strerror)
+
+    def let_go_on(self, cgroup: str) -> None:
+        """Thaw all in a control group."""
+        with contextlib.suppress(FileNotFoundError):  # it is gone with the last in it
+            self._cgroups.thaw(cgroup)
+
+    def kill_all(self, cgroup: str, targets: Collection[ProcessId]) -> bool:
+        """Send SIGKILL to all in a control group at once, and say whether that was done: none but ``targets`` may be in it.
+
+        All in it hold still meanwhile, so nobody comes in between.
+        """
+        living = {one.pid for one in targets if one not in self._untouchable and not self.has_ended(one)}
+        residents = self._cgroups.residents(cgroup)
+        if not residents or not residents <= living:
+            return False
+        try:
+            self._cgroups.kill(cgroup)
+        except OSError:  # before Linux 5.14
+            return False
+        return True
 
     def drop(self, target: ProcessId) -> None:
         """Close the pidfd of ``target``."""

@@ -252,6 +252,7 @@ def session_record(
         "phase": entry.phase.value,
         "started_at": session.started_at_utc,
         "attempt": _attempt_record(session),
+        "isolated": session.scope is not None,
         "leader": {
             "pid": session.leader.pid,
             "start_ticks": session.leader.start_ticks,

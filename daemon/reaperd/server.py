@@ -35,6 +35,8 @@ _MAX_REQUESTS = 2048  # that wait
 _TURN_S = 0.002  # for answering: then whoever died meanwhile is looked at
 # What it costs a user to register anew what was registered: the history of both is longer than the time that it took us.
 _SUPERSEDING_S = 0.02
+# And what one costs systemd that is to be isolated.
+_ISOLATING_S = 0.02
 _MAX_EVENTS = 500
 _MAX_FOLDERS = 4
 _NOBODY = ProcessId(0, 0)
@@ -49,6 +51,7 @@ class Facts(NamedTuple):
     max_workers: int
     admins: frozenset[int]
     dry_run: bool
+    isolate: bool = False
 
 
 class _Request(NamedTuple):
@@ -73,7 +76,6 @@ class Server:
         self._listing = Listing(core)
         self._started_at_s = time.monotonic()
         self._operations: dict[str, Callable[[Peer, dict[str, Any]], dict[str, Any]]] = {
-            "register": self._register,
             "unregister": self._unregister,
             "ping": self._ping,
             "status": self._status,
@@ -147,13 +149,31 @@ class Server:
             return self._events_or_wait(peer, to, message)
         if operation == "ps":
             return self._ps(peer)
+        if operation == "register":
+            return self._register_and_isolate(peer, to, message)
         perform = self._operations.get(operation)
         if perform is None:
-            known = ", ".join(sorted((*self._operations, "events", "ps")))
+            known = ", ".join(sorted((*self._operations, "events", "ps", "register")))
             raise wire.WireError("unknown-op", f"op: there is no {operation!r:.80}, there are {known}")
         return wire.encode(wire.ok(**perform(peer, message)))
 
     # -- sessions ----------------------------------------------------------------------------
+
+    def _register_and_isolate(self, peer: Peer, to: Return, message: dict[str, Any]) -> bytes | None:
+        """Take a session on, and answer once it is isolated, where it is to be: what it starts must not be earlier."""
+        asked = message.get("isolate", False)
+        if not isinstance(asked, bool):
+            raise wire.WireError("bad-request", f"isolate: must be true or false, got {asked!r:.60}")
+        told = self._register(peer, message)
+        if not (asked or self.facts.isolate):
+            return wire.encode(wire.ok(**told))
+        self._turns.charge(peer.uid, _ISOLATING_S, time.monotonic())
+
+        def answer(scope: str | None, why: str) -> None:
+            self._link.reply(to, wire.encode(wire.ok(**told, isolated=scope is not None, not_isolated=why)))
+
+        self._core.isolate(SessionKey(peer.uid, told["session"]), answer)
+        return None
 
     def _register(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
         session_id = wire.text_field(message, "session", limit=64)

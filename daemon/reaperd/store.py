@@ -422,6 +422,7 @@ def _record(session: Session) -> dict[str, Any]:
         "page_fd": session.page_fd,
         "page_inode": session.page_inode,
         "cgroup": session.cgroup,
+        "scope": session.scope,
         "adopters": sorted(session.adopters),
         "subreapers": sorted(session.subreapers),
         "init": session.init,
@@ -451,6 +452,7 @@ def _session(record: dict[str, Any]) -> Session:
         page_fd=record["page_fd"],
         page_inode=record["page_inode"],
         cgroup=record["cgroup"],
+        scope=record.get("scope"),
         adopters=frozenset(ProcessId(*pair) for pair in record["adopters"]),
         subreapers=frozenset(ProcessId(*pair) for pair in record.get("subreapers", ())),
         init=None if record["init"] is None else ProcessId(*record["init"]),
@@ -485,6 +487,7 @@ def _session(record: dict[str, Any]) -> Session:
     )
     if not all(type(number) is int and -1 <= number < _MORE_THAN_ANY for number in numbers):
         raise ValueError("a uid, a gid, a descriptor, a pid or a start time is none")
-    if not all(isinstance(text, str) for text in (session.id, session.name, *session.temp_dirs)):
-        raise ValueError("an id, a name or a folder is no text")
+    texts = (session.id, session.name, *session.temp_dirs, session.cgroup or "", session.scope or "")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("an id, a name, a folder or a control group is no text")
     return session

@@ -9,6 +9,7 @@ import functools
 import logging
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from reaperd import decide, ledger, report
@@ -18,7 +19,7 @@ from reaperd.escalation import Stage
 from reaperd.kept import Kept
 from reaperd.ledger import Entry
 from reaperd.linux.procfs import ProcessGone
-from reaperd.model import SIGNAL_NAMES, Family, Process, ProcessId, SessionKey, Snapshot
+from reaperd.model import SIGKILL, SIGNAL_NAMES, Family, Process, ProcessId, SessionKey, Snapshot
 from reaperd.observer import Observer
 from reaperd.poller import Poller
 from reaperd.reaper import Outcome, Reaper
@@ -86,6 +87,7 @@ class Survivors:
     def look(self, depths: dict[SessionKey, decide.Depth]) -> None:
         """Look who belongs to dead leaders' sessions, all in one pass, and send at once what is due on that evidence."""
         started_s = time.monotonic()
+        still = self._hold_still(depths)
         try:
             entries = [self._sessions.entries[key] for key in depths]
             if not any(entry.looks or entry.targets for entry in entries):
@@ -102,7 +104,9 @@ class Survivors:
             self._look_costs_s[next(iter(depths)).uid] = looked_at_s - started_s
             for key, seen in sights.items():
                 with self._sessions.trying(key, "take in the members", tell_exhaustion=True):
-                    self._take_in(key, seen, looked_at_s, looked_at_s - started_s, depths[key])
+                    self._take_in(
+                        key, seen, looked_at_s, looked_at_s - started_s, depths[key], still=key in still
+                    )
         except Interrupted:
             pass  # it is due still, after what has interrupted it
         except OSError as error:
@@ -112,7 +116,27 @@ class Survivors:
             for key in depths:
                 self._sessions.apply(key, ledger.LookFailed(time.monotonic()))
         finally:
+            for key in still:
+                with self._sessions.trying(key, "let the members go on"):
+                    self._reaper.let_go_on(still[key])
             self._observer.census.handles.release()
+
+    def _hold_still(self, keys: Iterable[SessionKey]) -> dict[SessionKey, str]:
+        """Have those hold still, by their control groups, of whom some are to be killed; return whom that is to be undone for.
+
+        At the first look, too: an earlier daemon may have been ended before it could undo it.
+        """
+        still: dict[SessionKey, str] = {}
+        for key in keys:
+            entry = self._sessions.entries[key]
+            if entry.session.scope is None:
+                continue
+            if decide.must_hold_still(entry, self._sessions.policy, time.monotonic()):
+                still[key] = entry.session.scope
+                self._reaper.hold_still(entry.session.scope)
+            elif not entry.looks and not self._sessions.policy.dry_run:
+                self._reaper.let_go_on(entry.session.scope)
+        return still
 
     def _see(self, depths: dict[SessionKey, decide.Depth]) -> dict[SessionKey, Sight]:
         """Look, until nobody new is a member on the word of what was read for an earlier look."""
@@ -208,6 +232,7 @@ class Survivors:
         depth: decide.Depth,
         *,
         ahead: bool = False,
+        still: bool = False,
     ) -> None:
         entry = self._sessions.entries[key]
         held = self._hold_new(entry, seen.family)
@@ -231,10 +256,11 @@ class Survivors:
         self._targeted.update(new)
         if new and not self._sessions.policy.dry_run and self._observer.shares_our_namespaces(entry.session):
             self._sessions.apply(key, ledger.ShmMeasured(self._reclaimer.measure(entry.session, new)))
-        due = decide.decide(self._sessions.entries[key], self._sessions.policy, time.monotonic())
+        now_s = time.monotonic()
+        due = decide.decide(self._sessions.entries[key], self._sessions.policy, now_s, still=still)
         sends = [action for action in due if isinstance(action, decide.Send)]
         if sends:
-            self.send(key, sends)
+            self.send(key, sends, still=still)
 
     def _hold_new(self, entry: Entry, family: Family) -> Family:
         """Hold a pidfd of each new member; return the family without those for whom none is left."""
@@ -258,9 +284,12 @@ class Survivors:
 
     # -- signalling --------------------------------------------------------------------------
 
-    def send(self, key: SessionKey, sends: list[decide.Send]) -> None:
+    def send(self, key: SessionKey, sends: list[decide.Send], *, still: bool = False) -> None:
         """Send every signal first; what is noted and logged about them costs as much again."""
-        outcomes = [self._signal(key, send) for send in sends]
+        if still and self._kill_all(key, sends):
+            outcomes = [Outcome.SENT] * len(sends)
+        else:
+            outcomes = [self._signal(key, send) for send in sends]
         signalled = []
         for send, outcome in zip(sends, outcomes, strict=True):
             id_ = send.member.process.id
@@ -280,6 +309,13 @@ class Survivors:
                 and not target.denied
             ):
                 self._tell_stuck(entry, target)
+
+    def _kill_all(self, key: SessionKey, sends: list[decide.Send]) -> bool:
+        """Kill a session's own control group as one, and say whether that was done: all in it are to be killed, and hold still."""
+        scope = self._sessions.entries[key].session.scope
+        if scope is None or any(send.signal != SIGKILL for send in sends):
+            return False
+        return self._reaper.kill_all(scope, [send.member.process.id for send in sends])
 
     def _signal(self, key: SessionKey, send: decide.Send) -> Outcome:
         entry, id_ = self._sessions.entries[key], send.member.process.id

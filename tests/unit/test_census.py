@@ -42,6 +42,7 @@ from reaperd import kinship, known
 from reaperd.census import _MAX_RELISTS, Census, Interrupted
 from reaperd.linux import pidfd
 from reaperd.linux.alarm import Alarm
+from reaperd.linux.cgroups import CGroups
 from reaperd.linux.procfs import ProcessGone, ProcFS, Stat
 from reaperd.model import ProcessId, Session, Snapshot
 from reaperd.observer import Observer
@@ -1270,3 +1271,41 @@ def test_a_leader_that_became_another_user_is_none_though_that_user_has_sessions
         assert census.leader(one)
         change()
         assert census.leader(one) is None
+
+
+# -- a control group of the session's own -----------------------------------------------------------
+
+
+class Groups(CGroups):
+    """Control groups whose residents are told by the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: dict[str, set[int]] = {}
+        self.asked: list[str] = []
+
+    def residents(self, cgroup: str) -> set[int]:
+        self.asked.append(cgroup)
+        return self.told.get(cgroup, set())
+
+
+def test_who_is_in_the_session_s_own_group_is_read_whoever_its_parent_is() -> None:
+    proc, groups = ProcFS(), Groups()
+    observer = Observer(proc)
+    census = Census(proc, observer.marks, cgroups=groups)
+    look(census, session())
+    with executed() as pid:
+        one = dead_session(scope="/s.scope")
+        assert seen(look(census, one, hold=True), pid) is None, (
+            "its parent is neither a member nor an adopter"
+        )
+        groups.told["/s.scope"] = {pid}
+        snapshot = look(census, one, hold=True)
+        assert found(snapshot, pid).id == id_of(pid)
+        assert pid not in snapshot.stale
+        assert census.handles.claim(id_of(pid)) is not None
+        groups.asked.clear()
+        look(census, one._replace(ending=True), hold=True)
+        look(census, one._replace(scope=None), hold=True)
+        assert groups.asked == []
+        census.handles.release()

@@ -585,12 +585,12 @@ def test_only_changed_settings_of_missing_features_are_without_effect():
     built = (
         '[daemon]\nlog_level = "debug"\nlog_format = "json"\n[scan]\ninterval = 1\naction = "report"\n[kill]\ngrace = 1\n'
         "exit_grace = 1\ntracker_grace = 1\nreclaim_shm = false\ndry_run = true\n"
-        '[sessions]\nmax_workers = 1\nmax_per_uid = 1\n[protect]\nusers = ["a"]\nnames = ["a"]\nunits = ["a"]\n'
+        '[sessions]\nmax_workers = 1\nmax_per_uid = 1\nisolate = true\n[protect]\nusers = ["a"]\nnames = ["a"]\nunits = ["a"]\n'
         '[access]\nadmins = []\n[history]\nkeep = "1d"\n'
     )
     assert without_effect(parse(built)) == ()
-    missing = '[limits]\non_breach = "kill-worker"\nworker_cpu = "50%"\n[alerts]\nurls = ["x"]\n[sessions]\nisolate = true'
-    assert without_effect(parse(missing)) == ("sessions.isolate", "limits.worker_cpu", "alerts.urls")
+    missing = '[limits]\non_breach = "kill-worker"\nworker_cpu = "50%"\n[alerts]\nurls = ["x"]'
+    assert without_effect(parse(missing)) == ("limits.worker_cpu", "alerts.urls")
 
 
 def test_a_field_is_named_as_its_key_with_the_unit_behind():

@@ -685,3 +685,58 @@ def _check_send(entry: Entry, send: Send, now_s: float) -> None:
     if send.signal == SIGKILL and target.stage is Stage.ASKED:
         assert send.event is Event.DUE
         assert now_s >= target.due_s
+
+
+# -- a control group of the session's own -----------------------------------------------------------
+
+
+class Isolated(Reap):
+    """One whose session has a control group of its own: a look at which somebody is to be killed is one at who holds still."""
+
+    still_at_s: list[float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.still_at_s = []
+        self.entry = apply(self.entry, ledger.Isolated("/s.scope"))
+
+    def _look(self, depth: Depth) -> None:
+        still = decide.must_hold_still(self.entry, self.policy, self.now_s)
+        super()._look(depth)
+        if still:
+            self.still_at_s.append(self.now_s)
+            for action in decide.decide(self.entry, self.policy, self.now_s, still=True):
+                if isinstance(action, Send):
+                    self._send(action)
+
+
+def test_in_a_group_of_their_own_workers_are_asked_at_once_and_killed_while_all_hold_still() -> None:
+    reap = Isolated([worker(201, ended_by=KILL_ENDS), worker(202)]).run()
+    assert reap.sent_to(201) == [(0.0, SIGTERM), (5.0, SIGKILL)]
+    assert reap.sent_to(202) == [(0.0, SIGTERM)]
+    assert reap.still_at_s == [5.0]
+    assert reap.forgotten
+
+
+def test_what_multiplies_in_a_group_of_its_own_is_killed_while_all_hold_still() -> None:
+    hopping = [worker(300 + n, found_from_s=0.02 * n, ended_by=KILL_ENDS) for n in range(1, 6)]
+    reap = Isolated([worker(201), *hopping]).run()
+    kills = {at_s for at_s, number, _ in reap.signals if number == SIGKILL}
+    assert kills
+    assert kills <= {round(at_s, 3) for at_s in reap.still_at_s}
+
+
+def test_nobody_is_made_to_hold_still_while_nobody_is_to_be_killed() -> None:
+    assert not Isolated([worker(201), tracker(202, ends_itself_at_s=0.1)]).run().still_at_s
+    assert not Reap([worker(201, ended_by=KILL_ENDS)]).entry.session.scope
+    living = Entry(Session("s", "", 1000, 1000, LEADER, "", scope="/s.scope"))
+    assert not decide.must_hold_still(living, POLICY, 0.0)
+    dry = Isolated([worker(201, ended_by=KILL_ENDS)], POLICY._replace(dry_run=True)).run()
+    assert not dry.still_at_s
+    assert not dry.signals
+
+
+def test_a_tracker_that_does_not_go_is_killed_while_all_hold_still() -> None:
+    reap = Isolated([worker(201), tracker(202)]).run()
+    (at_s,) = reap.seconds_of(202, SIGKILL)
+    assert at_s in {round(one, 3) for one in reap.still_at_s}

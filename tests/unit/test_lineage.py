@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reaperd import lineage, signatures
-from reaperd.model import Family, Process, ProcessId, Role, Session, Snapshot
+from reaperd.model import UNKNOWN_CAUSE, Family, Process, ProcessId, Role, Session, Snapshot
 from reaperd.policy import Policy
 
 ID = "100-3e8-0000000a-0000000b"
@@ -60,6 +60,8 @@ PAGE = {"forked": True, "pages": frozenset((ID,))}
 STAMP = {"lineage": (ID,)}
 SPARED = {"spared": frozenset((ID,))}
 AT_ROOT: dict[str, Any] = {"cgroup": "/"}
+SCOPE = f"/user.slice/reaper-{UID}-{ID}-00000000.scope"
+OTHERS_SCOPE = f"/user.slice/reaper-{UID}-{OUTER}-00000000.scope"
 
 
 # -- 1. uid, age, life ------------------------------------------------------------------------------
@@ -483,7 +485,7 @@ _PIDS = st.integers(2, 5)
 _STARTS = st.sampled_from([1001, 1000, 999])
 _ODDITIES: list[dict[str, Any]] = [
     *({}, {}, {}, {"comm": "keeper"}, {"comm": "keeper"}, {"uid": UID + 1}, {"uid": None}, {"dead": True}),
-    *(SPARED, {"cgroup": "/"}, {"cgroup": f"{JOB}/below"}, {"cgroup": "/elsewhere"}),
+    *(SPARED, {"cgroup": "/"}, {"cgroup": f"{JOB}/below"}, {"cgroup": "/elsewhere"}, {"cgroup": SCOPE}),
 ]
 _MARKS: list[dict[str, Any]] = [STAMP, {}, PAGE, {"lineage": (OUTER, ID)}, {"lineage": (OUTER,)}]
 
@@ -511,6 +513,7 @@ _SESSIONS = st.builds(
     spared=st.frozensets(st.builds(ProcessId, _PIDS, _STARTS), max_size=1),
     seen=st.frozensets(st.builds(ProcessId, _PIDS, _STARTS), max_size=1),
     ending=st.booleans(),
+    scope=st.sampled_from([None, SCOPE]),
 )
 _POLICIES = st.builds(
     Policy,
@@ -542,11 +545,13 @@ def test_whatever_the_snapshot_no_member_is_one_without_a_reason_or_against_a_ru
         assert id_ not in of.spared
         assert one.ppid not in untouched
         assert policy.protection(one) is None
-        placed = one.cgroup == cgroup or (cgroup == JOB and one.cgroup.startswith(f"{JOB}/"))
+        resident = one.cgroup == of.scope and not of.ending
+        within = cgroup == JOB and one.cgroup.startswith(f"{JOB}/")
+        placed = one.cgroup in (cgroup, SCOPE) or within
         stamped = ID in one.lineage and placed and (cgroup == JOB or one.ppid in adopting)
         descends = one.ppid in parents and placed
-        assert ID in one.pages or id_ in of.kept or stamped or descends
-        assert member.marked <= (ID in one.pages or ID in one.lineage)
+        assert ID in one.pages or id_ in of.kept or stamped or descends or resident
+        assert member.marked <= (ID in one.pages or ID in one.lineage or resident)
     assert not found.members.keys() & found.left_alone.keys()
     again = family(*reversed(processes), of=of, policy=policy, living=living)
     assert (again.members.keys(), again.left_alone.keys()) == (found.members.keys(), found.left_alone.keys())
@@ -628,3 +633,67 @@ def test_a_tracker_in_the_family_is_known_as_one() -> None:
         )
     )
     assert [member.role for member in found.members.values()] == [Role.TRACKER]
+
+
+# -- a control group of the session's own -----------------------------------------------------------
+
+ISOLATED = session(scope=SCOPE)
+
+
+def test_whoever_runs_in_the_session_s_own_cgroup_is_a_member_without_any_mark() -> None:
+    found = family(
+        process(201, cgroup=SCOPE), process(202, 77, cgroup=f"{SCOPE}/below"), process(203), of=ISOLATED
+    )
+    assert pids(found) == {201, 202}
+    assert evidence(found, 201) == "runs in the control group that was made for the session"
+
+
+def test_in_the_session_s_own_cgroup_too_only_the_same_uid_and_no_elder_counts() -> None:
+    found = family(
+        process(201, cgroup=SCOPE, uid=0),
+        process(202, cgroup=SCOPE, uid=None),
+        process(203, cgroup=SCOPE, start=999),
+        process(204, cgroup=SCOPE, dead=True),
+        of=ISOLATED,
+    )
+    assert not found.members
+
+
+def test_the_spared_and_the_protected_are_left_alone_in_the_session_s_own_cgroup() -> None:
+    found = family(
+        process(201, cgroup=SCOPE, **SPARED),
+        process(202, 201, cgroup=SCOPE),
+        process(203, cgroup=SCOPE, comm="mlflow"),
+        process(204, 203, cgroup=SCOPE),
+        of=ISOLATED,
+        policy=Policy(protected_names=frozenset(("mlflow",))),
+    )
+    assert not found.members
+    assert left_alone(found).keys() == {201, 202, 203, 204}
+
+
+def test_a_leader_that_unregistered_may_start_anything_in_the_session_s_own_cgroup() -> None:
+    ending = session(scope=SCOPE, ending=True)
+    assert not family(leader(cgroup=SCOPE), process(201, 100, cgroup=SCOPE), of=ending).members
+    dead = ending._replace(cause=UNKNOWN_CAUSE)
+    assert not family(process(201, cgroup=SCOPE), of=dead).members
+
+
+def test_the_cgroup_of_another_session_of_the_same_user_tells_nothing() -> None:
+    assert not family(process(201, cgroup=OTHERS_SCOPE), of=ISOLATED).members
+    assert not family(process(201, cgroup=SCOPE)).members
+
+
+def test_who_was_moved_into_a_session_s_cgroup_by_reaper_is_no_less_a_worker() -> None:
+    found = family(
+        process(201, cgroup=OTHERS_SCOPE, **STAMP),
+        process(202, 201, cgroup=OTHERS_SCOPE),
+        process(203, cgroup="/elsewhere.scope", **STAMP),
+        process(204, cgroup=f"/user.slice/reaper-{UID + 1}-x.scope", **STAMP),
+    )
+    assert pids(found) == {201, 202}
+    assert left_alone(found).keys() == {203, 204}
+
+
+def test_workers_from_before_the_leader_was_moved_are_known_where_it_was() -> None:
+    assert pids(family(process(201, **STAMP), process(202, 201), of=ISOLATED)) == {201, 202}

@@ -260,6 +260,7 @@ def test_a_session_is_told_with_every_field_that_others_rely_on() -> None:
         "phase": "watched",
         "started_at": "2030-01-01T00:00:00.000Z",
         "attempt": None,
+        "isolated": False,
         "leader": {"pid": 100, "start_ticks": 1000, "cmdline": ["python", "train.py"]},
         "progress": {"done": 3, "total": 64, "message": "fold 3"},
         "workers": [

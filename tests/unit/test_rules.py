@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PURE = [
     *("model", "policy", "signatures", "lineage", "decide", "escalation", "ledger", "report"),
-    *("verdicts", "hunt", "words"),
+    *("verdicts", "hunt", "words", "isolation"),
     *("config", "config_values", "gate_frames", "pages", "roster", "turns", "waiters"),
 ]
 PURE_MODULES = ["agent.wire", *(f"reaperd.{name}" for name in PURE)]
@@ -39,7 +39,7 @@ SIGNALLING = {
 }
 # Who may do so, and why it cannot hit anyone else.
 SIGNALLERS = {
-    "reaperd.reaper": {"send_signal"},  # the only way out for a kill
+    "reaperd.reaper": {"send_signal", "kill"},  # the only way out for a kill; a whole control group
     "reaperd.linux.pidfd": {"pidfd_send_signal"},  # the call itself
     "reaperd.linux.helper": {"pidfd_send_signal"},  # our own child
     "reaperd.linux.child": {"pidfd_send_signal"},  # our own child

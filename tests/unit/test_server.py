@@ -205,3 +205,61 @@ def test_the_score_counts_what_rules_would_have_ended_and_no_clean_up(world: Wor
         "still_there": 0,
         "killed": 1,
     }
+
+
+# -- a control group of its own ---------------------------------------------------------------------
+
+
+def test_a_session_that_is_to_be_isolated_is_answered_when_that_is_decided(world: World) -> None:
+    asked: list[Any] = []
+    world.core.isolate = lambda key, done: asked.append((key, done))  # type: ignore[method-assign]
+    world.link.replies.append({})
+    page_fd = world.page.fd
+    told = world.ask(
+        "register", session=world.session, start_ticks=world.ticks, page_fd=page_fd, isolate=True
+    )
+    assert told == {}, "no answer yet"
+    ((key, done),) = asked
+    assert key.id == world.session
+    assert key in world.core.sessions.entries, "it is watched meanwhile"
+    done(None, "it must stay")
+    reply = world.link.replies[-1]
+    assert reply["ok"]
+    assert (reply["session"], reply["isolated"], reply["not_isolated"]) == (
+        world.session,
+        False,
+        "it must stay",
+    )
+    done("/s.scope", "")
+    assert world.link.replies[-1]["isolated"]
+
+
+def test_nobody_is_isolated_who_did_not_ask_unless_the_settings_say_so(world: World) -> None:
+    asked: list[Any] = []
+    world.core.isolate = lambda key, done: (asked.append(key), done("/s.scope", ""))  # type: ignore[method-assign]
+    assert "isolated" not in world.register()
+    assert not asked
+    world.server.facts = world.server.facts._replace(isolate=True)
+    assert world.register()["isolated"]
+    assert len(asked) == 1
+
+
+def test_isolate_must_be_true_or_false(world: World) -> None:
+    page_fd = world.page.fd
+    reply = world.ask("register", session=world.session, start_ticks=world.ticks, page_fd=page_fd, isolate=1)
+    assert (reply["kind"], reply["message"]) == ("bad-request", "isolate: must be true or false, got 1")
+    assert not world.core.sessions.entries
+
+
+@pytest.mark.parametrize("spoiled", ["dry_run", "protected"])
+def test_why_a_session_is_not_isolated_is_told(world: World, spoiled: str) -> None:
+    told: list[tuple[str | None, str]] = []
+    world.register()
+    (key,) = world.core.sessions.entries
+    policy = {"dry_run": Policy(dry_run=True), "protected": Policy(protected_uids=frozenset((os.getuid(),)))}
+    world.core.policy = policy[spoiled]
+    world.core.isolate(key, lambda scope, why: told.append((scope, why)))
+    ((scope, why),) = told
+    assert scope is None
+    assert {"dry_run": "runs with dry_run", "protected": "[protect] users"}[spoiled] in why
+    assert world.core.sessions.entries[key].session.scope is None

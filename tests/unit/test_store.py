@@ -29,6 +29,7 @@ FULL = Session(
     page_fd=5,
     page_inode=1033,
     cgroup="/user.slice/\udcff",
+    scope="/user.slice/user-1000.slice/reaper-1000-full-00000000.scope",
     adopters=frozenset((ProcessId(50, 10), ProcessId(51, 11))),
     subreapers=frozenset((ProcessId(50, 10),)),
     init=ProcessId(51, 11),

@@ -352,6 +352,11 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         help="at most N workers, never more than the command asks for (REAPER_MAX_WORKERS, LOKY_MAX_CPU_COUNT)",
     )
     parser.add_argument(
+        "--isolate",
+        action="store_true",
+        help="give it a control group of its own, which nothing that it starts can leave",
+    )
+    parser.add_argument(
         "--restart",
         metavar="no|on-failure[:N]",
         type=_restarts,

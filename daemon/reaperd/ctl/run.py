@@ -98,6 +98,7 @@ class _Run:
         self._name: str = options.name or name_of(command)
         self._rules = Rules(options.restart, options.backoff)
         self._sockets = sockets_of(options)
+        self._isolate: bool = options.isolate
         self._timeout_s: float = min(options.timeout, _LONGEST_TIMEOUT_S)
         self._ended: list[Ended] = []
         self._attempt = 0
@@ -156,6 +157,8 @@ class _Run:
                 f"no Reaper daemon watches this session: {note['unwatched']}; "
                 "what the command leaves behind is ended by `reaperctl run` itself"
             )
+        elif note.get("not_isolated") and self._attempt == 1:
+            tell(f"it has no control group of its own, its marks must do: {note['not_isolated']}")
         return _Started(
             pid,
             _open_page(pid, note.get("page", -1)),
@@ -180,7 +183,13 @@ class _Run:
                     os.environ[variable] = str(limit)
             attempt = (self._attempt, self._rules.restarts + 1)
             warnings.simplefilter("ignore")  # the parent tells, and the command is another program
-            ours = session.register(self._name, timeout=self._timeout_s, attempt=attempt, for_exec=True)
+            ours = session.register(
+                self._name,
+                timeout=self._timeout_s,
+                isolate=self._isolate,
+                attempt=attempt,
+                for_exec=True,
+            )
             self._note(
                 note,
                 session=ours.id,
@@ -188,6 +197,7 @@ class _Run:
                 socket=ours.socket,
                 max_workers=ours.max_workers,
                 unwatched=ours.unwatched,
+                not_isolated=ours.not_isolated,
             )
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)

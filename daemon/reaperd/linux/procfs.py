@@ -390,6 +390,13 @@ class ProcFS:
 
         return Namespaces(link("pid"), link("mnt"), link("time"))
 
+    def cgroup_namespace(self, pid: int) -> str:
+        """Return the cgroup namespace that ``pid`` lives in; "" where that is not told."""
+        try:
+            return os.readlink(f"{self.root}/{pid}/ns/cgroup")
+        except OSError:
+            return ""
+
     def pid_namespace(self, pid: int) -> str:
         """Return the pid namespace that ``pid`` lives in; "" where that is not told."""
         try:

@@ -21,7 +21,16 @@ import agent
 PYTHON = sys.executable
 HERE = os.path.abspath(__file__)
 MARK = {name: os.environ[name] for name in ("REAPER_TEST_FAMILY", "REAPER_TEST_RUN") if name in os.environ}
+BARE = ["env", "-i", *(f"{name}={value}" for name, value in MARK.items())]
 MAX_FORKS = 400
+# HOP PIPE COMMAND ...: starts itself anew by COMMAND, as the next hop.
+HOPPING = """\
+trap '' TERM
+hop=$(($1 + 1)) pipe=$2
+shift 2
+[ $hop != 3 ] || echo $$ >"$pipe"
+[ $hop -ge 4000 ] || "$@" setsid sh "$0" $hop "$pipe" "$@" &
+"""
 
 # What a shell does that is up: say so, then become a sleeper.
 SLEEPER = f'echo $$ > "$0"; exec sleep {stage.LIFETIME_S:g}'
@@ -93,9 +102,27 @@ class Kin:
 
     def scrubbed(self) -> list[int]:
         """A living member whose child has next to nothing in its environment."""
-        bare = ["env", "-i", *(f"{name}={value}" for name, value in MARK.items()), *sleeper(self.muster.pipe)]
+        bare = [*BARE, *sleeper(self.muster.pipe)]
         self.popen(["sh", "-c", f"{shlex.join(bare)}; true"])
         return self.muster.wait(1)
+
+    def escapes(self) -> list[int]:
+        """A worker without a mark, in a session of its own, that stood below the leader for a moment only."""
+        bare = [*BARE, "setsid", *sleeper(self.muster.pipe)]
+        subprocess.run(
+            ["sh", "-c", f"{shlex.join(bare)} >/dev/null & exit 0"], stdin=subprocess.DEVNULL, check=True
+        )
+        return self.muster.wait(1)
+
+    def escapes_and_hops(self) -> list[int]:
+        """Eight rows of shells without a mark, each of which starts the next and is gone: no listing of /proc catches all."""
+        script = os.path.join(self.muster.directory, "hop.sh")
+        with open(script, "w", encoding="ascii") as file:
+            file.write(HOPPING)
+        words = ["sh", script, "0", self.muster.pipe, *BARE]
+        for _ in range(8):
+            subprocess.run([*BARE, "setsid", *words], stdin=subprocess.DEVNULL, check=True)
+        return self.muster.wait(8)
 
     def bare_environment(self) -> list[int]:
         """A child that was given an environment without the stamp."""
@@ -309,6 +336,8 @@ KINDS = (
     "double-fork",
     "scrubbed",
     "bare-environment",
+    "escapes",
+    "escapes-and-hops",
     "deep",
     "stubborn",
     "forks-on-term",

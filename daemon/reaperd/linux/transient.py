@@ -1,0 +1,97 @@
+"""Scopes that systemd is asked for over D-Bus (org.freedesktop.systemd1(5), StartTransientUnit). For a helper: it blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import NamedTuple
+
+SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
+_ANY_NUMBER = 2**64 - 1
+
+
+class ScopeRefused(Exception):
+    """systemd made no scope; the text says why."""
+
+
+class Wanted(NamedTuple):
+    """A scope, and who is to be put into it."""
+
+    name: str
+    slice: str
+    part_of: str
+    description: str
+    pid: int
+    most_tasks: int | None = None  # processes and threads; None: any number
+
+
+def is_running() -> bool:
+    """Say whether systemd runs this system (sd_booted(3))."""
+    return os.path.isdir("/run/systemd/system")
+
+
+def user_bus(uid: int) -> str:
+    """Return the address of a user's own bus (systemd's, pam_systemd(8))."""
+    return os.environ.get("DBUS_SESSION_BUS_ADDRESS") or f"unix:path=/run/user/{uid}/bus"
+
+
+def start_scope(wanted: Wanted, address: str, *, within_s: float) -> None:
+    """Have the systemd at the bus ``address`` make a scope, and return when it is there; ScopeRefused."""
+    # Loaded by the helper alone.
+    from jeepney import DBusAddress, DBusErrorResponse, HeaderFields, MatchRule, message_bus, new_method_call
+    from jeepney.io.blocking import Proxy, open_dbus_connection
+
+    manager = DBusAddress(
+        "/org/freedesktop/systemd1",
+        bus_name="org.freedesktop.systemd1",
+        interface="org.freedesktop.systemd1.Manager",
+    )
+    done = MatchRule(
+        type="signal", interface=manager.interface, member="JobRemoved", path=manager.object_path
+    )
+    until_s = time.monotonic() + within_s
+    try:
+        with contextlib.closing(open_dbus_connection(address)) as bus:
+            Proxy(message_bus, bus, timeout=within_s).AddMatch(done)
+            with bus.filter(done, bufsize=64) as jobs:
+                call = new_method_call(
+                    manager,
+                    "StartTransientUnit",
+                    "ssa(sv)a(sa(sv))",
+                    (wanted.name, "fail", _properties(wanted), []),
+                )
+                reply = bus.send_and_get_reply(call, timeout=within_s)
+                if reply.header.message_type.name == "error":
+                    raise ScopeRefused(_reason(reply.body))
+                by = reply.header.fields.get(HeaderFields.sender)
+                while True:
+                    told = bus.recv_until_filtered(jobs, timeout=max(0.001, until_s - time.monotonic()))
+                    # Anybody on the bus can send such a signal.
+                    if told.header.fields.get(HeaderFields.sender) == by and told.body[1] == reply.body[0]:
+                        break
+                if told.body[3] != "done":
+                    raise ScopeRefused(f"its job ended as {told.body[3]!r:.40}")
+    except DBusErrorResponse as error:
+        raise ScopeRefused(_reason(error.data)) from None
+    except TimeoutError:
+        raise ScopeRefused(f"no answer within {within_s:g} s") from None
+    except (OSError, EOFError, ConnectionError) as error:
+        raise ScopeRefused(f"no bus at {address}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _properties(wanted: Wanted) -> list[tuple[str, tuple[str, object]]]:
+    return [
+        ("Description", ("s", wanted.description)),
+        ("Slice", ("s", wanted.slice)),
+        ("PartOf", ("as", [wanted.part_of])),
+        ("PIDs", ("au", [wanted.pid])),
+        # What is in it is ours to freeze and to kill: systemd keeps out.
+        ("Delegate", ("b", True)),
+        ("CollectMode", ("s", "inactive-or-failed")),
+        ("TasksMax", ("t", _ANY_NUMBER if wanted.most_tasks is None else wanted.most_tasks)),
+    ]
+
+
+def _reason(body: tuple[object, ...]) -> str:
+    return str(body[0]) if body else "systemd gave no reason"
