@@ -13,6 +13,8 @@ from reaperd.words import size
 # Below this, worker pools that share arrays run into its end (Docker gives 64 MiB).
 _SHM_BYTES = 256 * 1024 * 1024
 _SHM = "/dev/shm"  # noqa: S108
+_SYSTEMD = "/run/systemd/system"
+_SYSTEM_BUS = "/run/dbus/system_bus_socket"
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _SECCOMP = "a container's seccomp profile may forbid it: allow pidfd_open and pidfd_send_signal"
 
@@ -92,6 +94,26 @@ def cgroups() -> Finding:
         f"{layout}; yours is the root, which does not tell your session from other jobs, so descent decides alone",
         "nothing, for ordinary pools; a login through systemd or a unit of its own gives a job its own cgroup",
     )
+
+
+def isolation() -> Finding:
+    """Whether sessions can have control groups of their own (docs/isolation.md)."""
+    nothing = "nothing, unless sessions are to be isolated"
+    if not any(mount.kind == "cgroup2" for mount in _mounts()):
+        return limit(
+            "no session can have a control group of its own: the unified hierarchy is not mounted", nothing
+        )
+    if not os.path.isdir(_SYSTEMD):
+        return limit(
+            "no systemd runs here: sessions can have control groups of their own below that of the daemon alone",
+            f"{nothing}; then start the daemon in one that is made for it",
+        )
+    if not os.path.exists(_SYSTEM_BUS):
+        return limit(
+            f"systemd runs here, but there is no {_SYSTEM_BUS}, by which it could be asked for control groups",
+            f"{nothing}; then install dbus",
+        )
+    return ok("systemd gives sessions that ask for it a control group of their own")
 
 
 def _mounts() -> list[Mount]:
@@ -195,6 +217,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("children", children),
     ("session page", session_page_or_reason),
     ("cgroups", cgroups),
+    ("isolation", isolation),
     ("OOM kills", oom_counter),
     ("reading processes", reading_processes),
     ("/proc", hidden_processes),
