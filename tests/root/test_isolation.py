@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import bootedsystem
 import pytest
@@ -88,7 +89,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedSystem]:
         with bootedsystem.boot(stage) as booted:
             booted.run("systemd-sysusers")
             booted.run("install", "-d", "-o", USER, "-g", USER, "-m", "0700", f"/srv/{USER}")
-            # What the scope of a login is like, and a unit that stays as long as the test wants.
             yield booted
     except BootError as reason:
         pytest.skip(str(reason))
@@ -116,7 +116,7 @@ class Training:
     """A leader of USER's, and all whom it has started: by pid in the system, and by pidfd."""
 
     system: BootedSystem
-    note: dict
+    note: dict[str, Any]
     fds: dict[int, int]
 
     @property
@@ -140,19 +140,25 @@ class Training:
 
 
 @contextlib.contextmanager
-def training(system: BootedSystem, how: str, *, where: tuple[str, ...] = ()) -> Iterator[Training]:
+def training(
+    system: BootedSystem, how: str, *, where: tuple[str, ...] = (), before: str = "true"
+) -> Iterator[Training]:
     """Start a training the way a login's shell would: in the scope of a session of USER's, by default."""
     said = system.path(f"/tmp/said-{time.monotonic_ns()}")
     number = time.monotonic_ns()
     where = where or ("--scope", f"--slice=user-{UID}.slice", f"--unit=session-{number}.scope")
-    command = (
-        f"exec setsid {PYTHON} /srv/train.py /tmp/{said.name} {how} </dev/null >/tmp/{said.name}.log 2>&1"
-    )
+    command = f"{before}; exec setsid {PYTHON} /srv/train.py /tmp/{said.name} {how} </dev/null >/tmp/{said.name}.log 2>&1"
     if "--scope" in where:
         command = f"({command}) &"
     system.run("systemd-run", "--quiet", f"--uid={USER}", *where, "sh", "-c", command)
     system.until(said.exists, f"the training starts: {system.path(f'/tmp/{said.name}.log')}", within_s=20)
-    note = json.loads(said.read_text())
+    with held(system, json.loads(said.read_text())) as one:
+        yield one
+
+
+@contextlib.contextmanager
+def held(system: BootedSystem, note: dict[str, Any]) -> Iterator[Training]:
+    """Hold a pidfd of all whom a training has named, and end what is left of them afterwards."""
     pids = [note["leader"], *note["pids"], note["tracker"], *([note["spared"]] if note["spared"] else [])]
     here = {pid: system.pid_here(pid) for pid in pids}
     fds = {pid: os.pidfd_open(one) for pid, one in here.items() if one is not None}
@@ -211,11 +217,11 @@ def test_whom_no_mark_tells_ends_with_the_leader_and_the_tracker_last(unit: Boot
         assert by_pid[one.note["pids"][2]]["signals"] == ["SIGTERM", "SIGKILL"]
 
 
-def ends(system: BootedSystem, one: Training) -> list[dict]:
+def ends(system: BootedSystem, one: Training) -> list[dict[str, Any]]:
     """Return the events that tell how the session ended."""
     session = one.note["session"]
 
-    def found() -> list[dict]:
+    def found() -> list[dict[str, Any]]:
         lines = system.run("reaperctl", "events", "--json").stdout.splitlines()
         events = [json.loads(line) for line in lines]
         return [
@@ -226,7 +232,7 @@ def ends(system: BootedSystem, one: Training) -> list[dict]:
     return found()
 
 
-def later(by_pid: dict, one: Training) -> set[int]:
+def later(by_pid: dict[int, Any], one: Training) -> set[int]:
     """Return who was started after the training has said who is there: the deaf shell's sleeps."""
     return {pid for pid in by_pid if pid > max(one.note["pids"])}
 
@@ -315,10 +321,82 @@ def test_every_session_is_isolated_where_the_configuration_says_so(unit: BootedS
         assert (one.note["isolated"], one.note["told"]) == (False, [])
 
 
-def test_nobody_leaves_a_limit_that_was_set_for_him(unit: BootedSystem) -> None:
-    unit.run("systemctl", "stop", "reaperd.service")
+@pytest.fixture
+def job(unit: BootedSystem) -> Iterator[str]:
+    """A control group with a memory limit, in the hierarchy of version 1: the booted system's own has no controllers."""
+    root = "/run/memory"
+    unit.run("mkdir", root)
+    if unit.run("mount", "-t", "cgroup", "-o", "memory", "cgroup", root, check=False).returncode:
+        unit.run("rmdir", root)
+        pytest.skip("there is no memory controller of version 1")
+    unit.run("mkdir", f"{root}/job")
+    unit.run("sh", "-c", f"echo 1G >{root}/job/memory.limit_in_bytes; chown {USER} {root}/job/cgroup.procs")
+    yield f"{root}/job"
+    unit.until(
+        lambda: unit.run("rmdir", f"{root}/job", check=False).returncode == 0, "the group can be removed"
+    )
+    unit.run("umount", root)
+    unit.run("rmdir", root)
+
+
+def test_nobody_leaves_a_limit_that_was_set_for_him(unit: BootedSystem, job: str) -> None:
+    unit.run("systemctl", "restart", "reaperd.service")  # it was started before there was that hierarchy
+    with training(unit, "plain", before=f"echo 0 >{job}/cgroup.procs") as one:
+        assert not one.note["isolated"]
+        assert one.note["why"] == "it would leave a limit: memory.limit_in_bytes of /job is '1073741824'"
+        assert Path(one.scope).name.startswith("session-")
+        one.kill_leader()
+        ends(unit, one)
+
+
+def test_a_dry_run_moves_nobody(unit: BootedSystem) -> None:
     unit.path(CONFIG).write_text("[kill]\ndry_run = true\n")
-    unit.run("systemctl", "start", "reaperd.service")
+    unit.run("systemctl", "reload", "reaperd.service")
     with training(unit, "plain") as one:
         assert "dry_run" in one.note["why"]
         assert Path(one.scope).name.startswith("session-")
+
+
+def test_a_command_is_run_in_a_scope_and_its_supervisor_stays_outside(unit: BootedSystem) -> None:
+    run = (
+        "reaperctl",
+        "run",
+        "--isolate",
+        "--name",
+        "isolated",
+        "--",
+        "sh",
+        "-c",
+        "cat /proc/self/cgroup; exit 7",
+    )
+    where = ("--quiet", "--scope", f"--slice=user-{UID}.slice", f"--unit=session-{time.monotonic_ns()}.scope")
+    done = unit.run("systemd-run", *where, f"--uid={USER}", *run, check=False)
+    assert done.returncode == 7, done.stderr
+    assert f"0::{SLICE}/reaper-{UID}-" in done.stdout
+    assert "control group" not in done.stderr
+
+
+def test_a_user_s_own_daemon_asks_the_user_s_own_systemd(system: BootedSystem) -> None:
+    system.run("loginctl", "enable-linger", USER)
+    runtime = f"/run/user/{UID}"
+    environment = ("env", f"XDG_RUNTIME_DIR={runtime}", f"HOME=/srv/{USER}")
+    system.until(system.path(f"{runtime}/systemd/private").exists, "the user's manager starts")
+    try:
+        system.run(*environment, "systemctl", "--user", "start", "reaperd.service", user=USER)
+        run = ("reaperctl", "run", "--isolate", "--", "cat", "/proc/self/cgroup")
+        done = system.run(*environment, "systemd-run", "--user", "--scope", "--quiet", *run, user=USER)
+        manager = f"{SLICE}/user@{UID}.service"
+        assert f"0::{manager}/app.slice/reaper-{UID}-" in done.stdout, done.stderr
+        said = f"/srv/{USER}/said"
+        script = ("sh", "-c", f"exec setsid {PYTHON} /srv/train.py {said} plain </dev/null >/dev/null 2>&1 &")
+        system.run(*environment, "systemd-run", "--user", "--scope", "--quiet", *script, user=USER)
+        system.until(system.path(said).exists, "the training starts", within_s=20)
+        with held(system, json.loads(system.path(said).read_text())) as one:
+            assert one.note["isolated"], one.note["why"]
+            assert one.scope.startswith(f"{manager}/app.slice/reaper-")
+            one.kill_leader()
+            assert one.left() == []
+        system.run(*environment, "systemctl", "--user", "stop", "reaperd.service", user=USER)
+    finally:
+        system.run("loginctl", "disable-linger", USER)
+        system.run("systemctl", "stop", f"user@{UID}.service")

@@ -676,7 +676,10 @@ def test_a_leader_that_unregistered_may_start_anything_in_the_session_s_own_cgro
     ending = session(scope=SCOPE, ending=True)
     assert not family(leader(cgroup=SCOPE), process(201, 100, cgroup=SCOPE), of=ending).members
     dead = ending._replace(cause=UNKNOWN_CAUSE)
-    assert not family(process(201, cgroup=SCOPE), of=dead).members
+    later = process(
+        202, cgroup=SCOPE, forked=True, **STAMP
+    )  # the leader's own environment has it, where that was run
+    assert not family(process(201, cgroup=SCOPE), later, of=dead).members
 
 
 def test_the_cgroup_of_another_session_of_the_same_user_tells_nothing() -> None:
