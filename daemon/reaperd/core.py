@@ -23,7 +23,9 @@ from reaperd.kept import Kept
 from reaperd.leaders import Leaders
 from reaperd.ledger import Entry
 from reaperd.linux.alarm import Alarm
+from reaperd.linux.cgroup import Counter
 from reaperd.linux.page import OpenPage
+from reaperd.linux.procfs import ProcessGone
 from reaperd.living import Living
 from reaperd.model import UNKNOWN_CAUSE, Cause, CauseKind, Freed, Member, Role, Session, SessionKey
 from reaperd.observer import Observer
@@ -130,7 +132,11 @@ class Core:
             log.info("not isolated session=%s uid=%d: %s", key.id, key.uid, why)
         elif key in self.sessions.entries:
             log.info("isolated session=%s uid=%d cgroup=%r", key.id, key.uid, scope)
-            self.sessions.apply(key, ledger.Isolated(scope))
+            session = self.sessions.entries[key].session
+            counter = Counter(session.oom_counter, session.oom_kills)
+            with contextlib.suppress(ProcessGone):
+                counter = self.observer.oom_counter(session.leader.pid)
+            self.sessions.apply(key, ledger.Isolated(scope, *counter))
             self.sessions.put_on_record(key)
         done(scope, why)
 

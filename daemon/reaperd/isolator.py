@@ -21,7 +21,7 @@ from reaperd.poller import Poller
 log = logging.getLogger(__name__)
 
 WITHIN_S = 4.0  # a script waits for it
-_MOST_WAITING = 64
+_MOST_WAITING, _MOST_OF_ONE_UID = 256, 16
 
 Done = Callable[[str | None, str], None]  # the scope, None and why where there is none
 
@@ -62,7 +62,8 @@ class Isolator:
 
     def ask(self, session: Session, handle: int, done: Done) -> None:
         """Give ``session`` a scope of its own, and call ``done`` when that is over; ``handle`` is a pidfd of its leader."""
-        if len(self._waiting) >= _MOST_WAITING:
+        ours = sum(1 for wish in self._waiting if wish.session.uid == session.uid)
+        if ours >= _MOST_OF_ONE_UID or len(self._waiting) >= _MOST_WAITING:
             done(None, "too many others wait for it")
             return
         self._waiting.append(_Wish(session, os.dup(handle), done, time.monotonic()))
@@ -141,7 +142,7 @@ class Isolator:
             scope_name(session.key, self._socket),
             place.slice,
             place.part_of,
-            f"Reaper's session {session.id} ({session.name})",
+            f"Reaper's session {session.id}",  # no text of the user's: systemd writes it into a file
             session.leader.pid,
             self._cgroups.most_tasks(memberships),
         )

@@ -190,9 +190,11 @@ class LookFailed(NamedTuple):
 
 
 class Isolated(NamedTuple):
-    """The leader was put into a control group of the session's own."""
+    """The leader was put into a control group of the session's own; what counts OOM kills there, and how many so far."""
 
     scope: str
+    oom_counter: str = ""
+    oom_kills: int | None = None
 
 
 class MembersLost(NamedTuple):
@@ -296,7 +298,9 @@ def apply(entry: Entry, happening: Happening) -> Entry:  # noqa: PLR0912
         case Spared():
             return entry._replace(session=session._replace(spared=session.spared | happening.processes))
         case Isolated():
-            return entry._replace(session=session._replace(scope=happening.scope))
+            scope, counter, kills = happening
+            moved = session._replace(scope=scope, oom_counter=counter, oom_kills=kills)
+            return entry._replace(session=moved)
         case MembersLost():
             return entry._replace(session=session.keeping(session.kept - happening.processes))
         case OomCounted():

@@ -53,9 +53,9 @@ class Observer:
         """Return the OOM kills counted in the memory cgroup that ``session``'s leader was in when it registered."""
         return cgroup.oom_kills(session.oom_counter) if session.oom_counter else None
 
-    def oom_counter(self, pid: int) -> str:
-        """Return the file that counts OOM kills where ``pid`` runs, "" where none does."""
-        return self._oom_counters.find(self.proc.cgroup(pid)).path
+    def oom_counter(self, pid: int) -> cgroup.Counter:
+        """Return what counts OOM kills where ``pid`` runs, and how many it has counted; ProcessGone."""
+        return self._oom_counters.find(self.proc.cgroup(pid))
 
     def is_condemned(self, pid: int) -> bool:
         """Say whether ``pid`` is on its way out: SIGKILL is pending, or it frees its memory already."""

@@ -10,6 +10,7 @@ import enum
 import logging
 import os
 import resource
+import time
 from collections.abc import Collection
 
 from reaperd.linux import pidfd
@@ -18,6 +19,8 @@ from reaperd.linux.procfs import ProcessGone, ProcFS
 from reaperd.model import ProcessId
 
 log = logging.getLogger(__name__)
+
+_FREEZES_WITHIN_S = 0.01  # all groups of one look together
 
 
 class Outcome(enum.Enum):
@@ -87,13 +90,23 @@ class Reaper:
             return Outcome.DENIED
         return Outcome.SENT
 
-    def hold_still(self, cgroup: str) -> None:
-        """Freeze all in a control group of a session's own, as far as that can be done: nobody in it forks any more."""
-        try:
-            if not self._cgroups.freeze(cgroup):
-                log.debug("not all of cgroup %r hold still", cgroup)
-        except OSError as error:  # it is gone with the last in it
-            log.debug("cannot freeze cgroup %r: %s", cgroup, error.strerror)
+    def hold_still(self, cgroups: Collection[str]) -> None:
+        """Freeze all in control groups of sessions' own, as far as that can be done: nobody in them forks any more.
+
+        Who is in state D holds still anyway: he is not waited for.
+        """
+        frozen = []
+        for one in cgroups:
+            try:
+                self._cgroups.freeze(one)
+                frozen.append(one)
+            except OSError as error:  # it is gone with the last in it
+                log.debug("cannot freeze cgroup %r: %s", one, error.strerror)
+        until_s = time.monotonic() + _FREEZES_WITHIN_S
+        for one in frozen:
+            with contextlib.suppress(OSError):
+                if not self._cgroups.wait_frozen(one, until_s):
+                    log.debug("not all of cgroup %r hold still", one)
 
     def let_go_on(self, cgroup: str) -> None:
         """Thaw all in a control group."""

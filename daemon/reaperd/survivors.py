@@ -133,9 +133,10 @@ class Survivors:
                 continue
             if decide.must_hold_still(entry, self._sessions.policy, time.monotonic()):
                 still[key] = entry.session.scope
-                self._reaper.hold_still(entry.session.scope)
             elif not entry.looks and not self._sessions.policy.dry_run:
                 self._reaper.let_go_on(entry.session.scope)
+        if still:
+            self._reaper.hold_still(still.values())
         return still
 
     def _see(self, depths: dict[SessionKey, decide.Depth]) -> dict[SessionKey, Sight]:

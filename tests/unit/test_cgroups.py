@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -189,7 +190,8 @@ def has_ended(process: ProcessId, within_s: float = 5.0) -> bool:
 
 def test_who_is_frozen_holds_still_until_it_is_thawed(group: Group) -> None:
     one = group.start("trap 'exit 3' TERM; while :; do sleep 0.01; done")  # what ends nobody at once
-    assert group.cgroups.freeze(group.name)
+    group.cgroups.freeze(group.name)
+    assert group.cgroups.wait_frozen(group.name, time.monotonic() + 5)
     os.kill(one.pid, signal.SIGTERM)
     assert not has_ended(one, within_s=0.05)
     group.cgroups.thaw(group.name)
@@ -201,7 +203,7 @@ def test_all_in_a_group_are_killed_as_one_where_none_but_the_targets_is_in_it(gr
     reaper = Reaper(ProcFS(), frozenset())
     for one in targets:
         reaper.take(one, None)
-    reaper.hold_still(group.name)
+    reaper.hold_still([group.name, "/gone.scope"])
     assert not reaper.kill_all(group.name, targets[:1]), "somebody else is in it"
     assert not has_ended(targets[0], within_s=0.05)
     assert reaper.kill_all(group.name, targets)

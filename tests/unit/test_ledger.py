@@ -583,3 +583,10 @@ def test_nothing_is_due_of_a_session_whose_processes_are_all_gone() -> None:
 def test_a_stuck_process_of_a_concluded_session_is_still_due() -> None:
     entry = quiet(looked(10.0, member(201)), sent(201), sent(201), sent(201, due_s=77.0))
     assert deadline(after(entry, Reclaimed(Freed()), Concluded()), TRACKER_GRACE_S) == 77.0
+
+
+def test_who_is_put_into_a_group_of_its_own_is_counted_there_when_it_runs_out_of_memory() -> None:
+    before = living(oom_counter="/old", oom_kills=3)
+    moved = apply(before, ledger.Isolated("/s.scope", "/s.scope/memory.events", 0)).session
+    assert (moved.scope, moved.oom_counter, moved.oom_kills) == ("/s.scope", "/s.scope/memory.events", 0)
+    assert moved._replace(scope=None, oom_counter="/old", oom_kills=3) == before.session

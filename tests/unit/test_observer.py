@@ -19,7 +19,7 @@ def test_what_is_asked_of_a_leader_is_true_of_this_process(observer: Observer) -
     assert observer.owner(ME) == (UID, os.getgid())
     assert observer.namespaced_pid(ME) == ME
     assert observer.cgroup_path(ME) == wire.parse_cgroup(Path("/proc/self/cgroup").read_text())
-    counter = observer.oom_counter(ME)
+    counter = observer.oom_counter(ME).path
     assert (observer.oom_kills_in(session(oom_counter=counter)) is None) == (counter == "")
     assert observer.oom_kills_in(session()) is None
 
@@ -30,7 +30,7 @@ def test_a_leader_is_taken_down_with_all_that_only_a_living_one_tells(observer: 
         assert told.cgroup == observer.cgroup_path(pid)
         assert told.adopters == kinship.ancestors(observer.proc, pid)
         assert told.namespaces == ProcFS().namespaces(pid)
-        assert told.oom_counter == observer.oom_counter(pid)
+        assert told.oom_counter == observer.oom_counter(pid).path
         assert sorted(told.groups) == sorted(os.getgroups())
         assert told.subreapers == frozenset()
         supervised = observer.describe_leader(session(leader=id_of(pid))._replace(attempt=(1, 1)))

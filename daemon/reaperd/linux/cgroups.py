@@ -12,7 +12,6 @@ import time
 
 from reaperd.linux.mounts import parse_mount_table
 
-_FREEZES_WITHIN_S = 0.05  # who does not is in state D, and forks nobody meanwhile
 _MOST_BYTES = 4 * 1024 * 1024
 # What says that nothing is limited, by the file of either version; pids.max can be had anew.
 _UNLIMITED = {
@@ -89,12 +88,13 @@ class CGroups:
 
     # -- doing something to all of them ------------------------------------------------------
 
-    def freeze(self, cgroup: str) -> bool:
-        """Hold all in a group still, and say whether they are; OSError where that cannot be asked for."""
-        folder = self.directory(cgroup)
-        _write(f"{folder}/cgroup.freeze", b"1")
-        until_s = time.monotonic() + _FREEZES_WITHIN_S
-        events = os.open(f"{folder}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+    def freeze(self, cgroup: str) -> None:
+        """Have all in a group hold still, as soon as each of them can; OSError where that cannot be asked for."""
+        _write(f"{self.directory(cgroup)}/cgroup.freeze", b"1")
+
+    def wait_frozen(self, cgroup: str, until_s: float) -> bool:
+        """Say whether all in a group hold still by ``until_s``, a monotonic time; who does not is in state D. OSError."""
+        events = os.open(f"{self.directory(cgroup)}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
         try:
             poller = select.poll()
             poller.register(events, select.POLLPRI)
