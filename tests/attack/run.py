@@ -40,6 +40,7 @@ from reaperd import gate_link
 IDLE_REAPS, REAPS = 7, 9
 HISTORY = 300_000
 IDLE_WITHIN_S = 60.0
+SCANNED_WITHIN_S = 1.2
 
 
 class Assault:
@@ -236,6 +237,48 @@ def gate_stopped(at: Assault, scale: float) -> str:
     at.siege.victims += late
     at.reap_all()
     return f"{15 * scale:.0f} s long"
+
+
+@assault
+def held_down(at: Assault, scale: float) -> str:
+    """A gate that strangers fill or bring down for ten minutes on end; sessions begin and leaders die meanwhile."""
+    attackers = [at.attacker("connects", uid=STRANGER + n) for n in range(2)]
+    for attacker in attackers:
+        attacker.read_line()
+    at.reap_all()
+    began_s, waits_s = time.monotonic(), [0.0]
+    until_s = began_s + 600 * scale
+    sessions: list[str] = []
+    while time.monotonic() < until_s:
+        leader = at.siege.victim()
+        waits_s.append(taken_on_within(at.daemon, leader.session))
+        sessions.append(leader.session)
+        at.siege.victims.append(leader)
+        at.reap()
+        select.select([], [], [], 2.0)
+    log = at.daemon.read_log()
+    adopted = sum(f"adopted session={session}" in log for session in sessions)
+    assert adopted, "nobody was kept from registering"
+    for attacker in attackers:
+        attacker.stop()
+    return (
+        f"{time.monotonic() - began_s:.0f} s, {len(sessions)} sessions began, {adopted} of them were adopted by their pages;"
+        f" taken on {max(waits_s) * 1e3:.0f} ms after their scripts had begun at the latest"
+    )
+
+
+def taken_on_within(daemon: Daemon, session: str) -> float:
+    """Return how long it takes from now until the daemon has taken a session on; AssertionError beyond a scan.
+
+    It cannot be asked: nobody reaches it. The scans are 0.2 s apart, and the machine has a second for one.
+    """
+    began_s = time.monotonic()
+    while f"adopted session={session}" not in (log := daemon.read_log()):
+        if f"registered session={session}" in log:
+            break
+        assert time.monotonic() - began_s < SCANNED_WITHIN_S, f"{session} is not taken on:\n{log[-3000:]}"
+        select.select([], [], [], 0.01)
+    return time.monotonic() - began_s
 
 
 # -- through pages and processes ------------------------------------------------------------------
