@@ -27,6 +27,7 @@ from reaperd.gate_link import GateLink, Peer, Return
 from reaperd.gpu import GpuMeter
 from reaperd.hunt import Hunt
 from reaperd.linux.alarm import Alarm
+from reaperd.linux.capability import parse_missing
 from reaperd.linux.procfs import ProcFS
 from reaperd.linux.systemd import Notifier
 from reaperd.observer import Observer
@@ -34,6 +35,7 @@ from reaperd.orphans import Orphans
 from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.reaper import Reaper
+from reaperd.rights import RIGHTS
 from reaperd.scan import Scan
 from reaperd.server import Facts, Server
 from reaperd.settings import kill_policy, scan_rules, uids_of
@@ -48,7 +50,11 @@ _LONGEST_WAIT_S = 86400.0  # epoll_wait(2) counts milliseconds in an int
 
 
 class StartError(Exception):
-    """The daemon cannot start; the text says what, where and what would help."""
+    """The daemon cannot start; the text says what, where and what would help. ``code`` is how it is to leave."""
+
+    def __init__(self, text: str, code: int = 1) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class Daemon:
@@ -93,6 +99,8 @@ class Daemon:
         _make_directory(self._state_dir)
         _raise_descriptor_limit()
         proc = ProcFS()
+        if self._mode == "system":
+            _tell_missing_rights(proc)
         alarm = Alarm()
         observer = Observer(proc, alarm)
         observer.marks.memory.keeps_helper = True
@@ -379,6 +387,19 @@ def _make_directory(path: str, *, private: bool = True) -> None:
         raise StartError(f"cannot create the directory {path}: {error.strerror}") from None
     if not stat.S_ISDIR(found.st_mode):
         raise StartError(f"cannot use {path}: it is no directory")
+
+
+def _tell_missing_rights(proc: ProcFS) -> None:
+    """Warn of each capability that is withheld; StartError where one is without which no gate could be let run."""
+    missing = [RIGHTS[name] for name in parse_missing(proc.status(os.getpid()), RIGHTS)]
+    for right in missing:
+        if not right.vital:
+            log.warning("%s is missing: %s", right.name, right.without)
+    vital = [right for right in missing if right.vital]
+    if vital:
+        names = " and ".join(right.name for right in vital)
+        # 2: it does not get better by trying again.
+        raise StartError(f"cannot start without {names}: {vital[0].without}", code=2)
 
 
 def _raise_descriptor_limit() -> None:

@@ -160,6 +160,38 @@ def daemon(options: Namespace) -> Finding:
     return ok(said)
 
 
+def rights(options: Namespace) -> Finding:
+    """Whether the daemon has the capabilities that one for everybody needs."""
+    from reaperd.ctl.link import sockets_of
+    from reaperd.linux.procfs import ProcessGone
+
+    try:
+        path = next(path for path in sockets_of(options) if os.path.lexists(path))
+        status = probes.read_status(probes.listener(path))
+    except (CommandError, OSError, ProcessGone, StopIteration):
+        return limit("no daemon can be looked at", "see what is said of the daemon; one in a container hides")
+    return judge_rights(status)
+
+
+def judge_rights(status: bytes) -> Finding:
+    """Return the finding for the text of a daemon's /proc/PID/status."""
+    from reaperd.linux.capability import parse_missing
+    from reaperd.linux.procfs import parse_uids
+    from reaperd.rights import RIGHTS
+
+    if 0 not in parse_uids(status):
+        return ok("the daemon is a user's own, and needs no capability for that user's processes")
+    missing = [RIGHTS[name] for name in parse_missing(status, RIGHTS)]
+    if not missing:
+        return ok(f"the daemon has all {len(RIGHTS)} capabilities that it needs")
+    names = ", ".join(right.name for right in missing)
+    judge = problem if any(right.vital or right.name == "CAP_KILL" for right in missing) else limit
+    return judge(
+        f"the daemon lacks {names}: {'; '.join(right.without for right in missing)}",
+        f"grant {names} (CapabilityBoundingSet= in the unit, docker run --cap-add) and restart it",
+    )
+
+
 def state_directory() -> Finding:
     """Where a daemon of this user keeps its state."""
     from reaperd.paths import default_paths
@@ -222,5 +254,6 @@ def checks(options: Namespace) -> list[tuple[str, Check]]:
         ("state directory", state_directory),
         ("socket", lambda: socket_file(options)),
         ("daemon", lambda: daemon(options)),
+        ("daemon's rights", lambda: rights(options)),
         ("systemd", systemd),
     ]
