@@ -2,150 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import select
-import signal
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
-import bootedsystem
+import installed
 import pytest
-from bootedsystem import BootedSystem, BootError
-from staged import make
+from bootedsystem import BootedSystem
+from installed import CONFIG, GONE_WITHIN_S, USER, Training, is_answering, main_pid, messages
 
 pytestmark = pytest.mark.needs_root
-
-CONFIG = "/etc/reaper/reaper.toml"
-USER = "trainer"
-GONE_WITHIN_S = 10.0
-
-# Another user's training: exec'ed and forked workers, and an array in shared memory as joblib leaves it behind.
-TRAIN = """
-import multiprocessing, os, subprocess, sys, time
-import agent
-agent.register(name="training", required=True)
-folder = f"/dev/shm/joblib_memmapping_folder_{os.getpid()}_0_0"
-os.mkdir(folder, 0o700)
-with open(f"{folder}/array.pkl", "wb") as array:
-    array.write(bytes(2**20))
-context = multiprocessing.get_context("fork")
-pids = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid for _ in range(2)]
-for _ in range(2):
-    worker = context.Process(target=time.sleep, args=(600,))
-    worker.start()
-    pids.append(worker.pid)
-with open(sys.argv[1] + ".new", "w") as file:
-    print(os.getpid(), *pids, file=file)
-os.rename(sys.argv[1] + ".new", sys.argv[1])
-time.sleep(600)
-"""
-
-
-@pytest.fixture(scope="module")
-def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedSystem]:
-    stage = tmp_path_factory.mktemp("stage")
-    make("install", stage)
-    script = stage / "srv/train.py"
-    script.parent.mkdir()
-    script.write_text(TRAIN)
-    user = stage / "usr/local/lib/sysusers.d/trainer.conf"
-    user.write_text(f"u {USER} - - /srv/{USER} /bin/sh\n")
-    try:
-        with bootedsystem.boot(stage) as booted:
-            booted.run("systemd-sysusers")
-            booted.run("install", "-d", "-o", USER, "-g", USER, "-m", "0700", f"/srv/{USER}")
-            booted.run("systemctl", "enable", "reaperd.service")
-            yield booted
-    except BootError as reason:
-        pytest.skip(str(reason))
-
-
-@pytest.fixture
-def unit(system: BootedSystem) -> Iterator[BootedSystem]:
-    """The system with the daemon started; afterwards it is stopped, with its settings as they were."""
-    config = system.path(CONFIG)
-    before = config.read_text()
-    system.run("systemctl", "start", "reaperd.service")
-    yield system
-    system.run("systemctl", "stop", "reaperd.service")
-    system.run("systemctl", "reset-failed", "reaperd.service", check=False)
-    config.write_text(before)
-
-
-@dataclass
-class Training:
-    """Another user's session: its leader as the system numbers it, its workers by pidfd."""
-
-    system: BootedSystem
-    leader: int
-    workers: list[int]
-
-    def kill_leader(self) -> None:
-        self.system.run("kill", "-KILL", str(self.leader))
-
-    def living(self, within_s: float = 0.0) -> int:
-        """Return how many workers still live ``within_s`` from now."""
-        deadline = time.monotonic() + within_s
-        return sum(not _ended(fd, max(0.0, deadline - time.monotonic())) for fd in self.workers)
-
-    def folder(self) -> Path:
-        return self.system.path(f"/dev/shm/joblib_memmapping_folder_{self.leader}_0_0")
-
-
-def _ended(fd: int, within_s: float) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(within_s * 1000))
-
-
-@contextlib.contextmanager
-def training(system: BootedSystem, *start: str) -> Iterator[Training]:
-    """Have ``start`` (a systemd-run) start a training of USER's, and end what is left of it afterwards."""
-    said = system.path(f"/tmp/said-{time.monotonic_ns()}")
-    # KillMode=process: else systemd would do Reaper's work once the leader is gone.
-    command = (
-        "--quiet",
-        "--property=KillMode=process",
-        "/opt/reaper/bin/python",
-        "/srv/train.py",
-        f"/tmp/{said.name}",
-    )
-    system.run(*start, *command)
-    system.until(said.exists, "the training starts")
-    leader, *workers = map(int, said.read_text().split())
-    here = [system.pid_here(pid) for pid in (leader, *workers)]
-    fds = [os.pidfd_open(pid) for pid in here if pid is not None]
-    try:
-        assert len(fds) == 1 + len(workers)
-        yield Training(system, leader, fds[1:])
-    finally:
-        for fd in fds:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
-            _ended(fd, 5)
-            os.close(fd)
-
-
-@pytest.fixture
-def train(unit: BootedSystem) -> Iterator[Callable[[], Training]]:
-    with contextlib.ExitStack() as stack:
-        yield lambda: stack.enter_context(training(unit, "systemd-run", f"--uid={USER}"))
-
-
-def main_pid(system: BootedSystem) -> str:
-    return system.show("reaperd.service", "MainPID")["MainPID"]
-
-
-def is_answering(system: BootedSystem) -> bool:
-    return system.run("reaperctl", "ping", check=False).returncode == 0
-
-
-def journal(system: BootedSystem) -> str:
-    return system.run("journalctl", "--unit=reaperd.service", "--no-pager", "--output=cat").stdout
 
 
 def test_started_means_ready_and_every_user_gets_an_answer(unit: BootedSystem) -> None:
@@ -165,7 +30,7 @@ def test_the_core_holds_five_capabilities_and_the_gate_none(unit: BootedSystem) 
     assert (core["NoNewPrivs"], core["Seccomp"]) == ("1", "2")
     # Answered by a gate that has given up its privileges: it does that before it reads.
     unit.run("reaperctl", "ping")
-    child = unit.run("pgrep", "--parent", main_pid(unit), "--full", "reaperd.gate").stdout.strip()
+    child = installed.gate_pid(unit)
     gate = dict(line.split(":\t", 1) for line in unit.path(f"/proc/{child}/status").read_text().splitlines())
     uid = unit.run("id", "-u", "reaper-gate").stdout.strip()
     assert gate["Uid"].split() == [uid] * 4
@@ -215,12 +80,7 @@ def test_a_leader_that_dies_while_no_daemon_runs_is_reaped_by_the_next(
 def test_a_daemon_that_hangs_is_replaced_by_the_watchdog(
     unit: BootedSystem, train: Callable[[], Training]
 ) -> None:
-    unit.run("systemctl", "stop", "reaperd.service")
-    drop_in = unit.path("/run/systemd/system/reaperd.service.d/watchdog.conf")
-    drop_in.parent.mkdir(parents=True)
-    drop_in.write_text("[Service]\nWatchdogSec=1\n")
-    try:
-        unit.run("systemctl", "daemon-reload")
+    with installed.drop_in(unit, "WatchdogSec=1"):
         unit.run("systemctl", "start", "reaperd.service")
         session, before = train(), main_pid(unit)
         unit.run("kill", "-STOP", before)
@@ -229,10 +89,6 @@ def test_a_daemon_that_hangs_is_replaced_by_the_watchdog(
         )
         session.kill_leader()
         assert session.living(within_s=GONE_WITHIN_S) == 0
-    finally:
-        drop_in.unlink()
-        drop_in.parent.rmdir()
-        unit.run("systemctl", "daemon-reload")
 
 
 def test_a_daemon_with_nothing_to_do_feeds_the_watchdog(unit: BootedSystem) -> None:
@@ -262,7 +118,7 @@ def test_reloading_applies_a_good_file_and_keeps_the_old_settings_on_a_bad_one(u
     unit.until(lambda: "grace = 7" in shown_config(unit), "the new setting holds")
     config.write_text("[kill]\ngrace = -1\n")
     unit.run("systemctl", "reload", "reaperd.service")
-    unit.until(lambda: "[kill] grace" in journal(unit), "the fault is named in the journal")
+    unit.until(lambda: "[kill] grace" in messages(unit), "the fault is named in the journal")
     assert "grace = 7" in shown_config(unit)
     assert (main_pid(unit), unit.show("reaperd.service", "ActiveState")["ActiveState"]) == (before, "active")
 
@@ -278,7 +134,7 @@ def test_a_bad_configuration_fails_the_start_once_with_its_fault_in_the_journal(
     assert unit.run("systemctl", "start", "reaperd.service", check=False).returncode != 0
     shown = unit.show("reaperd.service", "ActiveState", "SubState", "NRestarts", "ExecMainStatus")
     assert shown == {"ActiveState": "failed", "SubState": "failed", "NRestarts": "0", "ExecMainStatus": "2"}
-    assert "[scan] interval" in journal(unit)
+    assert "[scan] interval" in messages(unit)
 
 
 def test_stopping_it_ends_no_training_and_takes_the_gate_along(
@@ -291,33 +147,3 @@ def test_stopping_it_ends_no_training_and_takes_the_gate_along(
     assert session.living(within_s=0.5) == 4
     assert unit.run("pgrep", "--full", "reaperd.gate", check=False).stdout == ""
     assert unit.run("reaperctl", "ping", check=False).returncode == 3
-
-
-def test_a_user_runs_one_of_their_own_where_none_is_installed_for_all(system: BootedSystem) -> None:
-    system.run("loginctl", "enable-linger", USER)
-    runtime = f"/run/user/{system.run('id', '-u', USER).stdout.strip()}"
-    environment = ("env", f"XDG_RUNTIME_DIR={runtime}", f"HOME=/srv/{USER}")
-    system.until(system.path(f"{runtime}/systemd/private").exists, "the user's manager starts")
-    try:
-        system.run(*environment, "systemctl", "--user", "enable", "--now", "reaperd.service", user=USER)
-        status = json.loads(system.run(*environment, "reaperctl", "status", "--json", user=USER).stdout)
-        assert status["mode"] == "user"
-        assert system.path(f"/srv/{USER}/.local/state/reaper/reaper.db").exists()
-        start = (
-            "setpriv",
-            "--reuid",
-            USER,
-            "--regid",
-            USER,
-            "--init-groups",
-            *environment,
-            "systemd-run",
-            "--user",
-        )
-        with training(system, *start) as started:
-            started.kill_leader()
-            assert started.living(within_s=GONE_WITHIN_S) == 0
-        system.run(*environment, "systemctl", "--user", "stop", "reaperd.service", user=USER)
-    finally:
-        system.run("loginctl", "disable-linger", USER)
-        system.run("systemctl", "stop", f"user@{runtime.rpartition('/')[2]}.service")

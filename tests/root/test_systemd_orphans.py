@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import bootedsystem
 import pytest
 from bootedsystem import BootError
 from enclosure import AGGRESSIVE
-from staged import make
 from unitanimals import ANIMALS, GUARDED, ORPHANS, USER, Animal, Zoo, explain, lay
 
 pytestmark = pytest.mark.needs_root
@@ -34,11 +35,11 @@ def named(animal: Animal) -> str:
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
+def zoo(installation: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
     if importlib.util.find_spec("joblib") is None:
         pytest.skip("the module joblib is not installed")
     stage, scratch = tmp_path_factory.mktemp("stage"), tmp_path_factory.mktemp("debs")
-    make("install", stage)
+    shutil.copytree(installation, stage, symlinks=True, dirs_exist_ok=True)
     missing = lay(stage, scratch)
     (stage / CONFIG[1:]).write_text(f'{SETTINGS}[protect]\nunits = ["{GUARDED.name}"]\n')
     with contextlib.ExitStack() as stack:
