@@ -168,7 +168,7 @@ def find_user(names: Sequence[str], accounts: str = "/etc/passwd") -> tuple[int,
 
 def give_up_privileges() -> None:
     """Become nobody, for good: own uid, no groups, no capabilities, no new ones, few descriptors, little memory, no children."""
-    _be_expendable()
+    be_expendable()
     if os.geteuid() == 0:
         uid, gid = find_user(GATE_USERS)
         os.setgroups([])
@@ -186,11 +186,12 @@ def give_up_privileges() -> None:
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
 
-def _be_expendable() -> None:
+def be_expendable(score: str = "/proc/self/oom_score_adj") -> None:
     """Undo what protects the core when memory runs out: of the two, a stranger can bloat this one, and it is replaced."""
-    with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
-        if int(file.read()) < 0:
-            file.seek(0)
+    with open(score, encoding="ascii") as file:
+        is_protected = int(file.read()) < 0
+    if is_protected:
+        with open(score, "w", encoding="ascii") as file:
             file.write("0")
 
 

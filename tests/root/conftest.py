@@ -43,12 +43,13 @@ def system(installation: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture
 def settled(system: BootedSystem) -> Iterator[BootedSystem]:
-    """The system, in which the daemon is stopped and has its settings as they were when the test is over."""
+    """The system; when the test is over, the daemon is stopped, remembers nobody and has its settings as they were."""
     config = system.path(CONFIG)
     before = config.read_text()
     yield system
     system.run("systemctl", "stop", UNIT)
     system.run("systemctl", "reset-failed", UNIT, check=False)
+    system.run("rm", "-rf", "/var/lib/reaper")
     config.write_text(before)
 
 

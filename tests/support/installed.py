@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import select
 import signal
 import time
@@ -62,7 +61,10 @@ def lay(stage: Path) -> None:
 def prepare(system: BootedSystem) -> None:
     """Do in the running system what an installation does there."""
     system.run("systemd-sysusers")
-    system.run("install", "-d", "-o", USER, "-g", USER, "-m", "0700", f"/srv/{USER}")
+    # A file system of its own: the one below tells nobody when a file was made.
+    system.run("install", "-d", f"/srv/{USER}")
+    owner = ",".join(f"{name}={uid(system)}" for name in ("uid", "gid"))
+    system.run("mount", "-t", "tmpfs", "-o", f"mode=0700,{owner}", "tmpfs", f"/srv/{USER}")
     system.run("systemctl", "enable", UNIT)
 
 
@@ -93,7 +95,8 @@ class Training:
         return not any(has_ended(fd, 0) for fd in self.fds.values())
 
     def cgroup(self) -> str:
-        return self.system.path(f"/proc/{self.leader}/cgroup").read_text().strip().removeprefix("0::")
+        lines = self.system.path(f"/proc/{self.leader}/cgroup").read_text().splitlines()
+        return next(line for line in lines if line.startswith("0::"))
 
     def folder(self, parent: str = "/dev/shm") -> Path:
         return self.system.path(f"{parent}/joblib_memmapping_folder_{self.leader}_0_0")
@@ -149,7 +152,7 @@ def as_user_service(system: BootedSystem) -> tuple[str, ...]:
 
 
 # A login as sshd and getty make one: pam_systemd moves it into a session scope of its own.
-LOGIN = ("systemd-run", "--quiet", f"--uid={USER}", "--property=PAMName=login", "--property=KillMode=process")
+LOGIN = ("systemd-run", "--quiet", f"--uid={USER}", "--property=PAMName=login")
 
 
 @contextlib.contextmanager
@@ -158,7 +161,7 @@ def user_manager(system: BootedSystem) -> Iterator[None]:
     number = uid(system)
     system.run("loginctl", "enable-linger", USER)
     try:
-        system.until(system.path(f"/run/user/{number}/systemd/private").exists, "the user's manager starts")
+        system.run("systemctl", "start", f"user@{number}.service")  # one of an earlier login may be ending
         yield
     finally:
         system.run("loginctl", "disable-linger", USER)
@@ -187,32 +190,33 @@ def ask(system: BootedSystem, *command: str) -> Any:
     return json.loads(system.run("reaperctl", "--system", *command, "--json").stdout)
 
 
-def events(system: BootedSystem, session: Training, *options: str) -> list[dict[str, Any]]:
-    """Return what the daemon tells of one session."""
-    lines = system.run("reaperctl", "--system", "events", "--json", *options).stdout.splitlines()
-    told = [json.loads(line) for line in lines]
-    return [event for event in told if event.get("leader", {}).get("pid") == session.leader]
+def events(shown: str, kind: str) -> list[int]:
+    """Return the leaders in the events of one kind that a `reaperctl events --json` has printed."""
+    told = [json.loads(line) for line in shown.splitlines()]
+    return [event["leader"]["pid"] for event in told if event["kind"] == kind]
 
 
-def cursor(system: BootedSystem) -> str:
-    """Return where the journal ends now."""
+def reaped(system: BootedSystem) -> list[int]:
+    """Return the leaders whose sessions the daemon for all has reaped."""
+    return events(system.run("reaperctl", "--system", "events", "--json").stdout, "reaped")
+
+
+def now() -> str:
+    """Return the time as journalctl takes it. Not a cursor: with a unit asked for, the entry that follows one is passed over."""
+    return f"@{time.time():.6f}"
+
+
+def journal(system: BootedSystem, since: str = "@0", unit: str = UNIT) -> list[dict[str, Any]]:
+    """Return what the processes of ``unit`` have written since then; systemd's own lines are left out."""
     system.run("journalctl", "--sync")
-    shown = system.run("journalctl", "--no-pager", "--lines=0", "--show-cursor", "--quiet").stdout
-    found = re.search(r"^-- cursor: (\S+)$", shown, re.MULTILINE)
-    return found[1] if found else ""
-
-
-def journal(system: BootedSystem, after: str = "", unit: str = UNIT) -> list[dict[str, Any]]:
-    """Return what the processes of ``unit`` have written since ``after``, a cursor; systemd's own lines are left out."""
-    system.run("journalctl", "--sync")
-    since = (f"--after-cursor={after}",) if after else ()
-    shown = system.run("journalctl", "--no-pager", f"--unit={unit}", "--output=json", *since).stdout
+    asked = ("--no-pager", f"--unit={unit}", f"--since={since}", "--output=json")
+    shown = system.run("journalctl", *asked).stdout
     entries: list[dict[str, Any]] = [json.loads(line) for line in shown.splitlines()]
     return [entry for entry in entries if entry["_TRANSPORT"] == "stdout"]
 
 
-def messages(system: BootedSystem, after: str = "", unit: str = UNIT) -> str:
-    return "\n".join(entry["MESSAGE"] for entry in journal(system, after, unit))
+def messages(system: BootedSystem, since: str = "@0") -> str:
+    return "\n".join(entry["MESSAGE"] for entry in journal(system, since))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agent.wire import WireError
 from reaperd import gate, gate_frames
-from reaperd.gate import Gate, Quota, find_user, parse_peer_address
+from reaperd.gate import Gate, Quota, be_expendable, find_user, parse_peer_address
 
 OVERFLOW = 65534
 BURST, PER_S = int(gate._BURST), gate._REQUESTS_PER_S
@@ -194,3 +194,11 @@ def test_a_core_that_is_gone_before_the_gate_is_up_ends_the_gate_without_a_word(
     core.close()
     with ours, zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         Gate(router, ours, OVERFLOW).run()
+
+
+@pytest.mark.parametrize(("before", "after"), [("-900\n", "0"), ("0\n", "0\n"), ("300\n", "300\n")])
+def test_the_gate_keeps_no_protection_when_memory_runs_out(before: str, after: str, tmp_path: Path) -> None:
+    score = tmp_path / "oom_score_adj"
+    score.write_text(before)
+    be_expendable(str(score))
+    assert score.read_text() == after
