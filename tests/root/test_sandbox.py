@@ -279,16 +279,13 @@ def test_every_command_of_reaperctl_is_answered_by_the_service(
     ):
         done = unit.run("reaperctl", *command, check=False)
         assert (done.returncode, "Traceback" in done.stdout + done.stderr) == (0, False), (command, done)
-    (told,) = json.loads(unit.run("reaperctl", "explain", "--json", str(session.workers[0])).stdout)[
-        "evidence"
-    ]
-    assert "REAPER_LINEAGE" in told
     assert orphan in [one["pid"] for one in installed.ask(unit, "orphans")]
     unit.run("reaperctl", "cleanup", "--yes")
     unit.until(lambda: not unit.path(f"/proc/{orphan}/exe").exists(), "the orphan is ended")
-    mine = json.loads(unit.run("reaperctl", "ps", "--json").stdout)
-    (name,) = [one["id"] for one in mine if one["leader"]["pid"] == session.leader]
-    unit.run("reaperctl", "stop", name)
+    (mine,) = [one for one in installed.ask(unit, "ps") if one["leader"]["pid"] == session.leader]
+    assert {one["pid"] for one in mine["workers"]} == set(session.workers)
+    assert "REAPER_LINEAGE" in str(mine["workers"])
+    unit.run("reaperctl", "stop", mine["id"])
     assert session.living(within_s=GONE_WITHIN_S) == 0
     done = unit.run("reaperctl", "run", "--name", "through", "--", "sh", "-c", "exit 7", check=False)
     assert done.returncode == 7

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,6 +16,12 @@ UNITS = [
     pytest.param("reaperd.service", "--system", id="system"),
     pytest.param("user/reaperd.service", "--user", id="user"),
 ]
+# What `systemd-analyze security` of systemd 252 says of the unit; newer ones weigh alike. It may only sink.
+MOST_EXPOSURE = 4.0
+
+needs_analyze = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed here"
+)
 
 
 def settings(unit: str) -> list[tuple[str, str]]:
@@ -25,7 +33,7 @@ def settings(unit: str) -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed here")
+@needs_analyze
 @pytest.mark.parametrize(("unit", "manager"), UNITS)
 def test_systemd_has_nothing_to_say_about_the_unit(unit: str, manager: str, tmp_path: Path) -> None:
     # verify wants the program to exist, and leaves with 0 on a key that it does not know: its stderr is what counts.
@@ -46,7 +54,7 @@ def test_systemd_has_nothing_to_say_about_the_unit(unit: str, manager: str, tmp_
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed here")
+@needs_analyze
 def test_a_key_that_systemd_does_not_know_is_noticed(tmp_path: Path) -> None:
     copy = tmp_path / "reaperd.service"
     copy.write_text("[Service]\nExecStart=/bin/true\nRestrictAddresFamilies=AF_UNIX\n")
@@ -68,6 +76,72 @@ def test_a_bad_configuration_is_never_tried_again_and_no_failure_uses_up_the_sta
         ("KillMode", "mixed"),
     ):
         assert wanted in found
+
+
+@needs_analyze
+def test_what_stays_open_to_the_service_is_explained_in_its_unit(tmp_path: Path) -> None:
+    exposure, exposed = security(tmp_path)
+    text = (PACKAGING / "reaperd.service").read_text("utf-8")
+    comments = text[text.index("# -- what stays open, and why") :]
+    explained = {
+        name
+        for name in re.findall(r"(?<![\w=~/])[A-Z]\w+=\S*?(?=,|\s|$)", comments)
+        if not name.startswith("WantedBy")
+    }
+    assert {name for name in exposed if name not in explained} == set()
+    assert {name for name in explained if name not in exposed} == set(), "it is not open any more"
+    assert exposure <= MOST_EXPOSURE
+
+
+@needs_analyze
+def test_a_line_that_is_taken_out_of_the_sandbox_is_noticed(tmp_path: Path) -> None:
+    for line in ("MemoryDenyWriteExecute=", "RestrictNamespaces=", "CapabilityBoundingSet="):
+        _, exposed = security(tmp_path, without=line)
+        assert [name for name in exposed if name.startswith(line)]
+    exposure, _ = security(tmp_path, without="CapabilityBoundingSet=")
+    assert exposure > MOST_EXPOSURE
+
+
+def security(folder: Path, without: str = "") -> tuple[float, set[str]]:
+    """Return what `systemd-analyze security` makes of the system's unit, and the names of what it finds open."""
+    text = (PACKAGING / "reaperd.service").read_text("utf-8").replace("/usr/local/bin/reaperd", "/bin/true")
+    copy = folder / "reaperd.service"
+    copy.write_text(
+        "\n".join(line for line in text.splitlines() if not without or not line.startswith(without))
+    )
+    command = ["systemd-analyze", "security", "--offline=yes", "--no-pager", "--threshold=100", copy]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (exposure,) = re.findall(r"Overall exposure level for \S+: ([\d.]+)", shown)
+    asked = subprocess.run([*command, "--json=short"], capture_output=True, text=True, check=False).stdout
+    exposed = {one["name"] for one in json.loads(asked) if one["exposure"] and float(one["exposure"]) > 0}
+    return float(exposure), exposed
+
+
+def test_nothing_of_a_users_environment_reaches_a_disk_and_nothing_of_the_daemon_the_swap() -> None:
+    for unit in ("reaperd.service", "user/reaperd.service"):
+        found = settings(unit)
+        for wanted in (
+            ("LimitCORE", "0"),
+            ("MemorySwapMax", "0"),
+            ("OOMPolicy", "continue"),
+            ("TasksMax", "64"),
+            ("SystemCallErrorNumber", "EPERM"),
+            ("SystemCallArchitectures", "native"),
+            ("KeyringMode", "private"),
+            ("SyslogLevel", "err"),
+        ):
+            assert wanted in found, unit
+    assert ("ProtectClock", "yes") in settings("reaperd.service")
+    assert ("OOMScoreAdjust", "-900") in settings("reaperd.service")
+
+
+def test_both_units_refuse_the_same_calls() -> None:
+    of_system, of_user = (
+        [value for key, value in settings(unit) if key == "SystemCallFilter"]
+        for unit in ("reaperd.service", "user/reaperd.service")
+    )
+    assert of_system == of_user
+    assert "@system-service" in of_system[0]
 
 
 def test_the_system_unit_lets_the_daemon_ask_the_gpus_and_reach_no_other_device() -> None:
