@@ -32,7 +32,7 @@ need = @[ -n '$($(1))' ] && $($(1)) -c '$(SUITABLE)' 2>/dev/null || { echo '$(NO
 
 .PHONY: help
 help: ## list what make can do here
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 # An environment belongs to the place it was made in: scripts and the editable install name that path.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
@@ -69,6 +69,10 @@ check: suite training ## every test, without lint; PYTEST_ARGS="-k name" chooses
 .PHONY: suite
 suite: $(STAMP)
 	$(BIN)/python -m pytest $(SUITE) $(PYTEST_ARGS)
+
+.PHONY: test-systemd
+test-systemd: $(STAMP) ## those of them that boot a systemd, as root: the service, its sandbox, its journal, and an installation
+	$(BIN)/python -m pytest tests/root tests/unit/test_packaging.py $(PYTEST_ARGS)
 
 # In a process of its own: with scikit-learn in it, one is too large for tests that look at themselves. Those of installing
 # measure no time either.
@@ -159,7 +163,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check $(CODE)
 	$(BIN)/python -m ruff format --check $(CODE)
 	$(BIN)/python -m mypy --strict
-	$(BIN)/python -m mypy --strict examples tests/support/bootedsystem.py tests/support/staged.py
+	$(BIN)/python -m mypy --strict examples tests/support/bootedsystem.py tests/support/installed.py tests/support/staged.py
 
 .PHONY: format
 format: $(STAMP) ## put the code into the form that lint asks for
