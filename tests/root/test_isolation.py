@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from typing import Any
 import bootedsystem
 import pytest
 from bootedsystem import BootedSystem, BootError
-from staged import make
 
 pytestmark = pytest.mark.needs_root
 
@@ -78,9 +78,9 @@ time.sleep(600)
 
 
 @pytest.fixture(scope="module")
-def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedSystem]:
+def system(installation: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedSystem]:
     stage = tmp_path_factory.mktemp("stage")
-    make("install", stage)
+    shutil.copytree(installation, stage, symlinks=True, dirs_exist_ok=True)
     script = stage / "srv/train.py"
     script.parent.mkdir()
     script.write_text(TRAIN)

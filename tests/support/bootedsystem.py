@@ -157,6 +157,13 @@ class BootedSystem:
 
     def pid_here(self, pid_inside: int) -> int | None:
         """Return this machine's number of a process of the system, None when it has gone."""
+        found = None
+        tries = 5  # whoever is moved to another group meanwhile is in none of those that are read
+        while found is None and tries and self.path(f"/proc/{pid_inside}").exists():
+            found, tries = self._pid_in_groups(pid_inside), tries - 1
+        return found
+
+    def _pid_in_groups(self, pid_inside: int) -> int | None:
         for procs in self.group.rglob("cgroup.procs"):
             with contextlib.suppress(OSError):
                 for pid in procs.read_text().split():
