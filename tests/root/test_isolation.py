@@ -233,8 +233,9 @@ def ends(system: BootedSystem, one: Training) -> list[dict[str, Any]]:
 
 
 def later(by_pid: dict[int, Any], one: Training) -> set[int]:
-    """Return who was started after the training has said who is there: the deaf shell's sleeps."""
-    return {pid for pid in by_pid if pid > max(one.note["pids"])}
+    """Return who was started by the deaf shell: its sleeps, the first of which may live on when the training says who is there."""
+    deaf = one.note["pids"][2]
+    return {pid for pid in by_pid if pid > deaf}
 
 
 def test_what_was_spared_lives_on_in_the_scope_of_a_dead_session(unit: BootedSystem) -> None:
