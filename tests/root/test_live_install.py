@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import bootedsystem
+import installed
 import pytest
 from bootedsystem import BootedSystem, BootError
 from staged import ROOT
@@ -42,6 +43,7 @@ def system(tmp_path: Path) -> Iterator[BootedSystem]:
         pytest.skip("the wheels that this Python can fetch are not those of the system's Python")
     fetch = [sys.executable, "-m", "pip", "wheel", "-qq", "--wheel-dir", stage / "srv/wheels"]
     subprocess.run([*fetch, stage / "srv/reaper", "hatchling"], stdin=subprocess.DEVNULL, check=True)
+    installed.lay(stage)
     try:
         with bootedsystem.boot(stage) as booted:
             yield booted
@@ -61,13 +63,17 @@ def test_install_starts_the_daemon_and_uninstall_takes_all_of_it_away(system: Bo
     system.run("id", "reaper-gate")
     system.run("reaperctl", "ping")
 
-    before = system.show("reaperd.service", "MainPID")
-    system.path("/etc/reaper/reaper.toml").write_text("[kill]\ngrace = 2\n")
-    assert "kept /etc/reaper/reaper.toml" in make(system, "install")
-    assert system.show("reaperd.service", "MainPID") != before, "an upgrade takes effect at once"
-    system.run("reaperctl", "ping")
+    installed.prepare(system)
+    with installed.training(system, *installed.as_service()) as session:
+        before = system.show("reaperd.service", "MainPID")
+        system.path("/etc/reaper/reaper.toml").write_text("[kill]\ngrace = 2\n")
+        assert "kept /etc/reaper/reaper.toml" in make(system, "install")
+        assert system.show("reaperd.service", "MainPID") != before, "an upgrade takes effect at once"
+        assert [one["leader"]["pid"] for one in installed.ask(system, "ps")] == [session.leader]
+        assert session.is_whole()
 
-    said = make(system, "uninstall")
+        said = make(system, "uninstall")
+        assert session.is_whole()
     assert "kept /etc/reaper" in said
     assert "kept /var/lib/reaper" in said
     assert system.run("systemctl", "is-active", "reaperd.service", check=False).stdout == "inactive\n"

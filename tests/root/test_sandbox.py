@@ -16,7 +16,17 @@ from typing import Any
 import installed
 import pytest
 from bootedsystem import BootedSystem
-from installed import CONFIG, GONE_WITHIN_S, PYTHON, UNIT, USER, Training, as_service
+from installed import (
+    CONFIG,
+    GONE_WITHIN_S,
+    PYTHON,
+    UNIT,
+    USER,
+    Training,
+    as_service,
+    as_user,
+    as_user_service,
+)
 from staged import ROOT
 
 pytestmark = pytest.mark.needs_root
@@ -38,14 +48,15 @@ OWN = (
     "After",
 )
 # c 195 is NVIDIA's major; without a driver nobody has registered it.
+GPU = "Environment=LD_LIBRARY_PATH=/srv/nvml NVML_GPUS=1 'NVML_PROCESSES=0 C 100 1000'"
 DEVICES = "Character devices:\n  1 mem\n 10 misc\n195 nvidia-frontend\n\nBlock devices:\n"
 
 
 # -- the probe ------------------------------------------------------------------------------------
 
 
-def probe_unit(system: BootedSystem, start: str, more: str = "") -> str:
-    lines = system.path(f"/usr/local/lib/systemd/system/{UNIT}").read_text().splitlines()
+def probe_unit(system: BootedSystem, start: str, more: str = "", manager: str = "system") -> str:
+    lines = system.path(f"/usr/local/lib/systemd/{manager}/{UNIT}").read_text().splitlines()
     kept = [line for line in lines if not line.startswith(OWN)]
     before_install = kept[: kept.index("[Install]")]
     return "\n".join([*before_install, "Type=oneshot", f"ExecStart={start}", more, ""])
@@ -93,10 +104,9 @@ def build(library: Path) -> None:
 
 
 def probe(system: BootedSystem, other: Training, more: str = "") -> dict[str, Any]:
-    start = f"{PYTHON} /srv/sandboxed.py {other.leader} {installed.uid(system)} {HOME}"
+    start = f"{PYTHON} /srv/sandboxed.py {other.leader} {installed.uid(system)} {HOME} /var/lib/reaper"
     said = system.path("/run/probe.json")
-    environment = "Environment=LD_LIBRARY_PATH=/srv/nvml NVML_GPUS=1 'NVML_PROCESSES=0 C 100 1000'"
-    output = f"StandardOutput=file:/run/{said.name}\n{environment}\n{more}"
+    output = f"StandardOutput=file:/run/{said.name}\n{GPU}\n{more}"
     system.path("/run/systemd/system/probe.service").write_text(probe_unit(system, start, output))
     system.run("systemctl", "daemon-reload")
     system.run("systemctl", "start", "probe.service")
@@ -117,6 +127,29 @@ def test_what_the_daemon_does_is_done_inside_it(told: dict[str, Any]) -> None:
     assert {name: what for name, what in told["allowed"].items() if what != "done"} == {}
 
 
+def test_the_unit_of_a_single_user_refuses_as_much_and_allows_what_a_users_daemon_does(
+    system: BootedSystem, told: dict[str, Any]
+) -> None:
+    home = system.path(HOME)
+    state, units = home / "state", home / ".config/systemd/user"
+    for folder in (state, home / ".config", home / ".config/systemd", units):
+        system.run("install", "-d", "-o", USER, "-g", USER, f"{HOME}/{folder.relative_to(home)}")
+    training = installed.training(system, *as_user_service(system), words=("late",))
+    with installed.user_manager(system), training as mine:
+        start = f"{PYTHON} /srv/sandboxed.py {mine.leader} {installed.uid(system)} {HOME} {HOME}/state"
+        output = f"StandardOutput=file:{HOME}/probe.json\n{GPU}"
+        (units / "probe.service").write_text(probe_unit(system, start, output, "user"))
+        system.run(*as_user(system, "systemctl", "--user", "daemon-reload"))
+        system.run(*as_user(system, "systemctl", "--user", "start", "probe.service"))
+    (units / "probe.service").unlink()
+    found = json.loads((home / "probe.json").read_text())
+    assert {name: what for name, what in found["allowed"].items() if what != "done"} == {}
+    # Devices are root's to give.
+    assert {name: found["refused"][name] for name in told["refused"] if name != "DevicePolicy"} == {
+        name: what for name, what in told["refused"].items() if name != "DevicePolicy"
+    }
+
+
 def test_of_all_devices_the_gpus_may_be_asked(told: dict[str, Any]) -> None:
     # The rule lets it through to the driver, which is not here.
     assert told["gpu"] in ("ENXIO", "ENODEV", "done")
@@ -128,7 +161,7 @@ def test_without_the_sandbox_the_same_probe_is_refused_nothing_of_this(
     """So what it was refused was refused by the settings, and not by this machine."""
     with installed.training(system, *as_service(), words=("late",)) as other:
         start = ("systemd-run", "--quiet", "--pipe", "--wait", PYTHON, "/srv/sandboxed.py")
-        shown = system.run(*start, str(other.leader), installed.uid(system), HOME).stdout
+        shown = system.run(*start, str(other.leader), installed.uid(system), HOME, "/var/lib/reaper").stdout
     free = json.loads(shown)["refused"]
     # Arguments that make no sense are refused in other words. Three of them this machine may refuse root, too.
     assert {name for name, what in free.items() if what in ("EPERM", "EAFNOSUPPORT")} <= {

@@ -49,9 +49,10 @@ time.sleep(600)
 def lay(stage: Path) -> None:
     """Lay what the trainings need over an installation: a script, a user, and logins that end at once when they end."""
     script = stage / "srv/train.py"
-    script.parent.mkdir()
+    script.parent.mkdir(exist_ok=True)
     script.write_text(TRAIN)
     user = stage / "usr/local/lib/sysusers.d/trainer.conf"
+    user.parent.mkdir(parents=True, exist_ok=True)
     user.write_text(f"u {USER} - - /srv/{USER} /bin/sh\n")
     login = stage / "etc/systemd/logind.conf.d/at-once.conf"
     login.parent.mkdir(parents=True)

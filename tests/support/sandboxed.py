@@ -1,6 +1,7 @@
 """Run by a unit with the sandbox of reaperd.service: tries what that must refuse and what it must allow, and prints the outcomes.
 
-Each outcome is "done", or the name of the errno. Arguments: a pid of another user's, that user's uid, and its home.
+Each outcome is "done", or the name of the errno. Arguments: the pid of a process, its uid, its user's home, and a folder for state.
+The process is another user's for the service of all, and the user's own for that of one user.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ NUMBERS = {
     "setpriority": 141 if X86 else 140,
     "unshare": 272 if X86 else 97,
 }
+OTHER, UID, HOME, STATE = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 CLONE_NEWUSER, CLONE_NEWNS, PER_BSD = 0x10000000, 0x00020000, 0x0006
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -67,7 +69,7 @@ def open_device(major: int, minor: int) -> None:
 
 
 def set_uid_bit() -> None:
-    with tempfile.NamedTemporaryFile(dir="/var/lib/reaper") as file:
+    with tempfile.NamedTemporaryFile(dir=STATE) as file:
         os.fchmod(file.fileno(), 0o4700)
 
 
@@ -91,7 +93,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "RestrictRealtime": lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)),
     "DevicePolicy": lambda: open_device(10, 229),
     "SystemCallFilter: @aio": lambda: call("io_uring_setup", 1, 0),
-    "SystemCallFilter: @chown": lambda: os.chown("/var/lib/reaper", 0, 0),
+    "SystemCallFilter: @chown": lambda: os.chown(STATE, os.geteuid(), -1),
     "SystemCallFilter: @clock": lambda: call("clock_settime", 0, 0),
     "SystemCallFilter: @ipc": lambda: call("shmget", 0, 4096, 0o1600),
     "SystemCallFilter: process_vm_writev": lambda: call("process_vm_writev", os.getpid(), 0, 0, 0, 0, 0),
@@ -111,8 +113,8 @@ REFUSED: dict[str, Callable[[], object]] = {
 # -- what the daemon does -------------------------------------------------------------------------
 
 
-def signal_by_pidfd(other: int) -> None:
-    descriptor = os.pidfd_open(other)
+def signal_by_pidfd() -> None:
+    descriptor = os.pidfd_open(OTHER)
     try:
         signal.pidfd_send_signal(descriptor, 0)
         assert pidfd.info(descriptor) is None or pidfd.info(descriptor)
@@ -120,8 +122,8 @@ def signal_by_pidfd(other: int) -> None:
         os.close(descriptor)
 
 
-def read_process(other: int) -> None:
-    proc = ProcFS()
+def read_process() -> None:
+    proc, other = ProcFS(), OTHER
     assert proc.environ(other, other)
     assert proc.argv(other, other)
     for name in ("maps", "status", "stat", "cgroup"):
@@ -134,14 +136,15 @@ def read_process(other: int) -> None:
         file.read()
 
 
-def act_as(uid: int, home: str) -> None:
+def act_as_user() -> None:
     """Make and remove a folder in /dev/shm, and write a file in a home that is open to its owner alone."""
 
     def work() -> str:
-        os.setgroups([uid])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
-        for parent in ("/dev/shm", "/tmp", home):
+        if os.geteuid() != UID:
+            os.setgroups([UID])
+            os.setresgid(UID, UID, UID)
+            os.setresuid(UID, UID, UID)
+        for parent in ("/dev/shm", "/tmp", HOME):
             folder = tempfile.mkdtemp(dir=parent)
             with open(f"{folder}/array", "wb") as file:
                 file.write(bytes(4096))
@@ -181,7 +184,7 @@ def run_program() -> None:
 
 
 def keep_state() -> None:
-    path = "/var/lib/reaper/probe.db"
+    path = f"{STATE}/probe.db"
     database = sqlite3.connect(path, isolation_level=None)
     database.execute("PRAGMA journal_mode=WAL")
     database.execute("CREATE TABLE IF NOT EXISTS t (x)")
@@ -193,9 +196,10 @@ def keep_state() -> None:
 
 
 def speak_zeromq() -> None:
+    place = f"ipc://{STATE}/probe.sock"
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as dealer:
-        router.bind("ipc:///run/reaper-probe")
-        dealer.connect("ipc:///run/reaper-probe")
+        router.bind(place)
+        dealer.connect(place)
         dealer.send(b"x")
         assert router.poll(5000)
 
@@ -212,31 +216,28 @@ def raise_limit() -> None:
 
 
 def write_private() -> None:
-    with tempfile.TemporaryDirectory(dir="/var/lib/reaper") as folder:
+    with tempfile.TemporaryDirectory(dir=STATE) as folder:
         path = f"{folder}/x"
         open(path, "w").close()
         assert os.stat(path).st_mode & 0o777 == 0o600
 
 
-def allowed(other: int, uid: int, home: str) -> dict[str, Callable[[], object]]:
-    return {
-        "signalling another user's process by its pidfd": lambda: signal_by_pidfd(other),
-        "reading environ, maps, descriptors and cgroup of another user's process": lambda: read_process(
-            other
-        ),
-        "listing a home of mode 0700": lambda: os.listdir(home),
-        "working in /dev/shm, /tmp and a home as that user": lambda: act_as(uid, home),
-        "asking a helper": ask_helper,
-        "asking the GPUs through NVIDIA's library": ask_gpus,
-        "a callback of ctypes": call_back,
-        "running a program": run_program,
-        "keeping the state": keep_state,
-        "ZeroMQ and its threads": speak_zeromq,
-        "calling the system bus": call_bus,
-        "raising the limit of descriptors, no core files": raise_limit,
-        "files for itself alone": write_private,
-        "/dev/null and /dev/urandom": lambda: (open("/dev/null", "w").close(), os.urandom(4)),
-    }
+ALLOWED: dict[str, Callable[[], object]] = {
+    "signalling a process by its pidfd": signal_by_pidfd,
+    "reading environ, maps, descriptors and cgroup of a process": read_process,
+    "listing a home of mode 0700": lambda: os.listdir(HOME),
+    "working in /dev/shm, /tmp and a home as its user": act_as_user,
+    "asking a helper": ask_helper,
+    "asking the GPUs through NVIDIA's library": ask_gpus,
+    "a callback of ctypes": call_back,
+    "running a program": run_program,
+    "keeping the state": keep_state,
+    "ZeroMQ and its threads": speak_zeromq,
+    "calling the system bus": call_bus,
+    "raising the limit of descriptors, no core files": raise_limit,
+    "files for itself alone": write_private,
+    "/dev/null and /dev/urandom": lambda: (open("/dev/null", "w").close(), os.urandom(4)),
+}
 
 
 def outcome(attempt: Callable[[], object]) -> str:
@@ -244,7 +245,7 @@ def outcome(attempt: Callable[[], object]) -> str:
         attempt()
     except OSError as error:
         return errno.errorcode.get(error.errno or 0, repr(error))
-    except (AssertionError, RuntimeError, sqlite3.Error, zmq.ZMQError) as error:
+    except (AssertionError, RuntimeError, TypeError, sqlite3.Error, zmq.ZMQError) as error:
         return repr(error)
     return "done"
 
@@ -264,10 +265,9 @@ def outcome_in_child(attempt: Callable[[], object]) -> str:
 
 
 def main() -> None:
-    other, uid, home = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     told = {
         "refused": {name: outcome_in_child(attempt) for name, attempt in REFUSED.items()},
-        "allowed": {name: outcome(attempt) for name, attempt in allowed(other, uid, home).items()},
+        "allowed": {name: outcome(attempt) for name, attempt in ALLOWED.items()},
         "gpu": outcome(lambda: open_device(195, 0)),
         "network": outcome(
             lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", 9))
