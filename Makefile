@@ -164,11 +164,27 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff format --check $(CODE)
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m mypy --strict examples tests/support/bootedsystem.py tests/support/installed.py tests/support/staged.py
+	$(BIN)/python -m mypy --strict packaging/pages/generate.py packaging/pages/hatch_build.py
 
 .PHONY: format
 format: $(STAMP) ## put the code into the form that lint asks for
 	$(BIN)/python -m ruff check --fix-only --exit-zero $(CODE)
 	$(BIN)/python -m ruff format $(CODE)
+
+DIST ?= dist
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' daemon/reaperd/__init__.py)
+
+.PHONY: dist
+dist: $(STAMP) ## build the sdist and, from it, the wheel, in dist/
+	@$(BIN)/python -m build --outdir '$(DIST)' . >/dev/null && ls -1 '$(DIST)'/reaperd-$(VERSION)*
+
+DEB_REVISION ?= 1
+
+.PHONY: deb
+deb: $(STAMP) ## build a Debian package, in dist/, for the Debian or Ubuntu that this is
+	@sh packaging/build-deb check
+	@$(BIN)/python -m build --sdist --outdir '$(DIST)' . >/dev/null
+	@sh packaging/build-deb '$(DIST)/reaperd-$(VERSION).tar.gz' '$(DEB_REVISION)' '$(DIST)'
 
 # On paths of its own, so that it meets neither an installed daemon nor its state. Root's daemon is in system mode
 # here too: the mode follows the user, not the paths.
@@ -208,6 +224,8 @@ BINDIR ?= /usr/local/bin
 LIBDIR ?= /usr/local/lib
 CONFDIR := /etc/reaper
 STATEDIR := /var/lib/reaper
+DATADIR ?= /usr/local/share
+ZSHDIR ?= $(DATADIR)/zsh/site-functions
 EXTRAS ?=
 
 TARGET = $(DESTDIR)$(PREFIX)
@@ -215,6 +233,10 @@ FRESH = $(TARGET).new
 UNITS = $(LIBDIR)/systemd/system/reaperd.service
 USER_UNITS = $(LIBDIR)/systemd/user/reaperd.service
 SYSUSERS = $(LIBDIR)/sysusers.d/reaper.conf
+# What the wheel brings for the system, below its own share/ and below DATADIR.
+PAGES := man/man1/reaperctl.1 man/man5/reaper.toml.5 man/man8/reaperd.8 \
+    $(foreach c,reaperd reaperctl,bash-completion/completions/$c fish/vendor_completions.d/$c.fish)
+ZSH_PAGES := _reaperd _reaperctl
 LIVE := $(wildcard /run/systemd/system)
 GATE_USER := reaper-gate
 
@@ -226,6 +248,9 @@ INSTALL_PYTHON ?= $(eval INSTALL_PYTHON := $(shell \
 rights:
 	@[ -n '$(ROOT)$(DESTDIR)' ] || { echo 'this needs root: sudo make $(MAKECMDGOALS) (or DESTDIR=... to stage)' >&2; exit 2; }
 	@case '$(PREFIX)' in /?*) ;; *) echo 'PREFIX must be an absolute path' >&2; exit 2 ;; esac
+	@[ -n '$(DESTDIR)' ] || [ ! -e /usr/lib/reaper/pyvenv.cfg ] || { \
+	    echo 'the Debian package reaperd is installed, and has the same unit and user: apt-get remove reaperd first' >&2; \
+	    exit 2; }
 	@[ ! -e '$(TARGET)' ] || [ -e '$(TARGET)/pyvenv.cfg' ] || { \
 	    echo '$(TARGET) exists and is no virtual environment: it is left alone. Choose another PREFIX' >&2; exit 2; }
 
@@ -240,6 +265,10 @@ install: rights ## install on this machine, as root: daemon, reaperctl, units, g
 	@grep -rlI '$(FRESH)' '$(FRESH)/bin' '$(FRESH)/pyvenv.cfg' | while IFS= read -r file; do \
 	    sed -i 's|$(FRESH)|$(PREFIX)|g' "$$file"; done
 	@'$(FRESH)/bin/python' -m compileall -q -f -s '$(FRESH)' -p '$(PREFIX)' '$(FRESH)/lib'
+	@for page in $(PAGES); do install -D -m 0644 "$(FRESH)/share/$$page" "$(DESTDIR)$(DATADIR)/$$page"; done
+	@for page in $(ZSH_PAGES); do \
+	    install -D -m 0644 "$(FRESH)/share/zsh/site-functions/$$page" "$(DESTDIR)$(ZSHDIR)/$$page"; done
+	@cd '$(FRESH)/share' && rm -rf man bash-completion fish zsh
 	@install -d '$(FRESH)/share/reaper' && cp -R config/. '$(FRESH)/share/reaper/'
 	@rm -rf '$(TARGET).old'
 	@if [ -e '$(TARGET)' ]; then mv '$(TARGET)' '$(TARGET).old'; fi
@@ -280,7 +309,8 @@ endif
 	    if cmp -s '$(TARGET)/share/reaper/reaper.toml' '$(DESTDIR)$(CONFDIR)/reaper.toml'; then \
 	        rm -f '$(DESTDIR)$(CONFDIR)/reaper.toml'; fi; done
 	@rm -rf '$(TARGET)' '$(TARGET).new' '$(TARGET).old'
-	@rm -f '$(DESTDIR)$(UNITS)' '$(DESTDIR)$(USER_UNITS)' '$(DESTDIR)$(SYSUSERS)'
+	@rm -f '$(DESTDIR)$(UNITS)' '$(DESTDIR)$(USER_UNITS)' '$(DESTDIR)$(SYSUSERS)' \
+	    $(PAGES:%='$(DESTDIR)$(DATADIR)/%') $(ZSH_PAGES:%='$(DESTDIR)$(ZSHDIR)/%')
 	@for command in reaperd reaperctl; do \
 	    link='$(DESTDIR)$(BINDIR)'/$$command; \
 	    [ "$$(readlink "$$link")" != "$(PREFIX)/bin/$$command" ] || rm -f "$$link"; done
