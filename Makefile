@@ -176,14 +176,14 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' daemon/reaperd/__ini
 
 .PHONY: dist
 dist: $(STAMP) ## build the sdist and, from it, the wheel, in dist/
-	@$(BIN)/python -m build --outdir '$(DIST)' . >/dev/null && ls -1 '$(DIST)'/reaperd-$(VERSION)*
+	@$(BIN)/python -m build --no-isolation --outdir '$(DIST)' . >/dev/null && ls -1 '$(DIST)'/reaperd-$(VERSION)*
 
 DEB_REVISION ?= 1
 
 .PHONY: deb
 deb: $(STAMP) ## build a Debian package, in dist/, for the Debian or Ubuntu that this is
 	@sh packaging/build-deb check
-	@$(BIN)/python -m build --sdist --outdir '$(DIST)' . >/dev/null
+	@$(BIN)/python -m build --no-isolation --sdist --outdir '$(DIST)' . >/dev/null
 	@sh packaging/build-deb '$(DIST)/reaperd-$(VERSION).tar.gz' '$(DEB_REVISION)' '$(DIST)'
 
 # On paths of its own, so that it meets neither an installed daemon nor its state. Root's daemon is in system mode

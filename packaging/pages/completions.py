@@ -62,7 +62,8 @@ def fish(program: Command, frame: str) -> str:
     for words, command in program.walk():
         # Options that go with every command are told of once, without a condition.
         common = {option.flags for option in command.options if option.is_common or option.dest == "help"}
-        here = f" -n '__reaper_at {_fish_place(words)}'" if program.commands else ""
+        place = f"__reaper_at {'/'.join(words) or 'start'}"
+        here = f" -n '{place}'" if program.commands else ""
         for option in command.options:
             if option.flags in common and words:
                 continue
@@ -71,9 +72,9 @@ def fish(program: Command, frame: str) -> str:
         for one in command.commands:
             lines.append(f"complete -c {program.name}{here} -a {one.name} -d {_fish_quoted(one.help)}")
         for positional in command.positionals:
-            what = _fish_values(positional)
-            if what:
-                lines.append(f"complete -c {program.name}{here}{what}")
+            if what := _fish_values(positional):
+                where = f" -n '{place}{'' if positional.is_rest else ' alone'}'"
+                lines.append(f"complete -c {program.name}{where}{what}")
     valued = sorted(
         {
             flag
@@ -207,10 +208,6 @@ def _zsh_quoted(text: str) -> str:
 
 
 # -- fish -----------------------------------------------------------------------------------------
-
-
-def _fish_place(words: Sequence[str]) -> str:
-    return "/".join(words) or "start"
 
 
 def _fish_option(option: Option) -> str:

@@ -38,7 +38,7 @@ def man_pages() -> Iterator[tuple[str, str]]:
     daemon, control = programs()
     toml = (ROOT / "config/reaper.toml").read_text("utf-8")
     common = [option for option in control.options if option.is_common]
-    own = [option for option in control.options if not option.is_common and option.dest != "help"]
+    own = [option for option in control.options if not option.is_common]
     parts = {
         "reaperd.8": {"options": manpages.options(daemon.options)},
         "reaperctl.1": {

@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -55,6 +56,8 @@ mount -t devpts -o newinstance,ptmxmode=0666,mode=0620 devpts dev/pts
 ln -s pts/ptmx dev/ptmx
 mount -t tmpfs -o mode=1777 tmpfs dev/shm
 mount -t tmpfs -o mode=0755 tmpfs run
+mkdir -m 0700 run/upper
+mount --bind "$WORK/upper" run/upper
 mount -t tmpfs -o mode=1777 tmpfs tmp
 mkdir -p .old
 pivot_root . .old
@@ -155,6 +158,13 @@ class BootedSystem:
         """Return how this machine reaches the file ``inside``."""
         return Path(f"/proc/{self.pid}/root{inside}")
 
+    def made(self) -> set[str]:
+        """Return the paths that this machine has not, the tmpfs on /run, /tmp and /dev/shm apart."""
+        upper = str(self.path("/run/upper"))
+        found = (os.path.join(top, name) for top, *lists in os.walk(upper) for name in (*lists[0], *lists[1]))
+        paths = {path.removeprefix(upper) for path in found if not _is_whiteout(path)}
+        return {path for path in paths if not os.path.lexists(path)}
+
     def pid_here(self, pid_inside: int) -> int | None:
         """Return this machine's number of a process of the system, None when it has gone."""
         found = None
@@ -172,6 +182,12 @@ class BootedSystem:
                     if names[-1] == str(pid_inside):
                         return int(pid)
         return None
+
+
+def _is_whiteout(path: str) -> bool:
+    """Say whether a file of an overlay's upper layer stands for one that was removed."""
+    found = os.lstat(path)
+    return stat.S_ISCHR(found.st_mode) and found.st_rdev == 0
 
 
 @contextlib.contextmanager
