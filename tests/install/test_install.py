@@ -18,6 +18,15 @@ FILES = (
     "usr/local/lib/systemd/system/reaperd.service",
     "usr/local/lib/systemd/user/reaperd.service",
     "usr/local/lib/sysusers.d/reaper.conf",
+    "usr/local/share/bash-completion/completions/reaperctl",
+    "usr/local/share/bash-completion/completions/reaperd",
+    "usr/local/share/fish/vendor_completions.d/reaperctl.fish",
+    "usr/local/share/fish/vendor_completions.d/reaperd.fish",
+    "usr/local/share/man/man1/reaperctl.1",
+    "usr/local/share/man/man5/reaper.toml.5",
+    "usr/local/share/man/man8/reaperd.8",
+    "usr/local/share/zsh/site-functions/_reaperctl",
+    "usr/local/share/zsh/site-functions/_reaperd",
 )
 
 
@@ -109,7 +118,13 @@ def test_a_prefix_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
 
 
 def test_another_prefix_and_bindir_reach_the_unit(tmp_path: Path) -> None:
-    make("install", tmp_path, "PREFIX=/srv/reaper", "BINDIR=/usr/bin", "LIBDIR=/usr/lib")
+    elsewhere = ("PREFIX=/srv/reaper", "BINDIR=/usr/bin", "LIBDIR=/usr/lib", "DATADIR=/usr/share")
+    make("install", tmp_path, *elsewhere)
     unit = (tmp_path / "usr/lib/systemd/system/reaperd.service").read_text()
     assert "\nExecStart=/usr/bin/reaperd\n" in unit
     assert os.readlink(tmp_path / "usr/bin/reaperd") == "/srv/reaper/bin/reaperd"
+    page = (tmp_path / "usr/share/man/man1/reaperctl.1").read_text()
+    assert page.startswith(".TH REAPERCTL 1 ")
+    assert not (tmp_path / "usr/local").exists()
+    make("uninstall", tmp_path, *elsewhere)
+    assert listing(tmp_path) == set()
