@@ -183,8 +183,14 @@ DEB_REVISION ?= 1
 .PHONY: deb
 deb: $(STAMP) ## build a Debian package, in dist/, for the Debian or Ubuntu that this is
 	@sh packaging/build-deb check
-	@$(BIN)/python -m build --no-isolation --sdist --outdir '$(DIST)' . >/dev/null
+	@SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || date +%s)} \
+	    $(BIN)/python -m build --no-isolation --sdist --outdir '$(DIST)' . >/dev/null
 	@sh packaging/build-deb '$(DIST)/reaperd-$(VERSION).tar.gz' '$(DEB_REVISION)' '$(DIST)'
+
+.PHONY: test-deb
+test-deb: $(STAMP) ## as root: build the Debian package and try it in booted systems; make test does so where debhelper is
+	@sh packaging/build-deb check
+	$(APART) $(BIN)/python -m pytest tests/install/test_deb.py $(PYTEST_ARGS)
 
 # On paths of its own, so that it meets neither an installed daemon nor its state. Root's daemon is in system mode
 # here too: the mode follows the user, not the paths.
@@ -227,6 +233,8 @@ STATEDIR := /var/lib/reaper
 DATADIR ?= /usr/local/share
 ZSHDIR ?= $(DATADIR)/zsh/site-functions
 EXTRAS ?=
+# Empty leaves it to who makes a package.
+BYTECODE ?= yes
 
 TARGET = $(DESTDIR)$(PREFIX)
 FRESH = $(TARGET).new
@@ -264,7 +272,7 @@ install: rights ## install on this machine, as root: daemon, reaperctl, units, g
 	@'$(FRESH)/bin/python' -m pip uninstall -qq --yes setuptools  # Python 3.11 and older bring it; it slows every start
 	@grep -rlI '$(FRESH)' '$(FRESH)/bin' '$(FRESH)/pyvenv.cfg' | while IFS= read -r file; do \
 	    sed -i 's|$(FRESH)|$(PREFIX)|g' "$$file"; done
-	@'$(FRESH)/bin/python' -m compileall -q -f -s '$(FRESH)' -p '$(PREFIX)' '$(FRESH)/lib'
+	@[ -z '$(BYTECODE)' ] || '$(FRESH)/bin/python' -m compileall -q -f -s '$(FRESH)' -p '$(PREFIX)' '$(FRESH)/lib'
 	@for page in $(PAGES); do install -D -m 0644 "$(FRESH)/share/$$page" "$(DESTDIR)$(DATADIR)/$$page"; done
 	@for page in $(ZSH_PAGES); do \
 	    install -D -m 0644 "$(FRESH)/share/zsh/site-functions/$$page" "$(DESTDIR)$(ZSHDIR)/$$page"; done

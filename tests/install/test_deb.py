@@ -243,7 +243,10 @@ def test_an_upgrade_takes_over_living_sessions_and_keeps_changed_settings(
     settings = system.path(CONFIG)
     settings.write_text('[kill]\ngrace = "3s"\n')
 
-    dpkg(system, "--force-confdef", "--force-confold", "--install", "/srv/later.deb")
+    dpkg(system, "--unpack", "/srv/later.deb")
+    assert is_active(system) == "inactive", "nothing runs while its files are others'"
+    assert session.living() == 4
+    dpkg(system, "--force-confdef", "--force-confold", "--configure", "reaperd")
     assert is_active(system) == "active"
     assert json.loads(system.run("reaperctl", "status", "--json").stdout)["version"] == "99.0"
     assert settings.read_text() == '[kill]\ngrace = "3s"\n'

@@ -173,3 +173,31 @@ def test_the_system_unit_makes_no_mount_namespace() -> None:
         ),
     }
     assert not namespacing & {key for key, _ in settings("reaperd.service")}
+
+
+# -- the Debian package ---------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    shutil.which("dpkg-buildpackage") is None, reason="dpkg-buildpackage is not installed here"
+)
+def test_what_is_missing_for_the_debian_package_is_named_with_the_way_to_get_it(tmp_path: Path) -> None:
+    (tmp_path / "status").touch()  # a machine on which nothing is installed
+    done = check_deb(DPKG_ADMINDIR=str(tmp_path))
+    assert done.returncode == 2
+    assert "not installed here: " in done.stderr
+    assert "debhelper-compat (= 13)" in done.stderr
+    assert "apt-get install build-essential debhelper python3-venv" in done.stderr
+
+
+def test_where_there_is_no_dpkg_it_says_so(tmp_path: Path) -> None:
+    for tool in ("sh", "dirname"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or "")
+    done = check_deb(PATH=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith("a Debian package is built on Debian or Ubuntu: ")
+
+
+def check_deb(**more: str) -> subprocess.CompletedProcess[str]:
+    command = ["/bin/sh", PACKAGING.parent / "build-deb", "check"]
+    return subprocess.run(command, env={**os.environ, **more}, capture_output=True, text=True, check=False)
