@@ -45,6 +45,7 @@ def load(name: str) -> ModuleType:
 
 generate = load("generate")
 manpages = load("manpages")
+completions = load("completions")
 FILES: dict[str, str] = dict(generate.files())
 
 
@@ -229,3 +230,15 @@ def test_the_generator_runs_where_nothing_is_installed_and_leaves_the_tree_as_it
         str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()
     }
     assert written == FILES
+
+
+def test_of_every_value_it_is_known_what_completes_it() -> None:
+    values = {
+        option.dest
+        for program in generate.programs()
+        for _, command in program.walk()
+        for option in (*command.options, *command.positionals)
+        if option.metavar
+    }
+    assert values == set(completions.KINDS) | completions.FREE
+    assert not set(completions.KINDS) & completions.FREE
