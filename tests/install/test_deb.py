@@ -123,6 +123,7 @@ def test_no_file_of_it_names_the_place_where_it_was_built(package: Path, tmp_pat
     ]
     assert len(scripts) > 200
     assert [path for path in scripts if b"/debian/reaperd" in path.read_bytes()] == []
+    assert [path for path in scripts if path.name in ("RECORD", "direct_url.json")] == []
     for command in ("reaperd", "reaperctl"):
         first = (tmp_path / "usr/lib/reaper/bin" / command).read_text().splitlines()[0]
         assert first.startswith("#!/usr/lib/reaper/bin/python")
