@@ -21,7 +21,7 @@ import bootedsystem
 import debpackage
 import pytest
 from bootedsystem import BootedSystem, BootError
-from bootedtraining import GONE_WITHIN_S, USER, Training, add_training, add_user, training
+from installed import GONE_WITHIN_S, USER, Training, add_user, as_service, lay, training
 from staged import ROOT
 
 PYTHON = "/srv/env/bin/python"
@@ -149,7 +149,7 @@ def test_lintian_finds_no_fault(built: tuple[Path, str]) -> None:
 def stage(package: Path, later: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What is laid over this machine: both packages, a user, and an environment of theirs with `agent` in it."""
     stage = tmp_path_factory.mktemp("stage")
-    add_training(stage)
+    lay(stage)
     shutil.copy(package, stage / "srv/first.deb")
     shutil.copy(later, stage / "srv/later.deb")
     shutil.copy(ROOT / "Makefile", stage / "srv/Makefile")
@@ -185,7 +185,7 @@ def system(bare: BootedSystem) -> BootedSystem:
 @pytest.fixture
 def train(system: BootedSystem) -> Iterator[Callable[[], Training]]:
     with contextlib.ExitStack() as stack:
-        yield lambda: stack.enter_context(training(system, PYTHON, "systemd-run", f"--uid={USER}"))
+        yield lambda: stack.enter_context(training(system, *as_service(), python=PYTHON))
 
 
 def dpkg(system: BootedSystem, *words: str) -> str:
@@ -266,7 +266,7 @@ def test_an_upgrade_takes_over_living_sessions_and_keeps_changed_settings(
 def test_removing_it_touches_no_job_and_purging_it_leaves_nothing(bare: BootedSystem) -> None:
     before = made(bare)
     dpkg(bare, "--install", "/srv/first.deb")
-    with training(bare, PYTHON, "systemd-run", f"--uid={USER}") as session:
+    with training(bare, *as_service(), python=PYTHON) as session:
         bare.path("/etc/reaper/reaper.toml.d").mkdir()
         bare.path("/etc/reaper/reaper.toml.d/ours.toml").write_text("[kill]\ngrace = 3\n")
         dpkg(bare, "--remove", "reaperd")

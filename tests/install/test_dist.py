@@ -84,7 +84,7 @@ def test_what_the_wheel_says_of_itself_is_valid_and_whole(wheel: Path) -> None:
     assert found.license_expression == "MIT"
     assert found.requires_dist
     plain = {one.name for one in found.requires_dist if not one.marker or "extra" not in str(one.marker)}
-    assert plain == {"psutil", "python-daemon", "pyzmq", "tomli"}
+    assert plain == {"jeepney", "psutil", "python-daemon", "pyzmq", "tomli"}
     assert Requirement("tomli>=2; python_version < '3.11'") in found.requires_dist
 
 

@@ -61,12 +61,17 @@ def lay(stage: Path) -> None:
 
 def prepare(system: BootedSystem) -> None:
     """Do in the running system what an installation does there."""
+    add_user(system)
+    system.run("systemctl", "enable", UNIT)
+
+
+def add_user(system: BootedSystem) -> None:
+    """Make the users that the system's files name, and a home for USER."""
     system.run("systemd-sysusers")
     # A file system of its own: the one below tells nobody when a file was made.
     system.run("install", "-d", f"/srv/{USER}")
     owner = ",".join(f"{name}={uid(system)}" for name in ("uid", "gid"))
     system.run("mount", "-t", "tmpfs", "-o", f"mode=0700,{owner}", "tmpfs", f"/srv/{USER}")
-    system.run("systemctl", "enable", UNIT)
 
 
 # -- trainings ------------------------------------------------------------------------------------
@@ -110,10 +115,12 @@ def has_ended(fd: int, within_s: float) -> bool:
 
 
 @contextlib.contextmanager
-def training(system: BootedSystem, *start: str, words: tuple[str, ...] = ()) -> Iterator[Training]:
+def training(
+    system: BootedSystem, *start: str, words: tuple[str, ...] = (), python: str = PYTHON
+) -> Iterator[Training]:
     """Have ``start`` (a systemd-run) start a training of USER's, and end what is left of it afterwards."""
     said = system.path(f"/tmp/said-{time.monotonic_ns()}")
-    system.run(*start, PYTHON, "/srv/train.py", f"/tmp/{said.name}", *words)
+    system.run(*start, python, "/srv/train.py", f"/tmp/{said.name}", *words)
     system.until(said.exists, "the training starts")
     pids = list(map(int, said.read_text().split()))
     here = {pid: system.pid_here(pid) for pid in pids}
