@@ -19,15 +19,17 @@ log = logging.getLogger(__name__)
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))  # sd-daemon(3)
 
 
-def goes_to_journal(stream: TextIO, environment: Mapping[str, str]) -> bool:
+def goes_to_journal(stream: TextIO | None, environment: Mapping[str, str]) -> bool:
     """Say whether journald reads what is written to ``stream``.
 
     JOURNAL_STREAM (systemd.exec(5)) alone does not tell: whatever a service starts inherits it, a shell with another
     stderr too, so it names device and inode.
     """
+    if stream is None:  # Python was started with it closed
+        return False
     try:
         found = os.fstat(stream.fileno())
-    except (OSError, ValueError):  # it is closed, or no file
+    except (OSError, ValueError):  # it was closed, or is no file
         return False
     return environment.get("JOURNAL_STREAM", "") == f"{found.st_dev}:{found.st_ino}"
 

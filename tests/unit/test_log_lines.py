@@ -64,6 +64,7 @@ def test_journald_is_known_by_its_very_pipe_and_not_by_an_inherited_variable(str
     assert not goes_to_journal(stream, {"JOURNAL_STREAM": "nonsense"})
     assert not goes_to_journal(stream, {})
     assert not goes_to_journal(io.StringIO(), {"JOURNAL_STREAM": stream_name(stream)})
+    assert not goes_to_journal(None, {"JOURNAL_STREAM": stream_name(stream)})
 
 
 def test_a_fault_of_the_settings_is_an_error_in_the_journal_and_plain_elsewhere(
