@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _EPILOG = """exit codes:
   0  ended by SIGTERM or SIGINT, or the configuration is good (--check-config)
   1  cannot start, or failed
-  2  wrong usage or bad configuration: trying again does not help
+  2  wrong usage, bad configuration, or root without a capability that it must have: trying again does not help
 
 SIGHUP reloads the configuration; a bad one is reported and the old settings stay.
 """

@@ -191,7 +191,8 @@ def be_expendable(score: str = "/proc/self/oom_score_adj") -> None:
     with open(score, encoding="ascii") as file:
         is_protected = int(file.read()) < 0
     if is_protected:
-        with open(score, "w", encoding="ascii") as file:
+        # Where /proc may not be written to, it stays as it is.
+        with contextlib.suppress(OSError), open(score, "w", encoding="ascii") as file:
             file.write("0")
 
 

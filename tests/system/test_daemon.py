@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +254,27 @@ def test_detached_it_writes_a_pid_file_serves_and_leaves_on_sigterm(scratch: Scr
     assert wait_gone([pid], 10) == []
     assert not os.path.exists(path)
     assert not os.path.exists(socket_path)
+
+
+@pytest.mark.needs_root
+@pytest.mark.skipif(
+    shutil.which("setpriv") is None, reason="setpriv, which takes capabilities away, is not installed"
+)
+@pytest.mark.parametrize("name", ["setuid", "setgid"])
+def test_root_that_could_not_give_up_its_rights_in_the_gate_runs_no_daemon(
+    name: str, scratch: Scratch, run: str
+) -> None:
+    directory = scratch.directory("c", 0o755)
+    command = [
+        *("setpriv", f"--bounding-set=-{name}", sys.executable, "-m", "reaperd", "--config", "/dev/null"),
+        *("--socket", os.path.join(directory, "sock"), "--state-dir", os.path.join(directory, "state")),
+    ]
+    done = subprocess.run(
+        command, env=test_environment(run), capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 2
+    assert f"cannot start without CAP_{name.upper()}: the gate cannot give up root's" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_place_that_cannot_be_used_is_told_in_a_sentence(scratch: Scratch, run: str) -> None:
