@@ -99,6 +99,25 @@ bench: $(STAMP) $(BENCH_STAMP) ## measure every promised figure beside others'; 
 	    >"$$($(BENCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tree.pth"
 	@$(BENCH)/bin/python tests/bench/run.py $(BENCH_ARGS)
 
+# An environment of its own: a fuzzer is no dependency of anything. Where there is no wheel of it (another processor, a
+# Python that is too new), inputs are made by chance, and the run says so.
+FUZZ := build/fuzzing
+FUZZ_STAMP := $(FUZZ)/.installed
+FUZZ_RUNS ?= 100000
+FUZZ_ARGS ?=
+
+$(FUZZ_STAMP): pyproject.toml | $(STAMP)
+	@echo 'preparing $(FUZZ) (once, and after a change of pyproject.toml)'
+	@$(BIN)/python -m venv --clear $(FUZZ)
+	@$(FUZZ)/bin/python -m pip install -qq --disable-pip-version-check -e .
+	@$(FUZZ)/bin/python -m pip install -qq --disable-pip-version-check --only-binary :all: atheris || \
+	    echo 'there is no wheel of atheris for this Python: inputs are made by chance'
+	@touch $@
+
+.PHONY: fuzz
+fuzz: $(FUZZ_STAMP) ## hostile text for every parser (two minutes); FUZZ_RUNS=1000000, FUZZ_ARGS="--seed n --target page"
+	@$(FUZZ)/bin/python tests/fuzz/run.py --runs $(FUZZ_RUNS) $(FUZZ_ARGS)
+
 # An environment of its own: some gigabytes.
 FRAMEWORKS := build/frameworks
 FRAMEWORKS_STAMP := $(FRAMEWORKS)/.installed

@@ -76,6 +76,8 @@ def parse_status(data: bytes) -> Status:
         raise StatusError(f"a status file has at most {MAX_FILE_BYTES} bytes")
     try:
         told = json.loads(data)
+        # Whoever passes it on to a browser could write neither NaN nor half of a surrogate pair.
+        json.dumps(told, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise StatusError(f"the status file is not JSON: {error}") from None
     if not isinstance(told, dict):

@@ -398,10 +398,9 @@ def parse_cgroup(text: str) -> str:
     """
     unified = named = "/"
     for line in text.split("\n"):  # splitlines() would split at a form feed in a name
-        _, colon, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
+        controllers, colon, path = line.partition(":")[2].partition(":")
         if colon and controllers == "":
             unified = path
-        elif controllers == "name=systemd":
+        elif colon and controllers == "name=systemd":
             named = path
     return unified if unified != "/" else named

@@ -41,6 +41,8 @@ def parse_request(data: bytes) -> Request:
         raise ValueError("the message is too short")
     uid, gid, pid, length = _REQUEST.unpack_from(data)
     at = _REQUEST.size + length
+    if len(data) < at:
+        raise ValueError("the routing id is cut short")
     return Request(uid, gid, pid, data[_REQUEST.size : at], data[at:])
 
 
@@ -52,7 +54,11 @@ def pack_reply(routing_id: bytes, body: bytes) -> Iterator[bytes]:
 
 
 def parse_reply(data: bytes) -> tuple[bytes, bytes, bool]:
-    """Return the routing id, a part of the reply, and whether it is the last."""
+    """Return the routing id, a part of the reply, and whether it is the last; ValueError when there is none."""
+    if len(data) < _REPLY.size:
+        raise ValueError("the message is too short")
     last, length = _REPLY.unpack_from(data)
     at = _REPLY.size + length
+    if len(data) < at:
+        raise ValueError("the routing id is cut short")
     return data[_REPLY.size : at], data[at:], bool(last)

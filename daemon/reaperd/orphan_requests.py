@@ -109,9 +109,13 @@ class OrphanRequests:
         events = self._core.store.events_of_kinds("orphan", "killed")
         if not self._may_act(peer, None):
             events = [one for one in events if one.get("uid") == peer.uid]
-        condemned = {_first(one): one["at"] for one in events if one["kind"] == "orphan" and one.get("would")}
+        condemned = {
+            _first(one): one["at"]
+            for one in events
+            if one["kind"] == "orphan" and one.get("would") and _first(one) and "at" in one
+        }
         became = [one for one in events if "outcome" in one and _first(one) in condemned]
-        exited_s = [one["after_s"] for one in became if one["outcome"] == "exited"]
+        exited_s = [one["after_s"] for one in became if one["outcome"] == "exited" and _lasted(one)]
         claimed = sum(one["outcome"] == "claimed" for one in became)
         still = [one.suspect for one in self._orphans.listing() if one.suspect.id in condemned]
         by_rules = [one for one in events if one["kind"] == "killed" and one.get("asked_by_uid") is None]
@@ -125,14 +129,20 @@ class OrphanRequests:
             },
             "claimed": claimed,
             "still_there": len([one for one in still if self._may_act(peer, one.process.uid)]),
-            "killed": sum(len(one["processes"]) for one in by_rules),
+            "killed": sum(len(one.get("processes", ())) for one in by_rules),
         }
 
 
-def _first(one: dict[str, Any]) -> ProcessId:
-    """Return whom an event about one process is about."""
-    process = one["processes"][0]
-    return ProcessId(process["pid"], process["start_ticks"])
+def _first(one: dict[str, Any]) -> ProcessId | None:
+    """Return whom an event about one process is about; None where a damaged one does not say."""
+    for process in one.get("processes", ()):
+        ticks = process.get("start_ticks")
+        return ProcessId(process["pid"], ticks) if type(ticks) is int else None
+    return None
+
+
+def _lasted(one: dict[str, Any]) -> bool:
+    return isinstance(one.get("after_s"), (int, float))
 
 
 def _switch(message: dict[str, Any], key: str) -> bool:

@@ -8,15 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import sqlite3
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from agent import wire
-from reaperd.model import Cause, CauseKind, Namespaces, ProcessId, Session, SessionKey
+from reaperd import stored
+from reaperd.model import ProcessId, Session, SessionKey
 from reaperd.verdicts import Record
 
 log = logging.getLogger(__name__)
@@ -45,6 +44,7 @@ _ADDED = """
 _BATCH, _MAX_BATCHES = 200, 4  # of events dropped, each time that one is added
 _CACHE_KIB = 256
 _MAX_REPLY_BYTES = 4 * 1024 * 1024
+_FAULTS = (sqlite3.Error, UnicodeDecodeError)  # sqlite's own sentences quote a broken file as it is
 
 
 class Size(NamedTuple):
@@ -92,7 +92,7 @@ class Store:
         for attempt in ("first", "again"):
             try:
                 return self._connect(path)
-            except sqlite3.DatabaseError as error:
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
                 # OperationalError is the disk's fault (full, read-only, locked); all else is the file's.
                 if isinstance(error, sqlite3.OperationalError) or attempt == "again":
                     log.warning("cannot use %r: %s; events and sessions are kept in memory only", path, error)
@@ -103,6 +103,8 @@ class Store:
 
     def _connect(self, path: str) -> sqlite3.Connection:
         database = sqlite3.connect(path, timeout=0.02, isolation_level=None)
+        # One text that is no UTF-8 would be the end of reading all that were asked for with it.
+        database.text_factory = lambda data: data.decode("utf-8", "replace")
         try:
             # Of a long history, quick_check alone would leave 2 MiB in the cache, for as long as the daemon lives.
             database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
@@ -143,16 +145,16 @@ class Store:
         rows = self._read("SELECT record FROM sessions WHERE boot_id = ?", self._boot_id)
         for (text,) in rows:
             try:
-                found.append(_session(json.loads(text)))
-            except (ValueError, TypeError, LookupError, wire.WireError) as error:
-                log.warning("cannot read a session on record: %r", error)
+                found.append(stored.parse_session(text))
+            except ValueError as error:
+                log.warning("cannot read a session on record: %s", error)
         for table in ("sessions", "settled"):
             self._write(f"DELETE FROM {table} WHERE boot_id != ?", self._boot_id)  # noqa: S608 - a literal
         return found
 
     def save(self, session: Session) -> None:
         """Put ``session`` on record as it is now."""
-        record = json.dumps(_record(session))
+        record = stored.pack_session(session)
         self._write("REPLACE INTO sessions VALUES (?, ?, ?, ?)", *session.key, self._boot_id, record)
 
     def forget(self, key: SessionKey) -> None:
@@ -176,16 +178,14 @@ class Store:
             self._write(f"DELETE FROM {table} WHERE boot_id != ?", self._boot_id)  # noqa: S608 - a literal
         found = {}
         for pid, start_ticks, text in self._read("SELECT pid, start_ticks, record FROM orphans"):
-            with contextlib.suppress(ValueError, TypeError, LookupError):
-                found[ProcessId(int(pid), int(start_ticks))] = _orphan(json.loads(text))
+            with contextlib.suppress(ValueError):
+                found[stored.parse_process_id(pid, start_ticks)] = stored.parse_suspect(text)
         return found
 
     def save_orphan(self, id_: ProcessId, record: Record) -> None:
         """Put what is remembered of a suspect on record, its samples apart."""
-        text = json.dumps(
-            [record.lost_at_s, record.lost_parent, record.quarantined_at_s, record.condemned_at_s, record.uid]
-        )
-        self._write("REPLACE INTO orphans VALUES (?, ?, ?, ?)", *id_, self._boot_id, text)
+        row = (*id_, self._boot_id, stored.pack_suspect(record))
+        self._write("REPLACE INTO orphans VALUES (?, ?, ?, ?)", *row)
 
     def forget_orphan(self, id_: ProcessId) -> None:
         """Take a suspect off the record."""
@@ -193,8 +193,11 @@ class Store:
 
     def spared(self) -> frozenset[ProcessId]:
         """Return who was spared by hand in this boot."""
-        rows = self._read("SELECT pid, start_ticks FROM spared WHERE boot_id = ?", self._boot_id)
-        return frozenset(ProcessId(int(pid), int(ticks)) for pid, ticks in rows)
+        found = set()
+        for row in self._read("SELECT pid, start_ticks FROM spared WHERE boot_id = ?", self._boot_id):
+            with contextlib.suppress(ValueError):
+                found.add(stored.parse_process_id(*row))
+        return frozenset(found)
 
     def spare(self, id_: ProcessId) -> None:
         """Put on record that a process is spared."""
@@ -210,8 +213,8 @@ class Store:
         rows = self._read(f"SELECT record FROM events WHERE kind IN ({marks}) ORDER BY seq", *kinds)  # noqa: S608
         found = []
         for (record,) in rows:
-            with contextlib.suppress(ValueError, TypeError):
-                found.append(json.loads(record))
+            with contextlib.suppress(ValueError):
+                found.append(stored.parse_event(record))
         return found
 
     def events_about(self, pid: int, *, uid: int | None, limit: int = 20) -> list[dict[str, Any]]:
@@ -222,10 +225,10 @@ class Store:
             "SELECT seq, record FROM events WHERE record LIKE ? AND (? IS NULL OR uid = ?) ORDER BY seq DESC LIMIT ?",
             *(like, uid, uid, 4 * limit),
         ):
-            with contextlib.suppress(ValueError, TypeError):
-                event = json.loads(record)
+            with contextlib.suppress(ValueError):
+                event = stored.parse_event(record)
                 if any(
-                    one.get("pid") == pid for one in (*event["processes"], event.get("leader") or {}) if one
+                    one.get("pid") == pid for one in (*event.get("processes", ()), event.get("leader") or {})
                 ):
                     found.append({"seq": seq, **event})
         return found[:limit][::-1]
@@ -296,8 +299,8 @@ class Store:
             values = [*values, limit, *values, uid, limit]
         found = []
         for seq, record in self._read_some(f"{statement} ORDER BY seq LIMIT ?", *values, limit):
-            with contextlib.suppress(ValueError, TypeError):  # a row that somebody has damaged
-                found.append({"seq": seq, **json.loads(record)})
+            with contextlib.suppress(ValueError):  # a row that somebody has damaged
+                found.append({"seq": seq, **stored.parse_event(record)})
         return found
 
     def _read_some(self, statement: str, *values: Any) -> list[tuple[int, str]]:
@@ -359,7 +362,7 @@ class Store:
     def total(self, name: str) -> int:
         """Return a sum."""
         for (value,) in self._read("SELECT value FROM totals WHERE name = ?", name):
-            return int(value)
+            return value if isinstance(value, int) else 0
         return 0
 
     # -- the file ----------------------------------------------------------------------------
@@ -382,24 +385,12 @@ class Store:
     def _fault_is_no_failure(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:  # a full disk, a lock, a file that somebody overwrote
+        except _FAULTS as error:  # a full disk, a lock, a file that somebody overwrote
             if not self._ailing:
                 log.warning("cannot use the state database: %s; going on without", error)
             self._ailing = self._lost = True
             with contextlib.suppress(sqlite3.Error):
                 self._database.rollback()
-
-
-_MORE_THAN_ANY = 2**63  # start ticks are the largest: unsigned long in proc(5), 10 ms each
-
-
-def _orphan(told: Any) -> Record:
-    lost_at_s, lost_parent, quarantined_at_s, condemned_at_s, uid = told
-    times = [at_s for at_s in (lost_at_s, quarantined_at_s, condemned_at_s) if at_s is not None]
-    if not all(isinstance(at_s, float) and math.isfinite(at_s) for at_s in times) or lost_at_s is None:
-        raise ValueError("a time is none")
-    parent = None if lost_parent is None else ProcessId(*map(int, lost_parent))
-    return Record(lost_at_s, (), parent, quarantined_at_s, condemned_at_s, None if uid is None else int(uid))
 
 
 def _move_aside(path: str) -> str:
@@ -408,86 +399,3 @@ def _move_aside(path: str) -> str:
         with contextlib.suppress(FileNotFoundError):
             os.replace(path + suffix, aside + suffix)
     return aside
-
-
-def _record(session: Session) -> dict[str, Any]:
-    cause = session.cause
-    return {
-        "id": session.id,
-        "name": session.name,
-        "uid": session.uid,
-        "gid": session.gid,
-        "leader": session.leader,
-        "started_at": session.started_at_utc,
-        "page_fd": session.page_fd,
-        "page_inode": session.page_inode,
-        "cgroup": session.cgroup,
-        "scope": session.scope,
-        "adopters": sorted(session.adopters),
-        "subreapers": sorted(session.subreapers),
-        "init": session.init,
-        "namespaces": [session.namespaces.pid, session.namespaces.mnt, session.namespaces.time],
-        "oom_counter": session.oom_counter,
-        "oom_kills": session.oom_kills,
-        "spared": sorted(session.spared),
-        "seen": sorted(session.seen),
-        "kept": sorted(session.kept),
-        "cause": None if cause is None else [cause.kind.value, cause.code, cause.core_dumped, cause.clean],
-        "groups": session.groups,
-        "temp_dirs": session.temp_dirs,
-        "ending": session.ending,
-        "attempt": session.attempt,
-    }
-
-
-def _session(record: dict[str, Any]) -> Session:
-    cause = record["cause"]
-    session = Session(
-        id=record["id"],
-        name=record["name"],
-        uid=record["uid"],
-        gid=record["gid"],
-        leader=ProcessId(*record["leader"]),
-        started_at_utc=record["started_at"],
-        page_fd=record["page_fd"],
-        page_inode=record["page_inode"],
-        cgroup=record["cgroup"],
-        scope=record.get("scope"),
-        adopters=frozenset(ProcessId(*pair) for pair in record["adopters"]),
-        subreapers=frozenset(ProcessId(*pair) for pair in record.get("subreapers", ())),
-        init=None if record["init"] is None else ProcessId(*record["init"]),
-        namespaces=Namespaces(*record["namespaces"]),
-        oom_counter=record["oom_counter"],
-        oom_kills=record["oom_kills"],
-        kept=frozenset(ProcessId(*pair) for pair in record["kept"]),
-        seen=frozenset(ProcessId(*pair) for pair in record["seen"]),
-        spared=frozenset(ProcessId(*pair) for pair in record["spared"]),
-        cause=None if cause is None else Cause(CauseKind(cause[0]), *cause[1:]),
-        groups=tuple(record.get("groups", ())),
-        temp_dirs=tuple(record["temp_dirs"]),
-        ending=record["ending"],
-        attempt=wire.attempt_field(record),
-    )
-    init = () if session.init is None else (session.init,)
-    ids = (
-        session.leader,
-        *session.adopters,
-        *session.subreapers,
-        *init,
-        *session.kept,
-        *session.seen,
-        *session.spared,
-    )
-    numbers = (
-        session.uid,
-        session.gid,
-        *session.groups,
-        session.page_fd,
-        *(number for id_ in ids for number in id_),
-    )
-    if not all(type(number) is int and -1 <= number < _MORE_THAN_ANY for number in numbers):
-        raise ValueError("a uid, a gid, a descriptor, a pid or a start time is none")
-    texts = (session.id, session.name, *session.temp_dirs, session.cgroup or "", session.scope or "")
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("an id, a name, a folder or a control group is no text")
-    return session

@@ -16,9 +16,11 @@ def moment(text: str) -> datetime | None:
             digits = fraction[: len(fraction) - len(fraction.lstrip("0123456789"))]
             whole = f"{head}.{digits[:6].ljust(6, '0')}{fraction[len(digits) :]}" if digits else whole
         found = datetime.fromisoformat(whole + zone)
-    except ValueError:
+        found = found.replace(tzinfo=timezone.utc) if found.tzinfo is None else found
+        found.astimezone(timezone.utc)
+    except (ValueError, OverflowError):  # OverflowError: east of Greenwich, the year 1 begins in no year
         return None
-    return found.replace(tzinfo=timezone.utc) if found.tzinfo is None else found
+    return found
 
 
 def rfc3339(when: datetime) -> str:

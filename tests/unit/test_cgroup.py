@@ -106,6 +106,7 @@ def test_the_count_of_oom_kills_is_its_own_line_and_no_other() -> None:
         "oom 2\n",
         "oom_kill\n",
         "oom_kill x\n",
+        "oom_kill \u00b2\n",
         "oom_kill -1\n",
         "oom_kill_disable 0\nunder_oom 0\n",
     ):

@@ -90,9 +90,15 @@ def test_a_request_comes_back_as_it_was_passed_on() -> None:
 
 
 def test_what_is_too_short_for_a_request_is_none() -> None:
-    for data in (b"", b"\0" * 12):
+    for data in (b"", b"\0" * 12, b"\0" * 12 + b"\5abcd"):
         with pytest.raises(ValueError, match="short"):
             gate_frames.parse_request(data)
+
+
+def test_what_is_too_short_for_a_reply_is_none() -> None:
+    for data in (b"", b"\1", b"\1\5abcd"):
+        with pytest.raises(ValueError, match="short"):
+            gate_frames.parse_reply(data)
 
 
 def test_a_reply_of_any_length_comes_back_in_parts_that_fit() -> None:

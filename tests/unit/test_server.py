@@ -263,3 +263,16 @@ def test_why_a_session_is_not_isolated_is_told(world: World, spoiled: str) -> No
     assert scope is None
     assert {"dry_run": "runs with dry_run", "protected": "[protect] users"}[spoiled] in why
     assert world.core.sessions.entries[key].session.scope is None
+@pytest.mark.parametrize("damage", [{}, {"processes": []}, {"processes": [{"pid": 7}]}, {"at": "x"}], ids=str)
+def test_the_score_does_without_events_that_are_damaged(world: World, damage: dict[str, Any]) -> None:
+    whole = report.event(
+        "orphan", at="2030-01-01T00:00:00Z", would="kill", processes=[{"pid": 7, "start_ticks": 8}]
+    )
+    world.core.store.add_event(whole, 1.0)
+    world.core.store.add_event({**whole, "kind": "killed", "outcome": "exited", "after_s": "soon"}, 1.0)
+    for kind in ("orphan", "killed"):
+        world.core.store.add_event(
+            {"kind": kind, "would": "kill", "outcome": "exited", "uid": None, **damage}, 1.0
+        )
+    world.server.facts = world.server.facts._replace(admins=frozenset({ME, os.getuid()}))
+    assert world.ask("orphans", score=True)["score"]["condemned"] == 1

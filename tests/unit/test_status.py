@@ -171,6 +171,10 @@ def test_who_says_that_it_runs_is_looked_for(tmp_path: Path) -> None:
         (b"[]", "must hold one JSON object, got list"),
         (b"{}", "state: must be a text, got None"),
         (b" " * 70_000, "at most 65536 bytes"),
+        # Python reads these, and a back end could not pass them on.
+        (b'{"progress": {"done": NaN}}', "not JSON"),
+        (b'{"progress": {"done": 1e999}}', "not JSON"),
+        (b'{"error": "\\ud800"}', "not JSON"),
     ],
 )
 def test_what_is_no_status_file_is_refused_with_a_sentence(tmp_path: Path, data: bytes, words: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from reaperd.model import Cause, CauseKind, Namespaces, ProcessId, Session, SessionKey
 from reaperd.store import Size, Store
+from reaperd.verdicts import Record
 
 BOOT, OTHER_BOOT = "boot-1", "boot-0"
 
@@ -142,6 +143,17 @@ def test_a_session_that_cannot_be_read_is_left_out_and_the_others_are_not(
         *({name: [[5, -2]]} for name in ("kept", "seen", "spared", "adopters", "subreapers")),
         {"name": 7},
         {"temp_dirs": [None]},
+        {"temp_dirs": "/tmp"},
+        {"groups": ["1"]},
+        {"cgroup": 5},
+        {"started_at": None},
+        {"namespaces": [1, 2, 3]},
+        {"namespaces": "abc"},
+        {"page_inode": "x"},
+        {"oom_kills": 1.5},
+        {"ending": 1},
+        {"cause": ["signal", "x", False, False]},
+        {"cause": ["signal", 9, 0, 0]},
     ],
     ids=str,
 )
@@ -156,6 +168,62 @@ def test_a_session_whose_record_makes_no_sense_is_left_out(
         )
     assert sessions_in(tmp_path) == []
     assert "cannot read a session on record" in caplog.text
+
+
+@pytest.mark.parametrize("table", ["sessions", "orphans", "events"])
+@pytest.mark.parametrize(
+    "record", ["[" * 100_000, '{"a":' * 50_000, b"\xff", "[Infinity, null, null, null, Infinity]"]
+)
+def test_a_row_that_no_json_comes_of_does_not_keep_the_others_from_being_read(
+    tmp_path: Path, table: str, record: str | bytes
+) -> None:
+    suspect = Record(1.5, (), ProcessId(1, 2), None, None, 1000)
+    with closing(open_store(tmp_path)) as store:
+        store.save(PLAIN)
+        store.save_orphan(ProcessId(5, 6), suspect)
+        store.add_event({**event(), "processes": [{"pid": 7, "role": "worker"}]}, 1.0)
+    rows = {
+        "sessions": (1000, "bad", BOOT, record),
+        "orphans": (8, 9, BOOT, record),
+        "events": (None, 1.0, "registered", "s", 1000, record),
+    }[table]
+    execute(tmp_path, f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows))})", *rows)
+    # What is TEXT to the database need not be any.
+    execute(tmp_path, f"UPDATE {table} SET record = CAST(record AS TEXT)")
+    with closing(open_store(tmp_path)) as store:
+        assert store.sessions() == [PLAIN]
+        assert store.orphans() == {ProcessId(5, 6): suspect}
+        assert [one["seq"] for one in store.events()] == [1]
+        assert len(store.events_of_kinds("registered")) == 1
+        assert len(store.events_about(7, uid=None)) == 1
+
+
+def test_numbers_that_are_none_are_left_out_of_who_is_spared_and_of_sums(tmp_path: Path) -> None:
+    with closing(open_store(tmp_path)) as store:
+        store.spare(ProcessId(5, 6))
+        store.add_total("reaped", 3)
+    execute(tmp_path, "INSERT INTO spared VALUES (?, ?, ?)", b"\x06", "x", BOOT)
+    execute(tmp_path, "INSERT INTO totals VALUES (?, ?)", "freed_bytes", "many")
+    with closing(open_store(tmp_path)) as store:
+        assert store.spared() == {ProcessId(5, 6)}
+        assert (store.total("reaped"), store.total("freed_bytes")) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [7, [], {"kind": 7}, {"kind": "x", "at": 7}, {"kind": "x", "processes": 7}, {"kind": "x", "processes": [7]},
+     {"kind": "x", "processes": [{"pid": "7"}]}, {"kind": "x", "processes": [{}]}, {"kind": "x", "leader": 7}],
+    ids=str,
+)  # fmt: skip
+def test_an_event_that_makes_no_sense_is_left_out(tmp_path: Path, nonsense: object) -> None:
+    with closing(open_store(tmp_path)) as store:
+        store.add_event(event(), 1.0)
+        store.add_event(event(), 1.0)
+    execute(tmp_path, "UPDATE events SET record = ? WHERE seq = 1", json.dumps(nonsense))
+    with closing(open_store(tmp_path)) as store:
+        assert [one["seq"] for one in store.events()] == [2]
+        assert len(store.events_of_kinds("registered")) == 1
+        assert store.events_about(7, uid=None) == []
 
 
 def test_the_same_id_of_two_users_is_two_sessions(tmp_path: Path) -> None:
@@ -345,6 +413,17 @@ def test_a_database_that_is_damaged_in_the_middle_is_moved_aside(tmp_path: Path)
     path.write_bytes(data)
     with closing(open_store(tmp_path)) as store:
         assert store.last_event() == 0
+        store.save(PLAIN)
+        assert store.sessions() == [PLAIN]
+    assert list(tmp_path.glob("reaper.db.broken-*"))
+
+
+def test_a_database_about_whose_damage_sqlite_says_no_utf8_is_moved_aside(tmp_path: Path) -> None:
+    open_store(tmp_path).close()
+    path = tmp_path / "reaper.db"
+    # What the schema says of a table stands in the first page as it was written, and in sqlite's sentence about it.
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE sessions", b"CREATE \xa3ABLE sessions"))
+    with closing(open_store(tmp_path)) as store:
         store.save(PLAIN)
         assert store.sessions() == [PLAIN]
     assert list(tmp_path.glob("reaper.db.broken-*"))

@@ -8,6 +8,8 @@ from argparse import Namespace
 from reaperd.ctl import DONE, FAILED
 from reaperd.ctl.link import Link
 from reaperd.ctl.terminal import look_of_stdout, put, put_json
+from reaperd.ctl.text import plain
+from reaperd.ctl.units import list_of
 
 
 def ping(options: Namespace) -> int:
@@ -21,7 +23,8 @@ def ping(options: Namespace) -> int:
     if options.json:
         put_json({"version": version, "pid": pid, "socket": link.socket, "latency_s": round(latency_s, 6)})
     else:
-        put(f"reaperd {version}, pid {pid}, answered on {link.socket} in {latency_s * 1000:.1f} ms")
+        who = plain(f"reaperd {version!s:.40}, pid {pid!s:.40}, answered on {link.socket}")
+        put(f"{who} in {latency_s * 1000:.1f} ms")
     return DONE
 
 
@@ -40,7 +43,7 @@ def status(options: Namespace) -> int:
 
 def ps(options: Namespace) -> int:
     """Print the sessions and their workers."""
-    found = Link.of(options).ask("ps").get("sessions", [])
+    found = list_of(Link.of(options).ask("ps"), "sessions")
     if options.json:
         put_json(found)
         return DONE

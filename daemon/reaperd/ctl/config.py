@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from argparse import Namespace
@@ -67,6 +68,7 @@ def _document(text: str) -> dict[str, Any]:
         import tomli as tomllib
     try:
         found: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        json.dumps(found)  # a date is none of our settings
+    except (ValueError, TypeError, RecursionError) as error:
         raise CommandError(f"cannot read the daemon's settings: {error}") from None
     return found

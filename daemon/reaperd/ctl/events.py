@@ -13,7 +13,7 @@ from reaperd.ctl import DONE, FAILED, render
 from reaperd.ctl.link import Link, follow, next_after
 from reaperd.ctl.terminal import look_of_stdout, put, put_now, tell
 from reaperd.ctl.text import plain
-from reaperd.ctl.units import list_of, text_of
+from reaperd.ctl.units import list_of, number_of, text_of
 from reaperd.times import rfc3339
 
 ENDS = ("reaped", "ended")  # the kinds of event that end a session
@@ -55,7 +55,9 @@ def _so_far(link: Link, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
     after = 0
     while found := list_of(reply := link.ask("events", after=after, **asked), "events"):
         yield from found
-        after = next_after(reply, after)
+        before, after = after, next_after(reply, after)
+        if after <= before:  # it counts anew, or is no daemon of ours: this would go on for ever
+            return
 
 
 def stop(options: Namespace) -> int:
@@ -67,7 +69,7 @@ def stop(options: Namespace) -> int:
     session = text_of(reply, "session") or options.session
     happened = follow(
         link,
-        after=reply.get("after", 0),
+        after=int(number_of(reply, "after") or 0),
         on_lost=tell,
         until=began + options.wait,
         session=session,

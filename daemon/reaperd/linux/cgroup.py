@@ -23,11 +23,10 @@ def parse_memory_path(text: str) -> tuple[str, str]:
     """Return the v2 path and the v1 memory path in the text of /proc/PID/cgroup; "" where there is none."""
     unified = memory = ""
     for line in text.split("\n"):
-        _, colon, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
+        controllers, colon, path = line.partition(":")[2].partition(":")
         if colon and controllers == "":
             unified = path
-        elif "memory" in controllers.split(","):
+        elif colon and "memory" in controllers.split(","):
             memory = path
     return unified, memory
 
@@ -36,7 +35,7 @@ def parse_oom_kills(text: str) -> int | None:
     """Return ``oom_kill`` in the text of memory.events or memory.oom_control."""
     for line in text.split("\n"):
         name, _, count = line.partition(" ")
-        if name == "oom_kill" and count.isdigit():
+        if name == "oom_kill" and count.isascii() and count.isdigit():
             return int(count)
     return None
 
