@@ -99,6 +99,13 @@ bench: $(STAMP) $(BENCH_STAMP) ## measure every promised figure beside others'; 
 	    >"$$($(BENCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tree.pth"
 	@$(BENCH)/bin/python tests/bench/run.py $(BENCH_ARGS)
 
+REF ?= HEAD
+
+.PHONY: fixtures
+fixtures: $(STAMP) ## at a release, record what it says for the tests of those after it; VERSION=0.2.0, REF=commit
+	@[ -n '$(VERSION)' ] || { echo 'say which: make fixtures VERSION=0.2.0' >&2; exit 2; }
+	@$(BIN)/python tests/fixtures/record.py '$(VERSION)' --ref '$(REF)'
+
 # An environment of its own: a fuzzer is no dependency of anything. Where there is no wheel of it (another processor, a
 # Python that is too new), inputs are made by chance, and the run says so.
 FUZZ := build/fuzzing

@@ -484,6 +484,9 @@ class Daemon:
         assert self._process is not None, "the daemon was not started"
         return self._process
 
+    def interpreter(self) -> str:
+        return needed_interpreter(self.uid)
+
     def environment(self) -> dict[str, str]:
         return test_environment(self.run, NOTIFY_SOCKET=self._notify_path)
 
@@ -495,7 +498,7 @@ class Daemon:
 
     def launch(self, *options: str) -> None:
         """Start it without waiting for anything."""
-        command = [needed_interpreter(self.uid), "-m", "reaperd"]
+        command = [self.interpreter(), "-m", "reaperd"]
         command = as_user(self.uid, [*command, "--socket", self.socket, "--state-dir", self.state])
         with open(self.log, "ab") as log:
             log.write(f"--- {' '.join(command)} {' '.join(options)}\n".encode())

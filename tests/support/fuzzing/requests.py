@@ -45,7 +45,7 @@ class _Link:
         self.last = reply
 
 
-class _World:
+class World:
     """A server without a gate, asked by a stranger who has this process's pid."""
 
     def __init__(self, directory: str) -> None:
@@ -83,13 +83,24 @@ class _World:
 
 
 @contextlib.contextmanager
-def opened() -> Iterator[Check]:
-    """Every request that the gate lets through gets an answer that is none of a mistake."""
+def opened_world() -> Iterator[World]:
+    """Open a server that a stranger asks."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="reaper-fuzz-", dir="/dev/shm") as directory:
-        world = _World(directory)
-        me = wire.format_session_id(os.getpid(), world.ticks, 0, 0)[:-17].encode()
+        world = World(directory)
+        try:
+            yield world
+        finally:
+            world.close()
+            logging.disable(before)
+
+
+@contextlib.contextmanager
+def opened() -> Iterator[Check]:
+    """Every request that the gate lets through gets an answer that is none of a mistake."""
+    with opened_world() as world:
+        me = wire.format_session_id(os.getpid(), world.ticks, 0, 0)[:-18].encode()
 
         def check(data: bytes) -> None:
             try:
@@ -105,11 +116,7 @@ def opened() -> Iterator[Check]:
             assert type(told["ok"]) is bool
             assert told.get("kind") != "internal", f"{message}: {told}"
 
-        try:
-            yield check
-        finally:
-            world.close()
-            logging.disable(before)
+        yield check
 
 
 def _seeds() -> list[bytes]:
