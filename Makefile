@@ -168,7 +168,7 @@ SESSIONS ?= 4000
 
 .PHONY: chaos
 chaos: $(STAMP) ## random steps against a real daemon, every promise checked; STEPS=10000 takes 20 minutes, SEED=n repeats
-	@$(BIN)/python tests/chaos/run.py --steps $(STEPS) $(if $(SEED),--seed $(SEED))
+	@$(APART) $(BIN)/python tests/chaos/run.py --steps $(STEPS) $(if $(SEED),--seed $(SEED))
 
 .PHONY: attack
 attack: $(STAMP) ## attack a real daemon at full length, as root (an hour or less); ATTACK_ARGS="--quick" for some minutes

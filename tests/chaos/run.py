@@ -61,7 +61,8 @@ def main() -> None:
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     if options.print_plan:
         root = os.geteuid() == 0
-        for step in plan(seed, options.steps, Abilities(other_users=root, cgroups=root)):
+        every = Abilities(other_users=root, cgroups=root, freezing=root, mounts=root)
+        for step in plan(seed, options.steps, every):
             print(step)
         return
     print(

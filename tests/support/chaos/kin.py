@@ -90,6 +90,9 @@ class Session:
     started: set[str] = field(default_factory=set)
     unregistered_s: float | None = None  # when it was told to
     lost: bool = False  # the daemon's state was deleted since
+    unwritten: bool = (
+        False  # the daemon's disk was full in its time: what it tells of the session may be lost
+    )
     deaf: bool = False
     # Its end: what was done to the leader, and what Reaper should tell of it.
     ordered_s: float | None = None

@@ -102,6 +102,18 @@ class Performance:
     def _hold_daemon(self, for_s: float) -> None:
         self.stage.watched.hold(for_s)
 
+    def _freeze_daemon(self, for_s: float) -> None:
+        self.stage.watched.freeze(for_s)
+
+    def _hold_gate(self, for_s: float) -> None:
+        self.stage.watched.hold_gate(for_s)
+
+    def _fill_disk(self) -> None:
+        self.stage.fill_disk()
+
+    def _free_disk(self) -> None:
+        self.stage.free_disk()
+
     def _kill_daemon(self, after_s: float, forget: bool) -> None:
         self.stage.poll(after_s)
         self.stage.watched.kill()
@@ -111,11 +123,15 @@ class Performance:
         self.stage.stop_daemon()
         self._forget = forget
 
-    def _start_daemon(self, eagerly: bool) -> None:
+    def _start_daemon(self, eagerly: bool, read_only: bool) -> None:
         self.stage.watched.settings_are_good()
-        if self._forget:
+        self.stage.free_disk()
+        # What a life on a disk that cannot be written learns is lost with it, and so is what was on that disk.
+        if self._forget or read_only or self.stage.watched.is_read_only:
             self._forget = False
+            self.stage.watched.let_write(True)
             self.stage.forget_state()
+        self.stage.watched.let_write(not read_only)
         if eagerly:
             self.stage.watched.launch()
         else:
@@ -137,6 +153,7 @@ class Performance:
         del bystanders  # the stage dismisses everybody
         stage = self.stage
         stage.start_daemon()
+        stage.free_disk()
         self._end(ends, patient=True)
         for session in list(stage.sessions.values()):
             if session.outer is None:
@@ -146,7 +163,12 @@ class Performance:
 
 def abilities(stage: Stage) -> Abilities:
     """Return what can be done here."""
-    return Abilities(other_users=os.geteuid() == 0, cgroups=stage.has_cgroups)
+    return Abilities(
+        other_users=os.geteuid() == 0,
+        cgroups=stage.has_cgroups,
+        freezing=stage.watched.can_freeze,
+        mounts=stage.watched.has_disk,
+    )
 
 
 # -- what is known when a promise is broken -----------------------------------------------------------

@@ -58,6 +58,9 @@ STEPS = {
     "bystander": 5,
     "dismiss": 4,
     "hold-daemon": 2,
+    "freeze-daemon": 2,
+    "hold-gate": 1,
+    "fill-disk": 1,
     "kill-daemon": 3,
     "restart-daemon": 1,
     "reload": 1,
@@ -69,10 +72,12 @@ STEPS = {
 
 @dataclass(frozen=True)
 class Abilities:
-    """What can be done here: becoming another user and moving into cgroups both need root."""
+    """What can be done here: becoming another user, moving into cgroups and mounting all need root."""
 
     other_users: bool
     cgroups: bool
+    freezing: bool = False  # of a cgroup on the unified hierarchy
+    mounts: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class _Planner:
         self._bystanders: list[str] = []
         self._count = 0
         self._away = 0  # for how many steps there is no daemon yet
+        self._full = 0  # for how many steps the daemon's disk is full yet
 
     def run(self, steps: int) -> Iterator[Step]:
         for number in range(1, steps + 1):
@@ -120,7 +126,12 @@ class _Planner:
             if self._away:
                 self._away -= 1
                 if not self._away:
-                    yield Step(number, "start-daemon", {"eagerly": self._chance(0.4)})
+                    yield Step(number, "start-daemon", self._start())
+                    continue
+            if self._full:
+                self._full -= 1
+                if not self._full:
+                    yield Step(number, "free-disk", {})
                     continue
             op, facts = self._choose()
             yield Step(number, op, facts)
@@ -130,7 +141,10 @@ class _Planner:
         """End everybody, and see that all is as it was in the beginning."""
         if self._away:
             self._away = 0
-            yield Step(number, "start-daemon", {"eagerly": False})
+            yield Step(number, "start-daemon", {"eagerly": False, "read_only": False})
+        if self._full:
+            self._full = 0
+            yield Step(number, "free-disk", {})
         ends = [(token, *self._manner()) for token in self._leaders]
         self._leaders.clear()
         yield Step(number, "calm", {"ends": ends, "bystanders": list(self._bystanders)})
@@ -239,6 +253,24 @@ class _Planner:
 
     def _hold_daemon(self) -> dict[str, Any] | None:
         return None if self._away else {"for_s": round(self._random.uniform(0.02, 0.7), 3)}
+
+    def _freeze_daemon(self) -> dict[str, Any] | None:
+        """Core and gate at once, as a container or a service is frozen."""
+        return self._hold_daemon() if self._abilities.freezing else None
+
+    def _hold_gate(self) -> dict[str, Any] | None:
+        return self._hold_daemon()
+
+    def _fill_disk(self) -> dict[str, Any] | None:
+        if self._away or self._full or not self._abilities.mounts:
+            return None
+        self._full = self._random.choice([1, 2, 4, 8, 16])
+        return {}
+
+    def _start(self) -> dict[str, Any]:
+        self._full = 0
+        read_only = self._abilities.mounts and self._chance(0.1)
+        return {"eagerly": not read_only and self._chance(0.4), "read_only": read_only}
 
     def _kill_daemon(self) -> dict[str, Any] | None:
         if self._away:

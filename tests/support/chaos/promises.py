@@ -78,7 +78,11 @@ class Promises:
                 session.settled_from_s = None
             elif session.settled_from_s is None:
                 session.settled_from_s = now_s
-            elif session.begun and not session.ends and now_s > session.settled_from_s + CONCLUDED_WITHIN_S:
+            elif (
+                session.begun
+                and not (session.ends or session.unwritten)
+                and now_s > session.settled_from_s + CONCLUDED_WITHIN_S
+            ):
                 raise Violation(
                     f"LOST: session {session.token} has no end on record {CONCLUDED_WITHIN_S:g} s after it was over",
                     [], [session],

@@ -155,6 +155,21 @@ class Stage:
                 if proc.owed and session.dead_s is not None:
                     proc.owed = kin.owes(session, proc)
 
+    def fill_disk(self) -> None:
+        """Fill the disk that the daemon writes on: what it knows it goes on knowing, and writes as soon as it can."""
+        if self.watched.has_disk and self.life.ready and not self.watched.is_read_only:
+            self.watched.fill_disk()
+            self._note_unwritten()
+
+    def free_disk(self) -> None:
+        if self.watched.is_full:
+            self._note_unwritten()
+            self.watched.free_disk()
+
+    def _note_unwritten(self) -> None:
+        for session in self.sessions.values():
+            session.unwritten = session.lost = True
+
     # -- what processes tell -------------------------------------------------------------------
 
     def _hear(self, factory: Factory) -> None:
@@ -198,6 +213,7 @@ class Stage:
             if session is None:  # below another leader, which has started it by itself
                 outer = self.sessions[facts["outer"]]
                 session = self.sessions[token] = Session(token, outer, outer.adopted, outer.own_cgroup)
+                session.unwritten = session.lost = self.watched.is_full
         elif fate != "bystander":
             session = self.sessions[facts["leader"]]
         proc = Proc(
@@ -272,6 +288,7 @@ class Stage:
         session = self.sessions[token] = Session(
             token, None, adopted, own_cgroup, deaf=bool(wish.get("deaf"))
         )
+        session.unwritten = session.lost = self.watched.is_full
         session.control = self.factories[adopted].start_leader(
             {
                 "token": token,

@@ -6,6 +6,8 @@ import contextlib
 import os
 import shutil
 import signal
+import sqlite3
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import harness
 from chaos.kin import Violation
 from chaos.life import Life
-from harness import Daemon, Scratch
+from harness import Cgroup, Daemon, Scratch
 
 from agent import client
 
@@ -33,6 +35,8 @@ tracker_grace = "{TRACKER_GRACE_S}s"
 """
 ANSWERS_WITHIN_S = 60.0  # the gate's longest pause is 5 s; busy machines start slowly
 _REPLY_WITHIN_S = 3.0
+DISK_BYTES = 16 * 1024 * 1024
+_BALLAST = "ballast"
 
 
 class Watched:
@@ -48,6 +52,12 @@ class Watched:
         self._go_on_at_s: float | None = None
         self._silent_since_s: float | None = None
         self._readies = 0
+        self._held_gates: list[int] = []  # pidfds
+        self._gates_go_on_at_s = 0.0
+        self._freezer = _make_freezer(run)
+        self._frozen = False
+        self.has_disk = _mount(self.daemon.state)
+        self.is_full = self.is_read_only = False
 
     # -- its lives
 
@@ -61,6 +71,8 @@ class Watched:
         """Let it go on where it is time; say whether a life has begun since; Violation where one has ended by itself."""
         if self._go_on_at_s is not None and self._go_on_at_s <= time.monotonic():
             self.let_go_on()
+        if self._held_gates and self._gates_go_on_at_s <= time.monotonic():
+            self._let_gates_go_on()
         began = self.starting and self.daemon.drain_notifications().count("READY=1") > self._readies
         if began:
             self.starting = False
@@ -76,11 +88,14 @@ class Watched:
         self._go_on_at_s = None
         self.life.end()
         self.starting = False
-        self.daemon.kill9()
+        self.daemon.kill9()  # what is frozen, too
+        self._thaw()
+        self._let_gates_go_on()
 
     def stop(self) -> None:
         """SIGTERM it and return when it is gone."""
         self.let_go_on()
+        self._let_gates_go_on()
         self.life.end()
         code = self.daemon.stop()
         if code != 0:
@@ -93,15 +108,87 @@ class Watched:
             self.daemon.process.send_signal(signal.SIGSTOP)
             self._go_on_at_s = time.monotonic() + for_s
 
+    @property
+    def can_freeze(self) -> bool:
+        return self._freezer is not None
+
+    def freeze(self, for_s: float) -> None:
+        """Freeze it and all its children (cgroup.freeze), and thaw them after that time."""
+        if self.life.running and self._freezer is not None:
+            self.life.stop()
+            for pid in (self.daemon.pid, *harness.children_of(self.daemon.pid)):
+                with contextlib.suppress(ProcessLookupError):  # a helper that is done
+                    _write(self._freezer, "cgroup.procs", str(pid))
+            _write(self._freezer, "cgroup.freeze", "1")
+            self._frozen = True
+            self._go_on_at_s = time.monotonic() + for_s
+            self._count("frozen")
+
+    def hold_gate(self, for_s: float) -> None:
+        """SIGSTOP its gate alone, and let it go on after that time: what is sent meanwhile waits, or is given up."""
+        if self.life.running and not self._held_gates:
+            for pid in self.gates():
+                handle = harness.open_pidfd(pid)
+                if handle is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(handle, signal.SIGSTOP)
+                    self._held_gates.append(handle)
+            self._gates_go_on_at_s = time.monotonic() + for_s
+            self._count("gates held")
+
+    def _let_gates_go_on(self) -> None:
+        for handle in self._held_gates:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGCONT)
+            os.close(handle)
+        self._held_gates.clear()
+
     def let_go_on(self) -> None:
         if self._go_on_at_s is not None:
             self._go_on_at_s = None
-            self.daemon.process.send_signal(signal.SIGCONT)
+            if self._frozen:
+                self._thaw()
+            else:
+                self.daemon.process.send_signal(signal.SIGCONT)
             self.life.go_on()
+
+    def _thaw(self) -> None:
+        if self._frozen and self._freezer is not None:
+            self._frozen = False
+            _write(self._freezer, "cgroup.freeze", "0")
+
+    # -- its disk
 
     def forget(self) -> None:
         """Delete what it remembers, while it is away."""
         shutil.rmtree(self.daemon.state, ignore_errors=True)
+
+    def fill_disk(self) -> None:
+        """Leave no room on the disk that its state is on, not even in what the database has set aside for its log."""
+        with contextlib.closing(sqlite3.connect(os.path.join(self.daemon.state, "reaper.db"))) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with (
+            open(os.path.join(self.daemon.state, _BALLAST), "wb", buffering=0) as file,
+            contextlib.suppress(OSError),
+        ):
+            while file.write(bytes(4096)):
+                pass
+        self.is_full = True
+        self._count("disks filled")
+
+    def free_disk(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.daemon.state, _BALLAST))
+        self.is_full = False
+
+    def let_write(self, allowed: bool) -> None:
+        """Have its disk take what is written, or refuse it, while the daemon is away."""
+        if self.is_read_only == allowed:
+            # A helper that outlived the daemon by a moment may have the database open yet.
+            remounted = ("mount", "-o", f"remount,{'rw' if allowed else 'ro'}", self.daemon.state)
+            harness.repeat_until(lambda: _succeeds(*remounted) or None, 20, "the disk cannot be remounted")
+            self.is_read_only = not allowed
+            self._count("disks read-only" if self.is_read_only else "disks written again")
 
     # -- its settings
 
@@ -179,4 +266,41 @@ class Watched:
         """Stop it, whatever state it is in."""
         self.life.pauses.close()
         self.let_go_on()
-        self.daemon.close()
+        self._thaw()
+        self._let_gates_go_on()
+        try:
+            self.daemon.close()
+        finally:
+            if self.has_disk:
+                subprocess.run(["umount", self.daemon.state], check=True)
+            if self._freezer is not None:
+                self._freezer.remove()
+
+
+def _make_freezer(run: str) -> Cgroup | None:
+    root = next((path for path in harness.CGROUP_ROOTS if os.path.exists(f"{path}/cgroup.controllers")), None)
+    if root is None or not os.access(root, os.W_OK):
+        return None
+    group = Cgroup(root, f"{run}-daemon")
+    if os.path.exists(os.path.join(group.path, "cgroup.freeze")):  # Linux 5.2
+        return group
+    group.remove()
+    return None
+
+
+def _write(group: Cgroup, name: str, text: str) -> None:
+    with open(os.path.join(group.path, name), "w", encoding="ascii") as file:
+        file.write(text)
+
+
+def _mount(directory: str) -> bool:
+    """Put the state on a small disk of its own; False where that may not be done."""
+    if os.geteuid() != 0:
+        return False
+    os.mkdir(directory, 0o700)
+    command = ("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=0700", "tmpfs", directory)
+    return _succeeds(*command)
+
+
+def _succeeds(*command: str) -> bool:
+    return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
