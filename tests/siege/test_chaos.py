@@ -87,6 +87,63 @@ def kill_daemon_at_moments(stage: Stage, chance: random.Random) -> None:
     stage.be_calm()
 
 
+DISTURBANCES: dict[str, Callable[[Stage], None]] = {
+    "the daemon is stopped": lambda stage: stage.watched.hold(0.4),
+    "core and gate are frozen": lambda stage: stage.watched.freeze(0.4),
+    "the gate is stopped": lambda stage: stage.watched.hold_gate(0.4),
+    "the disk is full": lambda stage: stage.fill_disk(),
+    "the disk is read-only": lambda stage: None,
+}
+
+
+@pytest.mark.parametrize("what", DISTURBANCES)
+def test_sessions_begin_and_end_as_ever_while(what: str, stage: Stage) -> None:
+    if "frozen" in what and not stage.watched.can_freeze:
+        pytest.skip("no cgroup can be frozen here")
+    if "disk" in what and not stage.watched.has_disk:
+        pytest.skip("no disk can be mounted here")
+    stage.watched.let_write(what != "the disk is read-only")
+    stage.start_daemon()
+    living: list[Session] = []
+    try:
+        begin(stage, living, 4)
+        DISTURBANCES[what](stage)
+        for session in living[:2]:
+            end(stage, living, session)
+        begin(stage, living, 2)
+        end(stage, living, living[0])
+        stage.poll(0.3)
+        stage.free_disk()
+        begin(stage, living, 1)
+        for session in list(living):
+            end(stage, living, session)
+        stage.be_calm()
+    except Violation as violation:
+        pytest.fail(evidence(violation, Performance(stage)), pytrace=False)
+    told = stage.counts["event reaped"]
+    assert told == 7 or (what == "the disk is full" and told < 7), (
+        "what could not be written is missing, and only that"
+    )
+    assert stage.life.number == 1
+    log = stage.daemon.read_log()
+    assert ("cannot use the state database" in log) == (what == "the disk is full")
+    assert ("are kept in memory only" in log) == (what == "the disk is read-only")
+
+
+def begin(stage: Stage, living: list[Session], count: int) -> None:
+    """Have that many sessions begin, each with workers of several kinds, and wait until each has said whether it was accepted."""
+    for _ in range(count):
+        token = f"D{len(stage.sessions) + 1}"
+        workers = [(f"{token}.w{at}", kind) for at, kind in enumerate(("forked", "execed", "detached"))]
+        session = stage.start_leader(token, uid=0, timeout=0.5, workers=workers)
+        living.append(session)
+        stage.wait_until(
+            lambda session=session: session.told_s is not None and len(session.started) == 3,  # type: ignore[misc]
+            60.0,
+            "no leader registers",
+        )
+
+
 def end(stage: Stage, living: list[Session], session: Session) -> None:
     living.remove(session)
     stage.end_leader(session, "kill")

@@ -59,7 +59,7 @@ STEPS = {
     "dismiss": 4,
     "hold-daemon": 2,
     "freeze-daemon": 2,
-    "hold-gate": 1,
+    "hold-gate": 2,
     "fill-disk": 1,
     "kill-daemon": 3,
     "restart-daemon": 1,
