@@ -81,6 +81,7 @@ class Store:
         self._boot_id = boot_id
         self._ailing = False
         self._lost = False  # something was, since the last commit
+        self._told = 0  # the highest number that an event has got in this life, be it on the disk or lost
         self._database = self._open(os.path.join(directory, "reaper.db"))
         self._most_of_one_uid, self._most_of_all = most_of_one_uid, most_of_all
         self._sizes: dict[int | None, Size] = {}  # of the history, by uid
@@ -241,11 +242,13 @@ class Store:
         The oldest go where there are too many of its uid, or in all.
         """
         uid, record = event.get("uid"), json.dumps(event)
+        # Never the number of one that a full disk took back: who was told of that would take this one for it.
         seq = self._write(
-            "INSERT INTO events (at_epoch_s, kind, session, uid, record) VALUES (?, ?, ?, ?, ?)",
-            at_epoch_s, event["kind"], event.get("session"), uid, record,
+            "INSERT INTO events (seq, at_epoch_s, kind, session, uid, record) VALUES (?, ?, ?, ?, ?, ?)",
+            self._told + 1 if self._told else None, at_epoch_s, event["kind"], event.get("session"), uid, record,
         )  # fmt: skip
         if seq:
+            self._told = seq
             self._note(uid, 1, len(record))
             self._drop_oldest(seq, uid)
         return seq
@@ -315,10 +318,10 @@ class Store:
         return rows
 
     def last_event(self) -> int:
-        """Return the number of the newest event, 0 where there is none."""
+        """Return the number of the newest event, be it lost since; 0 where there is none."""
         for (seq,) in self._read("SELECT max(seq) FROM events"):
-            return seq or 0
-        return 0
+            return max(seq or 0, self._told)
+        return self._told
 
     def prune(self, keep_s: float) -> None:
         """Drop events older than ``keep_s``."""

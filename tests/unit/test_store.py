@@ -487,6 +487,24 @@ def test_a_fault_that_comes_back_after_it_was_gone_is_told_again(
 # -- events -----------------------------------------------------------------------------------------
 
 
+def test_the_number_of_an_event_that_a_full_disk_took_back_is_never_given_again(tmp_path: Path) -> None:
+    with closing(open_store(tmp_path)) as store:
+        assert store.add_event(event(), 1.0) == 1
+        assert store.commit()
+        assert [store.add_event(event(), 2.0), store.add_event(event(), 2.0)] == [2, 3]
+        # So large that it does not fit into the cache: that it is too much shows before the commit.
+        (pages,) = store._database.execute("PRAGMA page_count").fetchone()
+        store._database.execute(f"PRAGMA max_page_count = {pages}")
+        assert store.add_event({**event(), "text": "x" * 100_000}, 3.0) == 0
+        assert not store.commit()
+        assert [one["seq"] for one in store.events()] == [1]
+        assert store.last_event() == 3, "somebody was told of it"
+        store._database.execute("PRAGMA max_page_count = 100000")
+        assert store.add_event(event(), 4.0) == 4
+        assert store.commit()
+        assert [one["seq"] for one in store.events(after=3)] == [4]
+
+
 def test_events_come_back_oldest_first_with_their_numbers(store: Store) -> None:
     assert store.events() == []
     assert store.last_event() == 0

@@ -131,6 +131,8 @@ class Performance:
             self._forget = False
             self.stage.watched.let_write(True)
             self.stage.forget_state()
+        if not read_only:
+            self.stage.record.go_back_to(self.stage.watched.last_written())
         self.stage.watched.let_write(not read_only)
         if eagerly:
             self.stage.watched.launch()

@@ -41,6 +41,10 @@ class Record:
         self._seen = 0
         self._early.clear()
 
+    def go_back_to(self, last: int) -> None:
+        """Take in anew what comes after event number ``last``: a full disk took back what there was after it."""
+        self._seen = min(self._seen, last)
+
     def catch_up(self, session: Session) -> None:
         """Take in what the history said of a session before its leader did."""
         for event in self._early.pop(session.id or "", []):

@@ -176,6 +176,14 @@ class Watched:
         self.is_full = True
         self._count("disks filled")
 
+    def last_written(self) -> int:
+        """Return the number of the last event on its disk, while it is away: numbers beyond that are given again."""
+        path = os.path.join(self.daemon.state, "reaper.db")
+        if not os.path.exists(path):
+            return 0
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            return int(database.execute("SELECT max(seq) FROM events").fetchone()[0] or 0)
+
     def free_disk(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self.daemon.state, _BALLAST))
