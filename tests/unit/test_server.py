@@ -263,6 +263,8 @@ def test_why_a_session_is_not_isolated_is_told(world: World, spoiled: str) -> No
     assert scope is None
     assert {"dry_run": "runs with dry_run", "protected": "[protect] users"}[spoiled] in why
     assert world.core.sessions.entries[key].session.scope is None
+
+
 @pytest.mark.parametrize("damage", [{}, {"processes": []}, {"processes": [{"pid": 7}]}, {"at": "x"}], ids=str)
 def test_the_score_does_without_events_that_are_damaged(world: World, damage: dict[str, Any]) -> None:
     whole = report.event(
