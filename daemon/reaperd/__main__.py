@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from reaperd import __version__
 from reaperd.config import Config, ConfigError
 from reaperd.config_files import read_config
+from reaperd.logs import set_up_logging
 from reaperd.loop import Daemon, StartError, set_log_level
 from reaperd.paths import default_paths
 
@@ -52,7 +51,8 @@ def run(arguments: list[str] | None = None) -> int:
         if options.check_config:
             print(f"{config_path}: the configuration is good")
             return 0
-        _set_up_logging(config)
+        set_up_logging(config.daemon.log_format)
+        set_log_level(config)
         daemon = Daemon(
             mode=paths.mode,
             socket_path=options.socket or os.environ.get("REAPER_SOCKET") or paths.socket,
@@ -142,48 +142,6 @@ def parser() -> argparse.ArgumentParser:
 
 def _with_dry_run(config: Config) -> Config:
     return config._replace(kill=config.kill._replace(dry_run=True))
-
-
-class _JsonLines(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        at = self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}Z"
-        line = {
-            "at": at,
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-class _JournalLines(logging.Formatter):
-    """For journald, which has the time: the message behind its priority (sd-daemon(3))."""
-
-    _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.DEBUG, 7))
-
-    def format(self, record: logging.LogRecord) -> str:
-        priority = next((number for level, number in self._PRIORITIES if record.levelno >= level), 7)
-        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
-
-
-def _set_up_logging(config: Config) -> None:
-    handler = logging.StreamHandler()
-    if config.daemon.log_format == "json":
-        handler.setFormatter(_JsonLines())
-    elif os.environ.get("JOURNAL_STREAM"):
-        handler.setFormatter(_JournalLines())
-    else:
-        handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-        )
-    if handler.formatter is not None:
-        handler.formatter.converter = time.gmtime
-    logging.getLogger().addHandler(handler)
-    set_log_level(config)
 
 
 def _run_detached(daemon: Daemon, pidfile: str | None) -> None:
