@@ -70,7 +70,7 @@ class World:
         self.observer = Observer(proc)
         self.census = self.observer.census = FaultyCensus(proc, self.observer.marks, alarm)
         self.poller = Poller()
-        self.store = Store(str(directory), self.observer.boot_id)
+        self.store = Store(str(directory), self.observer.boot_id, retry_s=0.0)
         self.core = Core(self.observer, Reaper(proc, frozenset()), self.store, self.poller, Policy(), alarm)
         self._pids: list[int] = []
 
