@@ -37,6 +37,10 @@ class Sessions:
     def heed(self, policy: Policy) -> None:
         """Go by other rules from now on."""
         self.policy = policy
+        self.touch()
+
+    def touch(self) -> None:
+        """Look anew what is due for each."""
         self._roster.touch()
 
     def add(self, session: Session) -> None:

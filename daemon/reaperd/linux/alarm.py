@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 
 
@@ -20,8 +21,9 @@ class Alarm:
         self._epoll.register(pidfd, select.EPOLLIN)
 
     def silence(self, pidfd: int) -> None:
-        """Take note of that."""
-        self._epoll.unregister(pidfd)
+        """Take note of that; once is enough."""
+        with contextlib.suppress(FileNotFoundError):
+            self._epoll.unregister(pidfd)
 
     def rings(self) -> bool:
         """Say whether it rings."""
