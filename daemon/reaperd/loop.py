@@ -277,7 +277,7 @@ class Daemon:
             with contextlib.suppress(BlockingIOError):
                 self._signals.update(reader.recv(4096))
 
-        signal.set_wakeup_fd(writer.fileno())
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         # Where whoever started us has it ignored, no child can be waited for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
