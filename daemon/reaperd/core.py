@@ -93,9 +93,9 @@ class Core:
             self.observer.census.cover(session)
             # On our list last: who is on it is taken for one whose end we shall be told of.
             if leader_pidfd is not None:
-                self._watch(session.key, leader_pidfd)
                 ours.callback(self._poller.unwatch, leader_pidfd)
                 ours.callback(self._alarm.silence, leader_pidfd)
+                self._watch(session.key, leader_pidfd)
             self.sessions.add(session)
             self.leaders.hold(session.key, leader_pidfd, opened)
             ours.pop_all()
