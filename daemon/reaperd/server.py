@@ -223,10 +223,13 @@ class Server:
                 return False
             raise wire.WireError("session-exists", "another process leads that session")
         if self._core.sessions.has_no_room_for(session.uid):
-            most = self._core.policy.max_per_uid
-            raise wire.WireError(
-                "quota", f"you have {most} sessions, and [sessions] max_per_uid allows no more"
-            )
+            in_all, most = len(self._core.sessions.entries), self._core.policy.max_per_uid
+            reason = f"you have {most} sessions, and [sessions] max_per_uid allows no more"
+            if in_all >= self._core.sessions.most:
+                reason = (
+                    f"all users have {in_all} sessions, and the daemon's limit of open files allows no more"
+                )
+            raise wire.WireError("quota", reason)
         return True
 
     def _supervised(self, session: Session) -> Session:
