@@ -18,7 +18,6 @@ from reaperd.store import Store
 from reaperd.times import now_utc
 from reaperd.waiters import News
 
-
 _FEW = 8  # sessions, which a user may have though all others have taken what there is
 
 
