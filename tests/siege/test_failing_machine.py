@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from attackers import answers, reap_latency
+from attackers import answers, gate_of, reap_latency
 from harness import (
     ROOT,
     STRANGER,
@@ -26,8 +26,11 @@ from harness import (
     broken_promise,
     end_process,
     has_ended,
+    read_proc,
     repeat_until,
 )
+
+from agent import client
 
 StartDaemon = Callable[..., Daemon]
 StartLeader = Callable[..., Leader]
@@ -150,25 +153,43 @@ def test_whatever_fails_for_want_of_memory_or_files_is_tried_again(
 
 
 @pytest.mark.needs_root
-def test_a_core_that_its_memory_cgroup_ends_is_followed_by_one_that_knows_all(
-    daemon: Daemon, start_leader: StartLeader, memory_cgroup: Callable[[str], Cgroup]
+def test_where_memory_runs_out_the_gate_goes_before_the_core(start_daemon: StartDaemon) -> None:
+    """As its unit has the core: where it may not be lowered, neither is protected."""
+    protected = ["sh", "-c", 'echo -900 >/proc/self/oom_score_adj 2>/dev/null; exec "$@"', "protected"]
+    daemon = start_daemon(inside=protected)
+    answers(daemon)
+    gate = gate_of(daemon)
+    assert gate is not None
+    assert read_proc(gate, "oom_score_adj") == b"500\n"
+    assert int(read_proc(daemon.pid, "oom_score_adj")) <= 0
+
+
+@pytest.mark.needs_root
+def test_whomever_the_oom_killer_takes_of_the_daemon_no_session_is_lost(
+    start_daemon: StartDaemon, start_leader: StartLeader, memory_cgroup: Callable[[str], Cgroup]
 ) -> None:
-    """What Python cannot survive, the next daemon can: the OOM killer's SIGKILL is any other."""
+    """The gate first, then a helper or the core itself, which a service manager starts again."""
+    group = memory_cgroup("daemon")
+    enter = f'echo $$ > "{group.path}/cgroup.procs"; exec "$@"'
+    daemon = start_daemon(inside=["sh", "-c", enter, "enter"])
     early, stays = victims(daemon, start_leader, 2)
-    group = memory_cgroup("core")
-    group.write("cgroup.procs", str(daemon.pid))
-    with contextlib.suppress(OSError):
-        group.write("memory.force_empty", "0")
-    pidfd = os.pidfd_open(daemon.pid)
-    try:
-        with contextlib.suppress(OSError):  # EBUSY, where what it has cannot be taken from it
-            group.limit_memory(1 << 20)
-        if not has_ended(pidfd, within_s=1.0):
-            daemon.kill9()
-    finally:
-        os.close(pidfd)
+    in_use = next(
+        name for name in ("memory.usage_in_bytes", "memory.current") if os.path.exists(f"{group.path}/{name}")
+    )
+    limit = in_use.replace("usage", "limit").replace("current", "max")
+    kills = "memory.oom_control" if in_use == "memory.usage_in_bytes" else "memory.events"
+    group.write(limit, str(int(group.read(in_use)) + 65536))
     early.kill9()
-    daemon.start()
+
+    def somebody_went() -> bool | None:
+        with contextlib.suppress(client.Unreachable):
+            client.request(daemon.socket, {"op": "ps"}, timeout_s=0.2)
+        return True if int(group.read(kills).split("oom_kill ")[1].split()[0]) else None
+
+    repeat_until(somebody_went, 20, "nobody was ended by the OOM killer")
+    group.write(limit, "-1" if in_use == "memory.usage_in_bytes" else "max")
+    if daemon.process.poll() is not None:
+        daemon.start()
     ends_late(daemon, early)
     reap(stays)
 
