@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import resource
 import select
 import signal
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 from attackers import answers, gate_of, reap_latency
 from harness import (
-    ROOT,
     STRANGER,
     WORKERS_GONE_S,
     Cgroup,
@@ -29,30 +26,14 @@ from harness import (
     read_proc,
     repeat_until,
 )
+from scarcity import bad_time, faulty, limited, lowest_free_descriptor
 
 from agent import client
 
 StartDaemon = Callable[..., Daemon]
 StartLeader = Callable[..., Leader]
 
-FAULTY = os.path.join(ROOT, "tests", "support", "faulty.py")
 NOT_WITHIN = WORKERS_GONE_S * 5  # where all of it had failed before
-
-
-@contextlib.contextmanager
-def limited(pid: int, which: int, most: int) -> Iterator[None]:
-    """Lower a limit of a process that runs, for as long as the block lasts."""
-    before = resource.prlimit(pid, which)
-    resource.prlimit(pid, which, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.prlimit(pid, which, before)
-
-
-def lowest_free_descriptor(pid: int) -> int:
-    taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
-    return next(number for number in itertools.count() if number not in taken)
 
 
 @contextlib.contextmanager
@@ -138,13 +119,12 @@ def test_whatever_fails_for_want_of_memory_or_files_is_tried_again(
     kind: str, seed: int, gap: int, start_daemon: StartDaemon, start_leader: StartLeader
 ) -> None:
     """One call in a few hundred of the daemon's own fails, wherever that is: ``support/faulty.py``."""
-    daemon = start_daemon(inside=[sys.executable, FAULTY, kind, str(seed), str(gap)])
+    daemon = start_daemon(inside=faulty(kind, seed, gap))
     leaders = victims(daemon, start_leader, 3)
     with the_same_core(daemon):
-        os.kill(daemon.pid, signal.SIGUSR1)
-        for leader in leaders[:2]:
-            reap_latency(leader, 0.5)  # or not: that is no time for promises
-        os.kill(daemon.pid, signal.SIGUSR2)
+        with bad_time(daemon):
+            for leader in leaders[:2]:
+                reap_latency(leader, 0.5)  # or not: that is no time for promises
         for leader in leaders[:2]:
             ends_late(daemon, leader)
         stays = leaders[2]
