@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 _ORPHANS = "orphans that nobody registered"  # who is set aside where something about them raises
 _PRUNE_EVERY_S = 6 * 3600.0
 _BACKLOG = 1024
+_FEW_DESCRIPTORS = 1024
 _BREATH_S = 0.02  # where something has run out
 _LONGEST_WAIT_S = 86400.0  # epoll_wait(2) counts milliseconds in an int
 
@@ -410,3 +411,5 @@ def _raise_descriptor_limit() -> None:
     """Take as many descriptors as are allowed: a pidfd for each process that is to be ended."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard < _FEW_DESCRIPTORS:
+        log.warning("only %d files may be open (ulimit -n): few sessions can be watched at a time", hard)

@@ -18,6 +18,7 @@ from reaperd.store import Store
 from reaperd.times import now_utc
 from reaperd.waiters import News
 
+_OURS = 40  # descriptors, that the daemon has open or needs for a look
 _FEW = 8  # sessions, which a user may have though all others have taken what there is
 
 
@@ -27,7 +28,7 @@ class Sessions:
     def __init__(self, store: Store, policy: Policy) -> None:
         self.policy = policy
         # Each takes two descriptors as long as it lives, and some must be left to end those of the dead by.
-        self.most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+        self.most = max(1, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OURS) // 4)
         self.aside = Aside()
         self.on_event: Callable[[News], None] = lambda _: None
         self._store = store

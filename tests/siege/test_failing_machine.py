@@ -87,6 +87,24 @@ def test_without_descriptors_nobody_is_forgotten_and_new_ones_are_found_later(
         reap(stays)
 
 
+def test_where_few_files_may_be_open_only_so_many_sessions_are_taken_on_as_can_be_ended(
+    start_daemon: StartDaemon, start_leader: StartLeader
+) -> None:
+    daemon = start_daemon(inside=["sh", "-c", 'ulimit -n 64; exec "$@"', "few"])
+    assert "only 64 files may be open" in daemon.read_log()
+    leaders = {leader.pid: leader for leader in victims(daemon, start_leader, 9)}
+    refused = "".join(leader.read_log() for leader in leaders.values())
+    with the_same_core(daemon):
+        while leaders:  # who was refused is found by the page as soon as there is room
+            watched = [one["leader"]["pid"] for one in daemon.sessions() if one["leader"]["pid"] in leaders]
+            assert len(watched) <= 7
+            for pid in watched:
+                leaders[pid].signal(signal.SIGKILL)
+            for pid in watched:
+                assert broken_promise(leaders.pop(pid)) == ""
+    assert "the daemon's limit of open files allows no more" in refused
+
+
 @pytest.fixture
 def pids_cgroup(run: str) -> Iterator[Cgroup]:
     root = "/sys/fs/cgroup/pids"
