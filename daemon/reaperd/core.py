@@ -110,7 +110,7 @@ class Core:
         self._alarm.watch(leader_pidfd)
 
     def mend(self) -> None:
-        """Set right what an error in the middle of something has left half done: look at all that may be due."""
+        """Set right what an error in the middle of something has left half done."""
         for key, entry in list(self.sessions.entries.items()):
             handle = self.leaders.handle(key)
             if entry.died_at_s is None and handle is None:
@@ -119,7 +119,6 @@ class Core:
                 self._watch(key, handle)
             elif entry.phase is Phase.RECLAIMING and entry.reclaim_asked and not self._reclaimer.has(key):
                 self.sessions.apply(key, ledger.Reclaimed(Freed()))
-        self.sessions.touch()
 
     def is_settled(self, key: SessionKey) -> bool:
         """Say whether a session is over for good: whoever carries its marks still was left alone, or told of."""

@@ -187,6 +187,7 @@ class Daemon:
                 log.warning("cannot go on: %s, trying again until that is over", reason_of(error))
             self._is_ailing = True
             self._mend()
+            self._core.sessions.touch()  # what was due may have been taken off the list, and not been done
         time.sleep(_BREATH_S)
 
     def _mend(self) -> None:

@@ -107,9 +107,7 @@ class Sessions:
     def record(self, event: dict[str, Any]) -> None:
         """Put an event into the history and tell of it."""
         event, at_epoch_s = {"at": now_utc(), **event}, time.time()
-        seq = self._store.add_event(event, at_epoch_s)
-        if seq:
-            self.on_event(News(seq, at_epoch_s, event))
+        self.on_event(News(self._store.add_event(event, at_epoch_s), at_epoch_s, event))
 
     def save(self) -> None:
         """Put on record what has changed: before we wait, and after all that others wait for."""

@@ -17,8 +17,9 @@ class Alarm:
         return self._epoll.fileno()
 
     def watch(self, pidfd: int) -> None:
-        """Ring when the process behind ``pidfd`` has died."""
-        self._epoll.register(pidfd, select.EPOLLIN)
+        """Ring when the process behind ``pidfd`` has died; once is enough."""
+        with contextlib.suppress(FileExistsError):
+            self._epoll.register(pidfd, select.EPOLLIN)
 
     def silence(self, pidfd: int) -> None:
         """Take note of that; once is enough."""
