@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from reaperd import __version__, log_lines
+from reaperd import __version__, logs
 from reaperd.config import Config, ConfigError
 from reaperd.config_files import read_config
 from reaperd.loop import Daemon, StartError, set_log_level
@@ -50,7 +50,7 @@ def run(arguments: list[str] | None = None) -> int:
         if options.check_config:
             print(f"{config_path}: the configuration is good")
             return 0
-        log_lines.set_up(config.daemon.log_format)
+        logs.set_up(config.daemon.log_format)
         set_log_level(config)
         daemon = Daemon(
             mode=paths.mode,
@@ -66,7 +66,7 @@ def run(arguments: list[str] | None = None) -> int:
             daemon.run()
     except ConfigError as error:
         for fault in error.faults:
-            log_lines.say_fault(fault)
+            logs.say_fault(fault)
         return 2
     except StartError as error:
         logging.getLogger("reaperd").error("%s", error)

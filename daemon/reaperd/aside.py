@@ -7,18 +7,21 @@ does the same for a request, this is the one place that catches every exception.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypeVar
 
 from reaperd.census import Interrupted
+from reaperd.linux.exhaustion import is_exhaustion, reason_of
 from reaperd.model import SessionKey
 from reaperd.pauses import Pauses
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Where the system has run out of something: that is nobody's fault, and over soon or never.
+_BREATHS_S = 0.05, 5.0
 
 
 class Aside:
@@ -31,16 +34,21 @@ class Aside:
     def trying(self, who: Hashable, what: str, *, tell_exhaustion: bool = False) -> Iterator[None]:
         """Set ``who`` aside where the block raises anything: for 5, 10, 20 ... 300 s.
 
-        Interrupted is nobody's fault, and raised; so is, where asked for, that the system has run out of something.
+        Interrupted is nobody's fault, and raised; so is, where asked for, that the system has run out of something. Else that
+        is tried again much sooner.
         """
         try:
             yield
         except Interrupted:
             raise
         except Exception as error:
-            if tell_exhaustion and is_exhaustion(error):
+            if not is_exhaustion(error):
+                log.exception("cannot %s of %s: trying again in %g s", what, who, self._pauses.begin(who))
+            elif tell_exhaustion:
                 raise
-            log.exception("cannot %s of %s: trying again in %g s", what, who, self._pauses.begin(who))
+            else:
+                pause_s = self._pauses.begin(who, _BREATHS_S)
+                log.warning("cannot %s of %s: %s; trying again in %g s", what, who, reason_of(error), pause_s)
 
     def together(
         self,
@@ -73,8 +81,3 @@ class Aside:
     def forget(self, who: Hashable) -> None:
         """Whoever it was is no more."""
         self._pauses.forget(who)
-
-
-def is_exhaustion(error: Exception) -> bool:
-    """Say whether descriptors or memory have run out: it can be tried again, and nobody in particular is why."""
-    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)

@@ -21,7 +21,7 @@ from reaperd.escalation import Stage
 from reaperd.isolator import Done, Isolator
 from reaperd.kept import Kept
 from reaperd.leaders import Leaders
-from reaperd.ledger import Entry
+from reaperd.ledger import Entry, Phase
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.cgroup import Counter
 from reaperd.linux.page import OpenPage
@@ -97,16 +97,34 @@ class Core:
                 ours.callback(opened.close)
                 session = session._replace(page_inode=opened.inode)
             self.observer.census.cover(session)
+            # On our list last: who is on it is taken for one whose end we shall be told of.
+            if leader_pidfd is not None:
+                ours.callback(self._poller.unwatch, leader_pidfd)
+                ours.callback(self._alarm.silence, leader_pidfd)
+                self._watch(session.key, leader_pidfd)
+            self.sessions.add(session)
+            self.leaders.hold(session.key, leader_pidfd, opened)
             ours.pop_all()
-        self.leaders.hold(session.key, leader_pidfd, opened)
-        self.sessions.add(session)
         if leader_pidfd is None:
             self._leader_is_dead(session.key, session.cause or UNKNOWN_CAUSE)
             return
-        self._poller.watch(leader_pidfd, functools.partial(self._leader_died, session.key, leader_pidfd))
-        self._alarm.watch(leader_pidfd)
         self.leaders.read_page(session.key)
         self.living.look_below(session.key)
+
+    def _watch(self, key: SessionKey, leader_pidfd: int) -> None:
+        self._poller.watch(leader_pidfd, functools.partial(self._leader_died, key, leader_pidfd))
+        self._alarm.watch(leader_pidfd)
+
+    def mend(self) -> None:
+        """Set right what an error in the middle of something has left half done."""
+        for key, entry in list(self.sessions.entries.items()):
+            handle = self.leaders.handle(key)
+            if entry.died_at_s is None and handle is None:
+                self._leader_is_dead(key, entry.session.cause or UNKNOWN_CAUSE)
+            elif entry.died_at_s is None and handle is not None and not self._poller.watches(handle):
+                self._watch(key, handle)
+            elif entry.phase is Phase.RECLAIMING and entry.reclaim_asked and not self._reclaimer.has(key):
+                self.sessions.apply(key, ledger.Reclaimed(Freed()))
 
     def is_settled(self, key: SessionKey) -> bool:
         """Say whether a session is over for good: whoever carries its marks still was left alone, or told of."""
@@ -159,7 +177,6 @@ class Core:
         self.sessions.apply(key, ledger.StopAsked(member, time.monotonic(), by_uid))
 
     def _leader_died(self, key: SessionKey, handle: int) -> None:
-        self._poller.unwatch(handle)
         self._alarm.silence(handle)
         session = self.sessions.entries[key].session
         cause, flags = UNKNOWN_CAUSE, 0
@@ -173,6 +190,8 @@ class Core:
         # It may be somebody's target, too: it was to be stopped, or is a worker itself.
         self._survivors.note_exit(session.leader)
         self._leader_is_dead(key, cause)
+        # Last: as long as it is watched, we are told again where this has come to nothing.
+        self._poller.unwatch(handle)
 
     def _leader_is_dead(self, key: SessionKey, cause: Cause) -> None:
         now_s = time.monotonic()

@@ -84,24 +84,31 @@ class GateLink:
 
     def start(self, now_s: float) -> None:
         """Start a gate; the listening socket is handed to it, and stays ours."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        ours.setblocking(False)
-        descriptors = (self._listener.fileno(), theirs.fileno())
-        arguments = [sys.executable, "-I", "-m", "reaperd.gate", *map(str, descriptors), self._path]
-        try:
-            # A session of its own: Ctrl-C in a terminal is for the core, which ends the gate by hanging up.
-            self._child = start_child(arguments, descriptors, _ENVIRONMENT)
-        except OSError as error:  # processes have run out
-            log.warning("cannot start the gate: %s, trying again", error.strerror)
-            ours.close()
+        with contextlib.ExitStack() as stack:
+            try:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+                stack.enter_context(theirs)
+                stack.callback(ours.close)
+                ours.setblocking(False)
+                descriptors = (self._listener.fileno(), theirs.fileno())
+                arguments = [sys.executable, "-I", "-m", "reaperd.gate", *map(str, descriptors), self._path]
+                # A session of its own: Ctrl-C in a terminal is for the core, which ends the gate by hanging up.
+                self._child = start_child(arguments, descriptors, _ENVIRONMENT)
+                self._poller.watch(ours.fileno(), self._note_ready)
+            except OSError as error:  # processes or descriptors have run out
+                log.warning("cannot start the gate: %s, trying again", error.strerror)
+                self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+                self.restart_at_s = now_s + self._pause_s
+                return
+            self._channel, self._life, self._started_at_s = ours, self._life + 1, now_s
+            self.restart_at_s = None
+            stack.pop_all()
             theirs.close()
-            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
-            self.restart_at_s = now_s + self._pause_s
-            return
-        theirs.close()
-        self._channel, self._life, self._started_at_s = ours, self._life + 1, now_s
-        self.restart_at_s = None
-        self._poller.watch(ours.fileno(), self._note_ready)
+
+    def mend(self, now_s: float) -> None:
+        """Where an error in the middle of something has left us without a gate, start one."""
+        if self._channel is None and self.restart_at_s is None:
+            self.restart_at_s = now_s
 
     def stop(self) -> None:
         """Hang up; the gate passes the last replies on and ends by itself, or is ended."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from reaperd.isolation import NotIsolated, Place, path_of_scope, place_below, place_by_systemd, scope_name
 from reaperd.linux import helper, pidfd, transient
 from reaperd.linux.cgroups import CGroups
+from reaperd.linux.exhaustion import reason_of
 from reaperd.linux.procfs import ProcessGone
 from reaperd.model import Session
 from reaperd.observer import Observer
@@ -113,8 +114,8 @@ class Isolator:
                 self._end(wish, None, str(reason))
             except ProcessGone:
                 self._end(wish, None, "it has ended")
-            except OSError as error:
-                self._end(wish, None, f"cannot start a helper: {error.strerror}")
+            except (OSError, MemoryError) as error:
+                self._end(wish, None, f"cannot start a helper: {reason_of(error)}")
             else:
                 self._running = _Run(wish, started)
                 self._poller.watch(started.pidfd, lambda: None)

@@ -18,7 +18,6 @@ from typing import Any
 from agent import sockets
 from reaperd import __version__, kinship, report
 from reaperd.adoption import Adoption
-from reaperd.aside import is_exhaustion
 from reaperd.census import Interrupted
 from reaperd.claims import Claims
 from reaperd.config import Config, ConfigError, render_config, without_effect
@@ -28,6 +27,7 @@ from reaperd.gpu import GpuMeter
 from reaperd.hunt import Hunt
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.capability import parse_missing
+from reaperd.linux.exhaustion import is_exhaustion, reason_of
 from reaperd.linux.procfs import ProcFS
 from reaperd.linux.systemd import Notifier
 from reaperd.observer import Observer
@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 _ORPHANS = "orphans that nobody registered"  # who is set aside where something about them raises
 _PRUNE_EVERY_S = 6 * 3600.0
 _BACKLOG = 1024
+_FEW_DESCRIPTORS = 1024
+_BREATH_S = 0.02  # where something has run out
 _LONGEST_WAIT_S = 86400.0  # epoll_wait(2) counts milliseconds in an int
 
 
@@ -77,6 +79,7 @@ class Daemon:
         self._read_config = read_config
         self._config = config
         self._signals: set[int] = set()
+        self._is_ailing = False  # something ran out in the last round
         self._notifier = Notifier(os.environ, os.getpid())
 
     def check_start(self) -> None:
@@ -162,20 +165,43 @@ class Daemon:
 
     def _serve(self) -> None:
         while not self._signals & {signal.SIGTERM, signal.SIGINT}:
-            self._core.sessions.save()
-            self._poller.wait(self._timeout_s())
-            if signal.SIGHUP in self._signals:
-                self._signals.discard(signal.SIGHUP)
-                self._reload()
-            self._core.step()
-            self._do_due(time.monotonic())
-            self._see_to_orphans(self._orphans.step)
-            # What strangers ask goes last, and never for long.
-            self._link.exchange()
-            self._server.take_turns()
+            try:
+                self._go_round()
+                self._is_ailing = False
+            except (OSError, MemoryError) as error:
+                if not is_exhaustion(error):
+                    raise
+                self._recover(error)
         # A leader may have died in the middle of all that: there may be no next daemon to see it.
         self._poller.wait(0)
         self._core.step()
+
+    def _go_round(self) -> None:
+        self._core.sessions.save()
+        self._poller.wait(self._timeout_s())
+        if signal.SIGHUP in self._signals:
+            self._signals.discard(signal.SIGHUP)
+            self._reload()
+        self._core.step()
+        self._do_due(time.monotonic())
+        self._see_to_orphans(self._orphans.step)
+        # What strangers ask goes last, and never for long.
+        self._link.exchange()
+        self._server.take_turns()
+
+    def _recover(self, error: Exception) -> None:
+        """Memory or descriptors have run out in the middle of anything: go on from what is known, after a breath."""
+        with contextlib.suppress(OSError, MemoryError):  # nothing of this is needed to go on
+            if not self._is_ailing:
+                log.warning("cannot go on: %s, trying again until that is over", reason_of(error))
+            self._is_ailing = True
+            self._mend()
+            self._core.sessions.touch()  # what was due may have been taken off the list, and not been done
+        time.sleep(_BREATH_S)
+
+    def _mend(self) -> None:
+        self._core.mend()
+        self._link.mend(time.monotonic())
 
     def _on_request(self, peer: Peer, to: Return, message: dict[str, Any]) -> None:
         self._server.admit(peer, to, message)
@@ -214,10 +240,13 @@ class Daemon:
                 self._core.strays.look()
             except Interrupted:
                 self._scan_due_s = now_s
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 if not is_exhaustion(error):
                     raise
-                log.warning("cannot look at the sessions: %s, trying again at the next scan", error.strerror)
+                log.warning(
+                    "cannot look at the sessions: %s, trying again at the next scan", reason_of(error)
+                )
+            self._mend()
             self._core.step()
             self._see_to_orphans(functools.partial(self._orphans.look, listing))
         if self._prune_due_s <= now_s:
@@ -242,10 +271,10 @@ class Daemon:
     def _sweep_all(self) -> None:
         try:
             self._adoption.sweep()
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             if not is_exhaustion(error):
                 raise
-            log.warning("cannot look for sessions: %s, going on with those that are new", error.strerror)
+            log.warning("cannot look for sessions: %s, going on with those that are new", reason_of(error))
 
     # -- signals and settings ----------------------------------------------------------------
 
@@ -259,7 +288,7 @@ class Daemon:
             with contextlib.suppress(BlockingIOError):
                 self._signals.update(reader.recv(4096))
 
-        signal.set_wakeup_fd(writer.fileno())
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         # Where whoever started us has it ignored, no child can be waited for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -406,3 +435,5 @@ def _raise_descriptor_limit() -> None:
     """Take as many descriptors as are allowed: a pidfd for each process that is to be ended."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard < _FEW_DESCRIPTORS:
+        log.warning("only %d files may be open (ulimit -n): few sessions can be watched at a time", hard)

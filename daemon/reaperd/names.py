@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from reaperd.linux import helper, shm
+from reaperd.linux.exhaustion import tell_exhaustion
 from reaperd.linux.procfs import (
     PF_KTHREAD,
     ProcessGone,
@@ -135,13 +136,18 @@ def find_bound(proc: ProcFS, names: frozenset[str]) -> frozenset[str]:
         namespace = proc.network_namespace(pid)
         if not namespace or namespace in seen:
             continue
-        with contextlib.suppress(ProcessGone, OSError):
+        try:
             text = proc.unix_sockets(pid)
-            if text is None:
-                return names
-            seen.add(namespace)
-            for path in parse_unix_sockets(text):
-                used |= names.intersection(path.split("/"))
+        except ProcessGone:
+            continue
+        except OSError as error:
+            tell_exhaustion(error)
+            continue
+        if text is None:
+            return names
+        seen.add(namespace)
+        for path in parse_unix_sockets(text):
+            used |= names.intersection(path.split("/"))
     return frozenset(used)
 
 

@@ -16,16 +16,17 @@ class _Pause(NamedTuple):
 
 
 class Pauses:
-    """Of 5, 10, 20 ... 300 s each."""
+    """Of 5, 10, 20 ... 300 s each, where nobody says otherwise."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._pauses: dict[Hashable, _Pause] = {}
 
-    def begin(self, who: Hashable) -> float:
-        """Leave ``who`` alone from now on, and return for how long: twice as long as the last time."""
+    def begin(self, who: Hashable, first_and_longest_s: tuple[float, float] | None = None) -> float:
+        """Leave ``who`` alone from now on, and return for how long: twice as long as the last time, within limits."""
+        first_s, longest_s = first_and_longest_s or (FIRST_S, LONGEST_S)
         before = self._pauses.pop(who, None)
-        length_s = FIRST_S if before is None else min(2 * before.length_s, LONGEST_S)
+        length_s = first_s if before is None else min(max(first_s, 2 * before.length_s), longest_s)
         self._pauses[who] = _Pause(self._clock() + length_s, length_s)
         if len(self._pauses) > _MANY:
             self._forget_old()

@@ -18,8 +18,16 @@ class Poller:
 
     def watch(self, descriptor: int, call: Callable[[], None]) -> None:
         """Call ``call`` whenever ``descriptor`` is readable; it stays the caller's to unwatch before it is closed."""
-        self._epoll.register(descriptor, _READABLE)
         self._calls[descriptor] = call
+        try:
+            self._epoll.register(descriptor, _READABLE)
+        except OSError:
+            del self._calls[descriptor]
+            raise
+
+    def watches(self, descriptor: int) -> bool:
+        """Say whether ``descriptor`` is watched."""
+        return descriptor in self._calls
 
     def also_writable(self, descriptor: int, *, wanted: bool) -> None:
         """Say whether the call is wanted when ``descriptor`` is writable, too."""

@@ -75,6 +75,13 @@ class Reclaimer:
         claim = reclaim.Claim(session, mapped, until_epoch_s, last_word, frees)
         self._queue.setdefault(session.uid, []).append(claim)
 
+    def has(self, key: SessionKey) -> bool:
+        """Say whether what ``key`` held is being freed, or is yet to be."""
+        claims = [*self._queue.get(key.uid, ())]
+        if key.uid in self._running:
+            claims += self._running[key.uid].claims
+        return any(claim.session.key == key for claim in claims)
+
     def forget(self, key: SessionKey) -> None:
         """Nobody will ask for this session's any more."""
         self._mapped.pop(key, None)
@@ -95,8 +102,8 @@ class Reclaimer:
         claims = self._queue[uid]
         try:
             started = helper.start_helper(self._work(claims, self._observer.proc.root))
-        except OSError as error:
-            log.warning("cannot start a helper: %s, trying again", error.strerror)
+        except (OSError, MemoryError) as error:
+            log.warning("cannot start a helper: %s, trying again", error)
             self._retry_at_s = now_s + _RETRY_S
             return
         self._retry_at_s = 0.0

@@ -18,6 +18,7 @@ from reaperd.core import Core, count_stuck
 from reaperd.gate_link import GateLink, Peer, Return
 from reaperd.ledger import Entry
 from reaperd.linux import pidfd
+from reaperd.linux.exhaustion import is_exhaustion, reason_of, tell_exhaustion
 from reaperd.linux.page import OpenPage
 from reaperd.linux.procfs import ProcessGone
 from reaperd.listing import Listing
@@ -134,10 +135,16 @@ class Server:
             reply = wire.encode(
                 wire.refusal(wire.WireError("busy", "a script has just ended, and goes first: try again"))
             )
-        except Exception:  # one request must never end the daemon
-            log.exception("cannot answer a request of uid=%d pid=%d", peer.uid, peer.pid)
-            mistake = wire.WireError("internal", "the daemon made a mistake; its log has the details")
-            reply = wire.encode(wire.refusal(mistake))
+        except Exception as error:  # one request must never end the daemon
+            reason = wire.WireError("internal", "the daemon made a mistake; its log has the details")
+            if is_exhaustion(error):
+                reason = wire.WireError(
+                    "busy", f"the daemon has run out of something, {reason_of(error)}: try again"
+                )
+                log.warning("cannot answer a request of uid=%d: %s", peer.uid, reason_of(error))
+            else:
+                log.exception("cannot answer a request of uid=%d pid=%d", peer.uid, peer.pid)
+            reply = wire.encode(wire.refusal(reason))
         finally:
             peer.connection.close()
         if reply is not None:
@@ -236,10 +243,13 @@ class Server:
                 return False
             raise wire.WireError("session-exists", "another process leads that session")
         if self._core.sessions.has_no_room_for(session.uid):
-            most = self._core.policy.max_per_uid
-            raise wire.WireError(
-                "quota", f"you have {most} sessions, and [sessions] max_per_uid allows no more"
-            )
+            in_all, most = len(self._core.sessions.entries), self._core.policy.max_per_uid
+            reason = f"you have {most} sessions, and [sessions] max_per_uid allows no more"
+            if in_all >= self._core.sessions.most:
+                reason = (
+                    f"all users have {in_all} sessions, and the daemon's limit of open files allows no more"
+                )
+            raise wire.WireError("quota", reason)
         return True
 
     def _supervised(self, session: Session) -> Session:
@@ -254,6 +264,7 @@ class Server:
         try:
             opened = OpenPage(self._core.observer.open_page(session.leader.pid, session.page_fd, session.uid))
         except OSError as error:
+            tell_exhaustion(error)
             raise wire.WireError("bad-page", f"cannot open the session page: {error.strerror}") from None
         try:
             if opened.read().id != session.id:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,12 +18,17 @@ from reaperd.store import Store
 from reaperd.times import now_utc
 from reaperd.waiters import News
 
+_OURS = 40  # descriptors, that the daemon has open or needs for a look
+_FEW = 8  # sessions, which a user may have though all others have taken what there is
+
 
 class Sessions:
     """The sessions by key, and the rules in force."""
 
     def __init__(self, store: Store, policy: Policy) -> None:
         self.policy = policy
+        # Each takes two descriptors as long as it lives, and some must be left to end those of the dead by.
+        self.most = max(1, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OURS) // 4)
         self.aside = Aside()
         self.on_event: Callable[[News], None] = lambda _: None
         self._store = store
@@ -37,6 +43,10 @@ class Sessions:
     def heed(self, policy: Policy) -> None:
         """Go by other rules from now on."""
         self.policy = policy
+        self.touch()
+
+    def touch(self) -> None:
+        """Look anew what is due for each."""
         self._roster.touch()
 
     def add(self, session: Session) -> None:
@@ -52,8 +62,11 @@ class Sessions:
         return entry
 
     def has_no_room_for(self, uid: int) -> bool:
-        """Say whether ``uid`` has as many sessions as one user may have."""
-        return self._roster.count_of(uid) >= self.policy.max_per_uid
+        """Say whether ``uid`` has as many sessions as one user may have, or all users have as many as there can be."""
+        count, in_all = self._roster.count_of(uid), len(self.entries)
+        if count >= self.policy.max_per_uid:
+            return True
+        return in_all >= self.most and (count >= _FEW or in_all >= self.most + self.most // 4)
 
     def led_by(self, leader: ProcessId) -> list[Entry]:
         """Return the sessions that ``leader`` leads: it can have many pages, and lead but one session."""
@@ -94,9 +107,7 @@ class Sessions:
     def record(self, event: dict[str, Any]) -> None:
         """Put an event into the history and tell of it."""
         event, at_epoch_s = {"at": now_utc(), **event}, time.time()
-        seq = self._store.add_event(event, at_epoch_s)
-        if seq:
-            self.on_event(News(seq, at_epoch_s, event))
+        self.on_event(News(self._store.add_event(event, at_epoch_s), at_epoch_s, event))
 
     def save(self) -> None:
         """Put on record what has changed: before we wait, and after all that others wait for."""

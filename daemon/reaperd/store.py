@@ -9,19 +9,18 @@ import contextlib
 import json
 import logging
 import os
-import sqlite3
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from reaperd import stored
+from reaperd.database import RETRY_S, Database, Schema
 from reaperd.model import ProcessId, Session, SessionKey
 from reaperd.verdicts import Record
 
 log = logging.getLogger(__name__)
 
 _SCHEMA_VERSION = 2
-_SCHEMA = f"""
+_NEW = f"""
     PRAGMA user_version = {_SCHEMA_VERSION};
     CREATE TABLE sessions (
         uid INTEGER, id TEXT, boot_id TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (uid, id));
@@ -41,10 +40,9 @@ _ADDED = """
     CREATE INDEX IF NOT EXISTS events_session ON events (session, seq);
     CREATE INDEX IF NOT EXISTS events_uid ON events (uid, seq);
 """
+_SCHEMA = Schema(_NEW, _ADDED, _SCHEMA_VERSION)
 _BATCH, _MAX_BATCHES = 200, 4  # of events dropped, each time that one is added
-_CACHE_KIB = 256
 _MAX_REPLY_BYTES = 4 * 1024 * 1024
-_FAULTS = (sqlite3.Error, UnicodeDecodeError)  # sqlite's own sentences quote a broken file as it is
 
 
 class Size(NamedTuple):
@@ -77,65 +75,33 @@ class Store:
         *,
         most_of_one_uid: Size = MAX_OF_ONE_UID,
         most_of_all: Size = MAX_OF_ALL,
+        retry_s: float = RETRY_S,
     ) -> None:
         self._boot_id = boot_id
-        self._ailing = False
-        self._lost = False  # something was, since the last commit
-        self._told = 0  # the highest number that an event has got in this life, be it on the disk or lost
-        self._database = self._open(os.path.join(directory, "reaper.db"))
+        self._database = Database(os.path.join(directory, "reaper.db"), _SCHEMA, retry_s)
+        self._read, self._write = self._database.read, self._database.write
+        # What is gone by must not depend on whether it could be written yet.
+        self._settling: set[SessionKey] = set()
+        self._spared = self._spared_on_record()
+        self._seq = self._last_given()
         self._most_of_one_uid, self._most_of_all = most_of_one_uid, most_of_all
         self._sizes: dict[int | None, Size] = {}  # of the history, by uid
         self._total = Size()
         self._measure()
         self._cut_to_size()
 
-    def _open(self, path: str) -> sqlite3.Connection:
-        for attempt in ("first", "again"):
-            try:
-                return self._connect(path)
-            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-                # OperationalError is the disk's fault (full, read-only, locked); all else is the file's.
-                if isinstance(error, sqlite3.OperationalError) or attempt == "again":
-                    log.warning("cannot use %r: %s; events and sessions are kept in memory only", path, error)
-                    break
-                aside = _move_aside(path)
-                log.warning("cannot read %r: %s; moved it to %r and began a new one", path, error, aside)
-        return self._connect(":memory:")
-
-    def _connect(self, path: str) -> sqlite3.Connection:
-        database = sqlite3.connect(path, timeout=0.02, isolation_level=None)
-        # One text that is no UTF-8 would be the end of reading all that were asked for with it.
-        database.text_factory = lambda data: data.decode("utf-8", "replace")
-        try:
-            # Of a long history, quick_check alone would leave 2 MiB in the cache, for as long as the daemon lives.
-            database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-            # kill -9 loses nothing that was written; only a power failure does, and no session outlives that.
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = NORMAL")
-            version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-            elif version != _SCHEMA_VERSION:
-                raise sqlite3.DatabaseError(f"its version is {version}, this daemon knows {_SCHEMA_VERSION}")
-            if database.execute("PRAGMA quick_check").fetchone()[0] != "ok":
-                raise sqlite3.DatabaseError("it is corrupt")
-            database.executescript(f"BEGIN; {_ADDED} COMMIT;")
-        except BaseException:
-            database.close()
-            raise
-        return database
-
     def commit(self) -> bool:
-        """Make what was written last, if anything was; False where some of it is lost, on a full disk for one."""
-        if self._database.in_transaction:
-            with self._fault_is_no_failure():
-                self._database.execute("COMMIT")
-        lost, self._lost = self._lost, False
-        return not lost
+        """Make what was written last, if anything was; False where some of it is lost for good.
+
+        What cannot be written for the time being, on a full disk for one, is not lost: that is done by a later commit.
+        """
+        whole = self._database.commit()
+        if not self._database.has_pending:
+            self._settling.clear()
+        return whole
 
     def close(self) -> None:
         """Close the file."""
-        self.commit()
         self._database.close()
 
     # -- sessions ----------------------------------------------------------------------------
@@ -164,11 +130,14 @@ class Store:
 
     def is_settled(self, key: SessionKey) -> bool:
         """Say whether a session of this boot is over, though processes with its marks may live on."""
+        if key in self._settling:
+            return True
         where = "WHERE uid = ? AND id = ? AND boot_id = ?"
         return bool(self._read(f"SELECT 1 FROM settled {where}", *key, self._boot_id))  # noqa: S608 - a literal
 
     def settle(self, key: SessionKey) -> None:
         """Put on record that a session is over for good."""
+        self._settling.add(key)
         self._write("REPLACE INTO settled VALUES (?, ?, ?)", *key, self._boot_id)
 
     # -- orphans that nobody registered ------------------------------------------------------
@@ -194,6 +163,9 @@ class Store:
 
     def spared(self) -> frozenset[ProcessId]:
         """Return who was spared by hand in this boot."""
+        return self._spared
+
+    def _spared_on_record(self) -> frozenset[ProcessId]:
         found = set()
         for row in self._read("SELECT pid, start_ticks FROM spared WHERE boot_id = ?", self._boot_id):
             with contextlib.suppress(ValueError):
@@ -202,10 +174,12 @@ class Store:
 
     def spare(self, id_: ProcessId) -> None:
         """Put on record that a process is spared."""
+        self._spared |= {id_}
         self._write("REPLACE INTO spared VALUES (?, ?, ?)", *id_, self._boot_id)
 
     def spare_no_longer(self, id_: ProcessId) -> None:
         """Take it off the record that a process is."""
+        self._spared -= {id_}
         self._write("DELETE FROM spared WHERE pid = ? AND start_ticks = ?", *id_)
 
     def events_of_kinds(self, *kinds: str) -> list[dict[str, Any]]:
@@ -237,21 +211,19 @@ class Store:
     # -- events ------------------------------------------------------------------------------
 
     def add_event(self, event: dict[str, Any], at_epoch_s: float) -> int:
-        """Append an event and return its number, 0 where that fails; ``at_epoch_s`` is in seconds since 1970.
+        """Append an event and return its number; ``at_epoch_s`` is in seconds since 1970.
 
         The oldest go where there are too many of its uid, or in all.
         """
         uid, record = event.get("uid"), json.dumps(event)
-        # Never the number of one that a full disk took back: who was told of that would take this one for it.
-        seq = self._write(
-            "INSERT INTO events (seq, at_epoch_s, kind, session, uid, record) VALUES (?, ?, ?, ?, ?, ?)",
-            self._told + 1 if self._told else None, at_epoch_s, event["kind"], event.get("session"), uid, record,
+        self._seq += 1
+        self._write(
+            "REPLACE INTO events (seq, at_epoch_s, kind, session, uid, record) VALUES (?, ?, ?, ?, ?, ?)",
+            self._seq, at_epoch_s, event["kind"], event.get("session"), uid, record,
         )  # fmt: skip
-        if seq:
-            self._told = seq
-            self._note(uid, 1, len(record))
-            self._drop_oldest(seq, uid)
-        return seq
+        self._note(uid, 1, len(record))
+        self._drop_oldest(self._seq, uid)
+        return self._seq
 
     def _drop_oldest(self, before: int, uid: int | None) -> None:
         """Drop some events before number ``before`` where there are too many; a file that has many more shrinks slowly."""
@@ -309,8 +281,8 @@ class Store:
     def _read_some(self, statement: str, *values: Any) -> list[tuple[int, str]]:
         rows: list[tuple[int, str]] = []
         read_bytes = 0
-        with self._fault_is_no_failure():
-            for seq, record in self._database.execute(statement, values):
+        with self._database.faults_told():
+            for seq, record in self._database.connection.execute(statement, values):
                 rows.append((seq, record))
                 read_bytes += len(record)
                 if read_bytes > _MAX_REPLY_BYTES:
@@ -318,10 +290,13 @@ class Store:
         return rows
 
     def last_event(self) -> int:
-        """Return the number of the newest event, be it lost since; 0 where there is none."""
-        for (seq,) in self._read("SELECT max(seq) FROM events"):
-            return max(seq or 0, self._told)
-        return self._told
+        """Return the number of the newest event, 0 where there never was one."""
+        return self._seq
+
+    def _last_given(self) -> int:
+        for (seq,) in self._read("SELECT seq FROM sqlite_sequence WHERE name = 'events'"):
+            return int(seq)
+        return 0
 
     def prune(self, keep_s: float) -> None:
         """Drop events older than ``keep_s``."""
@@ -367,38 +342,3 @@ class Store:
         for (value,) in self._read("SELECT value FROM totals WHERE name = ?", name):
             return value if isinstance(value, int) else 0
         return 0
-
-    # -- the file ----------------------------------------------------------------------------
-
-    def _read(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._fault_is_no_failure():
-            return self._database.execute(statement, values).fetchall()
-        return []
-
-    def _write(self, statement: str, *values: Any) -> int:
-        with self._fault_is_no_failure():
-            if not self._database.in_transaction:
-                self._database.execute("BEGIN")
-            row = self._database.execute(statement, values).lastrowid
-            self._ailing = False
-            return row or 0
-        return 0
-
-    @contextlib.contextmanager
-    def _fault_is_no_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except _FAULTS as error:  # a full disk, a lock, a file that somebody overwrote
-            if not self._ailing:
-                log.warning("cannot use the state database: %s; going on without", error)
-            self._ailing = self._lost = True
-            with contextlib.suppress(sqlite3.Error):
-                self._database.rollback()
-
-
-def _move_aside(path: str) -> str:
-    aside = f"{path}.broken-{time.time_ns()}"
-    for suffix in ("", "-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(path + suffix, aside + suffix)
-    return aside

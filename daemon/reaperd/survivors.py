@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from reaperd import decide, ledger, report
-from reaperd.aside import is_exhaustion
 from reaperd.census import Interrupted
 from reaperd.escalation import Stage
 from reaperd.kept import Kept
 from reaperd.ledger import Entry
+from reaperd.linux.exhaustion import is_exhaustion, reason_of
 from reaperd.linux.procfs import ProcessGone
 from reaperd.model import SIGKILL, SIGNAL_NAMES, Family, Process, ProcessId, SessionKey, Snapshot
 from reaperd.observer import Observer
@@ -109,10 +109,10 @@ class Survivors:
                     )
         except Interrupted:
             pass  # it is due still, after what has interrupted it
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             if not is_exhaustion(error):
                 raise
-            log.warning("cannot look for %d sessions: %s, trying again", len(depths), error.strerror)
+            log.warning("cannot look for %d sessions: %s, trying again", len(depths), reason_of(error))
             for key in depths:
                 self._sessions.apply(key, ledger.LookFailed(time.monotonic()))
         finally:
@@ -348,11 +348,12 @@ class Survivors:
     def note_exit(self, id_: ProcessId) -> None:
         """Somebody has ended, who may be a member of several sessions."""
         now_s = time.monotonic()
-        self._exited.setdefault(id_, now_s)
-        if self._reaper.holds(id_):
-            self._poller.unwatch(self._reaper.handle(id_))
         if self.exits_due_s is None:
             self.exits_due_s = now_s + self._gather_s
+        self._exited.setdefault(id_, now_s)
+        # Last: as long as it is watched, we are told again where this has come to nothing.
+        if self._reaper.holds(id_):
+            self._poller.unwatch(self._reaper.handle(id_))
 
     def collect_exits(self) -> None:
         """Take in who has ended, all in one go."""

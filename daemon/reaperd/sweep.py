@@ -14,6 +14,7 @@ from reaperd import pages
 from reaperd.aside import Aside
 from reaperd.census import Interrupted
 from reaperd.linux import page, pidfd
+from reaperd.linux.exhaustion import tell_exhaustion
 from reaperd.linux.procfs import PF_KTHREAD, ProcessGone, Stat, parse_gid, parse_memfd_link, parse_uid
 from reaperd.marks import MAX_DESCRIPTORS
 from reaperd.memory import OUR_PAGES, Memory, Wish
@@ -217,7 +218,10 @@ class Sweep:
     def _open(self, holder: Holder, open_page: Callable[[], int]) -> Iterator[FoundPage]:
         try:
             descriptor = open_page()
-        except (OSError, wire.WireError):
+        except wire.WireError:
+            return
+        except OSError as error:
+            tell_exhaustion(error)
             return
         try:
             found = FoundPage(page.read_page(descriptor), holder, descriptor)

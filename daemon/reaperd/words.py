@@ -1,4 +1,4 @@
-"""Figures as people read them. Pure."""
+"""Figures as people read them, and text of others made safe to show. Pure."""
 
 from __future__ import annotations
 
@@ -36,3 +36,19 @@ def duration(value_s: float | None) -> str:
         if len(parts) == 2:
             break
     return " ".join(part for part in parts if not part.startswith("0 "))
+
+
+def plain(text: str) -> str:
+    """Return ``text`` with all that could move a cursor, colour, hide, reorder or break a line written out.
+
+    That is whatever Unicode calls control, format (bidi controls among them), surrogate, private, unassigned,
+    or a separator other than the space: ``str.isprintable``.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else _written_out(c) for c in text)
+
+
+def _written_out(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that was no UTF-8, as os.fsdecode() carries it
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import random
+import resource
 import select
 import signal
 import statistics
@@ -34,6 +35,7 @@ from harness import (
     needed_interpreter,
     wait_gone,
 )
+from scarcity import bad_time, faulty, limited, lowest_free_descriptor
 
 from reaperd import gate_link
 
@@ -361,6 +363,60 @@ def unreadable(at: Assault, scale: float) -> str:
     finally:
         holder.close()
     return f"for {15 * scale:.0f} s"
+
+
+# -- on a failing machine -------------------------------------------------------------------------
+
+
+@assault
+def starved(at: Assault, scale: float) -> str:
+    """Descriptors that run out and come back, while leaders die."""
+    rounds = max(3, int(40 * scale))
+    for _ in range(rounds):
+        leader = at.siege.victim()
+        most = lowest_free_descriptor(at.daemon.pid) + at.random.randrange(8)
+        with limited(at.daemon.pid, resource.RLIMIT_NOFILE, most):
+            late = at.siege.victim()
+            leader.kill9()
+            select.select([], [], [], at.random.random())
+        caught_up(at, leader)
+        at.daemon.wait_listed(late.pid, late.family.workers)
+        late.kill9()
+        caught_up(at, late)
+    return f"{rounds} times"
+
+
+@assault
+def failing(at: Assault, scale: float) -> str:
+    """A core in which a call fails for want of memory or files now and then, anywhere."""
+    rounds = max(4, int(60 * scale))
+    for number in range(rounds):
+        kind, gap = ("memory", "files")[number % 2], at.random.choice((80, 300, 900, 3000))
+        run_inside(at, faulty(kind, at.random.randrange(2**32), gap))
+        leaders = [at.siege.victim() for _ in range(2)]
+        with bad_time(at.daemon):
+            for leader in leaders:
+                leader.kill9()
+            select.select([], [], [], at.random.random())
+        for leader in leaders:
+            caught_up(at, leader)
+        assert "Traceback" not in at.daemon.read_log(), at.daemon.read_log()[-3000:]
+    run_inside(at, [])
+    return f"{rounds} times"
+
+
+def run_inside(at: Assault, command: list[str]) -> None:
+    at.daemon.stop()
+    at.daemon.inside = command
+    at.daemon.start()
+    at.siege.watch.renew()
+
+
+def caught_up(at: Assault, leader: Leader) -> None:
+    """What could not be done in a bad time must be done soon after it."""
+    assert not (ended := at.siege.watch.lives()), ended
+    assert leader.wait_all_gone(15) == []
+    at.daemon.wait_end(leader.session)
 
 
 # -- running --------------------------------------------------------------------------------------

@@ -18,8 +18,10 @@ import pytest
 from attackers import Attacker, Siege, answers
 from harness import (
     NEIGHBOUR,
+    SETTINGS,
     STRANGER,
     WORKERS_GONE_S,
+    Cgroup,
     Daemon,
     Leader,
     Scratch,
@@ -304,6 +306,66 @@ def on_a_terminal(daemon: Daemon, *arguments: str) -> str:
                 data += chunk
         process.wait(10)
     return data.decode("utf-8", "backslashreplace")
+
+
+NAMED = """
+import shutil
+hostile = NAME
+folder = os.path.join(os.environ["REAPER_TEST_DIR"], hostile)
+os.mkdir(folder)
+program = os.path.join(folder, hostile)
+shutil.copy(shutil.which("sleep"), program)
+os.environ["JOBLIB_TEMP_FOLDER"] = folder
+session = agent.training_session(hostile, status_file=os.path.join(folder, hostile + ".json"))
+session.__enter__()
+ctypes.CDLL(None).prctl(15, hostile.encode()[:15], 0, 0, 0)  # PR_SET_NAME
+worker = subprocess.Popen([hostile, "150"], executable=program, cwd=folder)
+WORKERS.append(worker.pid)
+fork()
+up(folder=folder)
+"""
+LINE_OF_OURS = {
+    "text": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (DEBUG|INFO|WARNING|ERROR) ",
+    "journal": r"<[3467]>(?!\d{4}-)",
+    "json": r'\{"at": "[^"]+", "level": "[a-z]+", "logger": "[a-z._]+", "message": ".*"\}$',
+}
+
+
+@pytest.mark.parametrize("form", LINE_OF_OURS)
+def test_names_of_any_kind_forge_no_line_of_the_log_and_reach_no_terminal(
+    form: str,
+    start_daemon: StartDaemon,
+    start_code: Callable[..., Leader],
+    monkeypatch: pytest.MonkeyPatch,
+    unified_cgroup: Callable[[str], Cgroup],
+) -> None:
+    """Of a session, a process, its program, its folder, its status file and its cgroup; the kernel forbids line breaks in the last."""
+    if form == "journal":
+        monkeypatch.setenv("JOURNAL_STREAM", "8:1")
+    log_format = "json" if form == "json" else "text"
+    daemon = start_daemon(config=SETTINGS.replace("[daemon]", f'[daemon]\nlog_format = "{log_format}"'))
+    name = "x\n<0>2030-01-01T00:00:00Z ERROR forged\r\x1b[2J\x1b]0;owned\x07\u202e\u2028end"
+    group = unified_cgroup("\x1b[2J\x1b]0;owned\x07\u202e")
+    leader = start_code(
+        NAMED.replace("NAME", ascii(name)), socket=daemon.socket, uid=STRANGER, groups=[group]
+    )
+    program, forked = leader.family.workers
+    daemon.wait_listed(leader.pid, leader.family.workers)
+    done = [daemon.ctl("explain", str(program)), daemon.ctl("ps")]
+    leader.kill9()
+    assert broken_promise(leader) == ""
+    daemon.wait_end(leader.session)
+    done += [daemon.ctl("explain", str(forked)), daemon.ctl("events")]
+    assert "forged" in done[1].stdout
+    assert "forged" in done[3].stdout
+    for one in done:
+        assert all(line.isprintable() for line in one.stdout.splitlines()), one.stdout
+        assert not re.search("^(<0>|2030)", one.stdout, re.MULTILINE)
+    told = daemon.read_log().partition("\n")[2].splitlines()
+    assert any("forged" in line for line in told)
+    assert [line for line in told if not re.match(LINE_OF_OURS[form], line) or not line.isprintable()] == []
+    status = os.listdir(leader.family.facts["folder"])
+    assert [one for one in status if one.endswith(".json")], "its end was written all the same"
 
 
 # -- another user's name for one's own ------------------------------------------------------------

@@ -455,7 +455,7 @@ class Daemon:
         directory = scratch.directory("d")
         self.run = run
         self.uid = uid
-        self._inside = list(inside)
+        self.inside = list(inside)
         self.state = os.path.join(directory, "state")
         self.socket = os.path.join(directory, "run", "reaper.sock")
         self.log = os.path.join(directory, "log")
@@ -504,7 +504,7 @@ class Daemon:
             log.write(f"--- {' '.join(command)} {' '.join(options)}\n".encode())
             log.flush()
             self._process = subprocess.Popen(
-                [*self._inside, *command, "--config", self.config, *options],
+                [*self.inside, *command, "--config", self.config, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -71,3 +71,18 @@ def test_whoever_waits_for_something_else_can_wait_for_it_too(alarm: Alarm) -> N
         assert is_readable(alarm, within_s=SOON_S)
         alarm.silence(pidfd)
         os.close(pidfd)
+
+
+def test_to_be_told_twice_of_one_changes_nothing() -> None:
+    """Whoever mends what an error has left half done does not know how far that came."""
+    alarm = Alarm()
+    reader, writer = os.pipe()
+    alarm.watch(reader)
+    alarm.watch(reader)
+    os.write(writer, b"x")
+    assert alarm.rings()
+    alarm.silence(reader)
+    alarm.silence(reader)
+    assert not alarm.rings()
+    os.close(reader)
+    os.close(writer)

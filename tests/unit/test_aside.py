@@ -31,11 +31,11 @@ def test_who_raises_is_set_aside_with_a_traceback_and_nobody_else_is(
 ) -> None:
     of = Aside()
     for who in (ONE, ProcessId(7, 70)):
-        for error in (RecursionError(), ValueError(), OSError(errno.EMFILE, "too many"), MemoryError()):
+        for error in (RecursionError(), ValueError(), OSError(errno.EIO, "a disk")):
             fail(of, who, error)
         assert of.until_s(who) is not None
     assert of.until_s(TWO) is None
-    assert len(caplog.records) == 8
+    assert len(caplog.records) == 6
     assert all(one.exc_info for one in caplog.records)
     assert "'one'" in caplog.text
 
@@ -49,6 +49,24 @@ def test_the_pause_grows_while_it_goes_on_and_has_a_limit() -> None:
     assert of.until_s(ONE) is None
     fail(of, ONE, ValueError())
     assert pause_s(of, ONE) <= 5
+
+
+def test_who_only_met_with_a_lack_of_something_is_tried_again_soon(caplog: pytest.LogCaptureFixture) -> None:
+    of = Aside()
+    for length_s, error in (
+        (0.05, MemoryError()),
+        (0.1, OSError(errno.ENFILE, "too many")),
+        (0.2, MemoryError()),
+    ):
+        fail(of, ONE, error)
+        assert 0 < pause_s(of, ONE) <= length_s
+    assert [(one.levelname, one.exc_info) for one in caplog.records] == [("WARNING", None)] * 3
+    assert "out of memory" in caplog.text
+    for _ in range(20):
+        fail(of, ONE, MemoryError())
+    assert pause_s(of, ONE) <= 5
+    fail(of, ONE, ValueError())
+    assert 5 < pause_s(of, ONE) <= 10
 
 
 def test_a_pause_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -70,7 +71,7 @@ class World:
         self.observer = Observer(proc)
         self.census = self.observer.census = FaultyCensus(proc, self.observer.marks, alarm)
         self.poller = Poller()
-        self.store = Store(str(directory), self.observer.boot_id)
+        self.store = Store(str(directory), self.observer.boot_id, retry_s=0.0)
         self.core = Core(self.observer, Reaper(proc, frozenset()), self.store, self.poller, Policy(), alarm)
         self._pids: list[int] = []
 
@@ -239,6 +240,85 @@ def test_what_cannot_be_taken_on_is_closed(world: World) -> None:
     with pytest.raises(RecursionError):
         world.take_on(session)
     assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def test_what_cannot_be_watched_is_not_taken_on_and_can_be_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is on the list and not watched would never be found to have died."""
+    session = world.leader(GOOD)
+    before = set(os.listdir("/proc/self/fd"))
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory for one more")
+
+    for owner, name in (
+        (world.core._alarm, "watch"),
+        (world.core.leaders, "hold"),
+        (world.core.sessions, "add"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(OSError, match="no memory"):
+                world.take_on(session)
+        assert set(os.listdir("/proc/self/fd")) <= before
+        assert not world.poller._calls, "the next one that gets the number would be taken for it"
+        world.core.sessions._roster._entries.clear()
+    world.take_on(session)
+    world.end_leaders()
+    world.run_until_ended({GOOD})
+
+
+def test_a_death_that_could_not_be_noted_is_told_of_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.take_on(world.leader(GOOD))
+    world.end_leaders()
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.core, "_leader_is_dead", fail)
+        with pytest.raises(MemoryError):
+            world.poller.wait(SOON_S)
+    world.run_until_ended({GOOD})
+
+
+def test_mending_watches_who_is_not_watched_and_ends_what_nobody_reclaims(world: World) -> None:
+    """As an error between two steps leaves it."""
+    for name in (BAD, GOOD):
+        world.take_on(world.leader(name))
+    entries = world.core.sessions.entries
+    keys = {key.id: key for key in entries}
+    for key in keys.values():
+        handle = world.core.leaders.handle(key)
+        assert handle is not None
+        world.poller.unwatch(handle)
+        world.core._alarm.silence(handle)
+    world.core.mend()
+    world.end_leaders()
+    world.run_until(lambda: all(entry.died_at_s is not None for entry in entries.values()))
+    key = keys[GOOD]
+    world.run_until(lambda: GOOD in world.ended() or entries[key].phase is ledger.Phase.RECLAIMING)
+    world.core.mend()
+    world.run_until_ended({BAD, GOOD})
+
+
+def test_a_session_that_waits_for_a_helper_that_nobody_started_is_let_go(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = world.leader(GOOD)
+    world.take_on(session)
+    monkeypatch.setattr(world.core._reclaimer, "has_names", lambda _: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(world.core._reclaimer, "ask", lambda *_, **__: None)  # the request is lost
+        world.end_leaders()
+        (entry,) = world.core.sessions.entries.values()
+        world.run_until(lambda: world.core.sessions.entries[entry.session.key].reclaim_asked)
+    assert world.ended() == set()
+    world.core.mend()
+    world.run_until_ended({GOOD})
 
 
 def test_while_processes_vanish_before_they_can_be_read_a_session_is_not_over(world: World) -> None:

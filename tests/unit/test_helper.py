@@ -320,6 +320,26 @@ def test_what_was_not_answered_is_no_answer_to_what_is_asked_next() -> None:
         assert ask(one, ["next"]) == ["next"]
 
 
+class FailingAlarm(Alarm):
+    """Fails as everything may where memory has run out, when it is asked for the second time."""
+
+    asked = 0
+
+    def fileno(self) -> int:
+        self.asked += 1
+        if self.asked > 1:
+            raise MemoryError
+        return super().fileno()
+
+
+def test_nor_is_what_was_answered_when_we_had_run_out_of_memory(tmp_path: Path) -> None:
+    """Each answer is about one process: to take one for another's would make a member of a stranger."""
+    with asking(lambda item: item) as one:
+        with pytest.raises(MemoryError):
+            ask(one, range(5000), alarm=FailingAlarm())
+        assert ask(one, ["next"]) == ["next"]
+
+
 def test_one_that_died_while_nobody_asked_is_replaced_by_the_next_question() -> None:
     with asking(lambda item: os.getpid()) as one:
         (first,) = ask(one, [1])

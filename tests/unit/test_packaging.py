@@ -175,6 +175,13 @@ def test_the_system_unit_makes_no_mount_namespace() -> None:
     assert not namespacing & {key for key, _ in settings("reaperd.service")}
 
 
+def test_where_memory_runs_out_the_system_daemon_is_among_the_last_to_go() -> None:
+    assert ("OOMScoreAdjust", "-900") in settings("reaperd.service")
+    assert not [key for key, _ in settings("user/reaperd.service") if key == "OOMScoreAdjust"], (
+        "a user's manager may not lower it"
+    )
+
+
 # -- the Debian package ---------------------------------------------------------------------------
 
 

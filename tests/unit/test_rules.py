@@ -54,6 +54,20 @@ SIGNALLERS = {
     "reaperd.ctl.screen": {"raise_signal"},  # itself: Ctrl-Z stops it once the terminal is put back
 }
 
+# Who asks the clock on the wall, which is set back and forward at any time, and what for: no deadline and no verdict.
+WALL_CLOCK = {"time", "time_ns", "now", "utcnow", "today", "CLOCK_REALTIME", "localtime", "ctime"}
+READERS_OF_THE_WALL_CLOCK = {
+    "reaperd.times": {"now"},  # what people are told
+    "reaperd.sessions": {"time"},  # when an event was
+    "reaperd.store": {"time"},  # how old an event is
+    "reaperd.database": {"time_ns"},  # the name of a file that is moved aside
+    "reaperd.core": {"time"},  # when a leader died, for files have no other time; in doubt a file stays
+    "reaperd.linux.shm": {"time"},  # when it started; the same
+    "reaperd.leftovers": {"time"},  # how old a file is; who lives decides
+    "agent.status": {"now"},  # what people are told
+    "agent.checkpoint": {"time"},  # how old a file is
+}
+
 MAX_FUNCTION_LINES = 60
 
 
@@ -301,6 +315,28 @@ def test_only_one_request_and_one_session_at_a_time_are_guarded_against_every_ex
         "reaperd.server",
         "agent.checkpoint",
     }  # damaged pickles raise anything
+
+
+# -- which clock ----------------------------------------------------------------------------------
+
+
+def test_no_decision_reads_the_clock_on_the_wall() -> None:
+    """All that waits, ages or expires goes by clocks that nobody sets: it is enough to know who reads the other."""
+    found: dict[str, set[str]] = {}
+    for module in SOURCES:
+        if module.startswith("reaperd.ctl"):
+            continue  # shows times, and decides nothing
+        for node in ast.walk(tree_of(module)):
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr in WALL_CLOCK
+                and isinstance(node.value, ast.Name)
+                and node.value.id in ("time", "datetime", "date")
+            ):
+                found.setdefault(module, set()).add(node.attr)
+            if isinstance(node, ast.ImportFrom) and node.module == "time":
+                assert not {alias.name for alias in node.names} & WALL_CLOCK, module
+    assert found == READERS_OF_THE_WALL_CLOCK
 
 
 # -- how it reads ---------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from reaperd.core import Core
 from reaperd.gate_link import Peer, Return
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import ProcFS
+from reaperd.model import ProcessId, Session
 from reaperd.observer import Observer
 from reaperd.orphans import Orphans
 from reaperd.policy import Policy
@@ -131,6 +132,31 @@ def test_the_end_of_a_session_is_on_record_before_its_leader_is_told_so(world: W
     world.register()
     assert world.ask("unregister", session=world.session)["ok"] is True
     assert world.link.on_record[-1] == {world.session: True}
+
+
+def test_who_cannot_be_taken_on_for_want_of_descriptors_is_told_so(world: World) -> None:
+    world.core.sessions.most = 0
+    for number in range(8):
+        session = Session(f"{number}", "", os.getuid(), 0, ProcessId(4194305 + number, 1), "")
+        world.core.sessions.add(session)
+    answer = world.register()
+    assert (answer["ok"], answer["kind"]) == (False, "quota")
+    assert "all users have 8 sessions" in answer["message"]
+
+
+def test_what_fails_for_want_of_memory_is_to_be_asked_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(world.core.observer, "describe_leader", fail)
+    answer = world.register()
+    assert (answer["ok"], answer["kind"]) == (False, "busy")
+    assert "out of memory" in answer["message"]
+    assert not [one for one in caplog.records if one.exc_info], "there is nothing to mend"
+    monkeypatch.undo()
+    assert world.register()["ok"]
 
 
 def test_a_page_of_another_session_is_refused_and_not_kept_open(world: World) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import socket
+import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,6 +173,103 @@ def test_what_is_mounted_in_a_folder_is_neither_measured_nor_removed_nor_asked(t
         assert (tmp_path / "folder/mounted/precious").exists()
     finally:
         subprocess.run(["umount", str(tmp_path / "folder/mounted")], check=True)
+
+
+@pytest.mark.needs_root
+def test_what_is_mounted_there_from_the_same_file_system_is_not_entered_either(tmp_path: Path) -> None:
+    """A bind mount has the device of its folder: only openat2(2) tells that it is one."""
+    write(tmp_path / "outside/precious")
+    (tmp_path / "folder/mounted").mkdir(parents=True)
+    size = write(tmp_path / "folder/file")
+    write(tmp_path / "folder/pinned")
+    for source, target in (("outside", "mounted"), ("outside/precious", "pinned")):
+        subprocess.run(
+            ["mount", "--bind", str(tmp_path / source), str(tmp_path / "folder" / target)], check=True
+        )
+    try:
+        assert remove(tmp_path, "folder") == size
+        assert (tmp_path / "outside/precious").exists()
+    finally:
+        for target in ("pinned", "mounted"):
+            subprocess.run(["umount", str(tmp_path / "folder" / target)], check=True)
+
+
+def test_sockets_fifos_and_other_names_of_a_file_are_removed_and_nothing_that_they_stand_for(
+    tmp_path: Path,
+) -> None:
+    """Nothing of it is opened: a FIFO would be waited for."""
+    write(tmp_path / "outside", b"precious")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.link(tmp_path / "outside", folder / "hard")
+    os.mkfifo(folder / "fifo")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(folder / "socket"))
+        if UID == 0:
+            os.mknod(folder / "device", 0o600 | stat.S_IFBLK, os.makedev(7, 200))
+        remove(tmp_path, "folder")
+    assert not folder.exists()
+    assert (tmp_path / "outside").read_bytes() == b"precious"
+    assert (tmp_path / "outside").stat().st_nlink == 1
+
+
+@pytest.mark.needs_root
+def test_what_cannot_be_removed_saves_nothing_but_itself(tmp_path: Path) -> None:
+    size = write(tmp_path / "folder/a") + write(tmp_path / "folder/z")
+    write(tmp_path / "folder/m/immutable")
+    if subprocess.run(["chattr", "+i", tmp_path / "folder/m/immutable"], check=False).returncode:
+        pytest.skip("this file system knows no immutable files")
+    try:
+        assert remove(tmp_path, "folder") == size
+        assert [one.name for one in (tmp_path / "folder").iterdir()] == ["m"]
+    finally:
+        subprocess.run(["chattr", "-i", tmp_path / "folder/m/immutable"], check=True)
+
+
+SWAP = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+one, other = (os.fsencode(path) for path in sys.argv[1:])
+print(flush=True)
+while True:
+    libc.renameat2(-100, one, -100, other, 2)  # AT_FDCWD, RENAME_EXCHANGE
+"""
+
+
+def test_a_folder_that_becomes_a_link_between_look_and_removal_leads_nowhere(tmp_path: Path) -> None:
+    """Its owner swaps them without a pause; both ways must be taken for this to show anything."""
+    write(tmp_path / "outside/precious")
+    write(tmp_path / "outside/deep/precious")
+    folder, link = tmp_path / "folder/inner", tmp_path / "link"
+    folder.mkdir(parents=True)
+    link.symlink_to("../outside")  # from where it is swapped to
+    refused = 0
+    with subprocess.Popen([sys.executable, "-c", SWAP, folder, link], stdout=subprocess.PIPE) as swapping:
+        try:
+            assert swapping.stdout is not None
+            swapping.stdout.readline()
+            with opened(tmp_path / "folder") as directory:
+                end_s = time.monotonic() + 10
+                while refused < 20 and time.monotonic() < end_s:
+                    found = shm.stat_here(directory, "inner")
+                    if found is None or not stat.S_ISDIR(found.mode):
+                        continue
+                    try:
+                        os.close(shm._open_here(directory, "inner"))
+                    except OSError:
+                        refused += 1
+                for _ in range(200):
+                    with contextlib.suppress(FileExistsError):
+                        folder.mkdir()
+                    with contextlib.suppress(FileExistsError):
+                        link.symlink_to("../outside")  # from where it is swapped to
+                    with contextlib.suppress(OSError):
+                        shm.remove(directory, "inner", UID)
+        finally:
+            swapping.kill()
+    assert refused == 20, "the folder was never swapped at the moment that matters"
+    assert (tmp_path / "outside/precious").exists()
+    assert (tmp_path / "outside/deep/precious").exists()
 
 
 def test_without_openat2_folders_are_opened_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

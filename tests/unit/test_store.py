@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import signal
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from reaperd import database
 from reaperd.model import Cause, CauseKind, Namespaces, ProcessId, Session, SessionKey
 from reaperd.store import Size, Store
 from reaperd.verdicts import Record
@@ -49,7 +52,7 @@ FULL = Session(
 
 
 def open_store(directory: Path, boot_id: str = BOOT) -> Store:
-    return Store(str(directory), boot_id)
+    return Store(str(directory), boot_id, retry_s=0.0)
 
 
 @pytest.fixture
@@ -359,7 +362,7 @@ def test_a_commit_that_fails_is_told_and_the_next_one_is_whole(
 
 def execute_on(store: Store, statement: str) -> None:
     """Do to a store's own connection what a fault of the disk does."""
-    store._database.execute(statement)
+    store._database.connection.execute(statement)
 
 
 def test_a_file_that_somebody_else_has_locked_is_told_once_and_used_again_afterwards(
@@ -370,11 +373,78 @@ def test_a_file_that_somebody_else_has_locked_is_told_once_and_used_again_afterw
         store.save(PLAIN)
         store.add_event(event(), 1.0)
         store.commit()
+        assert len(caplog.records) == 1
+        store.save(FULL)
+        other.execute("ROLLBACK")
+    assert store.commit()
+    assert sorted(store.sessions(), key=lambda one: one.id) == [FULL, PLAIN], (
+        "what came in between is not lost"
+    )
+    assert sequence(store.events()) == [1]
+    assert len(caplog.records) == 1
+
+
+def test_while_nothing_can_be_written_nobody_waits_for_it_and_everybody_is_told_what_holds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    over, one = SessionKey(1000, "over"), ProcessId(8, 80)
+    with (
+        closing(Store(str(tmp_path), BOOT, retry_s=3600.0)) as store,
+        closing(sqlite3.connect(tmp_path / "reaper.db", isolation_level=None)) as other,
+    ):
+        other.execute("BEGIN IMMEDIATE")
+        began_s = time.monotonic()
+        for number in range(200):
+            assert store.add_event(event(), float(number)) == number + 1
+            assert store.commit(), "nothing is lost yet"
+        assert time.monotonic() - began_s < 1.0, "one lock was waited for, not two hundred"
+        store.spare(one)
+        store.settle(over)
+        assert store.spared() == {one}
+        assert store.is_settled(over)
+        assert store.last_event() == 200
         other.execute("ROLLBACK")
     assert len(caplog.records) == 1
-    store.save(FULL)
-    store.commit()
-    assert store.sessions() == [FULL]
+    with closing(open_store(tmp_path)) as store:
+        assert len(store.events()) == 200, "closing tries once more"
+        assert store.spared() == {one}
+        assert store.is_settled(over)
+        store.spare_no_longer(one)
+        assert store.spared() == frozenset()
+
+
+def test_of_what_cannot_be_written_for_long_the_oldest_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_MOST_BYTES", 20_000)
+    with closing(open_store(tmp_path)) as store:
+        with closing(sqlite3.connect(tmp_path / "reaper.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for number in range(30):
+                store.add_event({**event(), "text": "x" * 1000}, float(number))
+                kept = store.commit()
+            assert not kept
+            other.execute("ROLLBACK")
+        assert store.commit()
+        numbers = sequence(store.events())
+    assert numbers == list(range(31 - len(numbers), 31))
+    assert 10 < len(numbers) < 20
+
+
+def test_a_damaged_database_that_cannot_be_moved_aside_is_left_and_all_kept_in_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reaper.db").write_bytes(b"this is no database at all " * 100)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with closing(open_store(tmp_path)) as store:
+        store.save(PLAIN)
+        assert store.sessions() == [PLAIN]
+    assert "Read-only" in caplog.text
+    assert (tmp_path / "reaper.db").read_bytes().startswith(b"this is no database")
 
 
 def test_a_database_of_an_older_daemon_is_kept_aside(
@@ -462,11 +532,11 @@ def test_a_fault_of_the_file_while_it_is_used_is_told_once_and_never_raised(
     store.settle(SessionKey(1000, "s"))
     store.prune(1.0)
     store.add_total("reaped", 1)
-    assert store.add_event(event(), 1.0) == 0
+    assert store.add_event(event(), 1.0) == 1, "who waits for it is told all the same"
+    assert store.is_settled(SessionKey(1000, "s")), "what is over stays over"
+    assert not store.commit()
     assert store.sessions() == []
-    assert not store.is_settled(SessionKey(1000, "s"))
     assert store.events() == []
-    assert store.last_event() == 0
     assert store.total("reaped") == 0
     assert [one.levelno for one in caplog.records] == [logging.WARNING]
 
@@ -487,22 +557,23 @@ def test_a_fault_that_comes_back_after_it_was_gone_is_told_again(
 # -- events -----------------------------------------------------------------------------------------
 
 
-def test_the_number_of_an_event_that_a_full_disk_took_back_is_never_given_again(tmp_path: Path) -> None:
-    with closing(open_store(tmp_path)) as store:
+def test_what_a_full_disk_took_back_is_written_later_under_its_number(tmp_path: Path) -> None:
+    with closing(Store(str(tmp_path), BOOT, retry_s=0.0)) as store:
         assert store.add_event(event(), 1.0) == 1
         assert store.commit()
         assert [store.add_event(event(), 2.0), store.add_event(event(), 2.0)] == [2, 3]
         # So large that it does not fit into the cache: that it is too much shows before the commit.
-        (pages,) = store._database.execute("PRAGMA page_count").fetchone()
-        store._database.execute(f"PRAGMA max_page_count = {pages}")
-        assert store.add_event({**event(), "text": "x" * 100_000}, 3.0) == 0
-        assert not store.commit()
+        database = store._database.connection
+        (pages,) = database.execute("PRAGMA page_count").fetchone()
+        database.execute(f"PRAGMA max_page_count = {pages}")
+        assert store.add_event({**event(), "text": "x" * 100_000}, 3.0) == 4
+        assert store.commit(), "nothing is lost for good"
         assert [one["seq"] for one in store.events()] == [1]
-        assert store.last_event() == 3, "somebody was told of it"
-        store._database.execute("PRAGMA max_page_count = 100000")
-        assert store.add_event(event(), 4.0) == 4
+        assert store.last_event() == 4, "somebody was told of it"
+        database.execute("PRAGMA max_page_count = 100000")
+        assert store.add_event(event(), 4.0) == 5
         assert store.commit()
-        assert [one["seq"] for one in store.events(after=3)] == [4]
+        assert [one["seq"] for one in store.events()] == [1, 2, 3, 4, 5]
 
 
 def test_events_come_back_oldest_first_with_their_numbers(store: Store) -> None:
@@ -572,9 +643,9 @@ def steps_of(store: Store, **asked: object) -> int:
         nonlocal steps
         steps += 1
 
-    store._database.set_progress_handler(count, 1000)
+    store._database.connection.set_progress_handler(count, 1000)
     store.events(**asked)  # type: ignore[arg-type]
-    store._database.set_progress_handler(None, 1000)
+    store._database.connection.set_progress_handler(None, 1000)
     return steps
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
+
+import pytest
 
 from reaperd.linux.systemd import Notifier
 
@@ -70,3 +73,20 @@ def test_the_watchdog_is_fed_twice_in_its_time_and_only_where_it_is_ours() -> No
         ({}, None),
     ):
         assert Notifier(environment, 7).watchdog_s == watchdog_s, environment
+
+
+def test_where_descriptors_have_run_out_the_watchdog_is_fed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "too many")
+
+    with manager(str(tmp_path / "notify")) as one:
+        notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")}, 1)
+        notifier.send("READY=1")
+        monkeypatch.setattr(socket, "socket", fail)
+        notifier.send("WATCHDOG=1")
+        assert [one.recv(4096), one.recv(4096)] == [b"READY=1", b"WATCHDOG=1"]
+        Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")}, 1).send(
+            "READY=1"
+        )  # and no error where none was made yet

@@ -9,6 +9,7 @@ import unicodedata
 from typing import Any, NamedTuple
 
 from reaperd.ctl.units import text_of
+from reaperd.words import plain as plain  # noqa: PLC0414 - for those who import it from here
 
 LONGEST_TEXT = 2000  # characters of one field that are looked at at all
 _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
@@ -28,22 +29,6 @@ class Look(NamedTuple):
     def choose(self, fancy: str, ascii_only: str) -> str:
         """Return the first where the terminal can show it."""
         return fancy if self.unicode else ascii_only
-
-
-def plain(text: str) -> str:
-    """Return ``text`` with all that could move a cursor, colour, hide, reorder or break a line written out.
-
-    That is whatever Unicode calls control, format (bidi controls among them), surrogate, private, unassigned,
-    or a separator other than the space: ``str.isprintable``.
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else _written_out(c) for c in text)
-
-
-def _written_out(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that was no UTF-8, as os.fsdecode() carries it
-        return f"\\x{code - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def columns(text: str) -> int:

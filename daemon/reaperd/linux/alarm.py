@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 
 
@@ -16,12 +17,14 @@ class Alarm:
         return self._epoll.fileno()
 
     def watch(self, pidfd: int) -> None:
-        """Ring when the process behind ``pidfd`` has died."""
-        self._epoll.register(pidfd, select.EPOLLIN)
+        """Ring when the process behind ``pidfd`` has died; once is enough."""
+        with contextlib.suppress(FileExistsError):
+            self._epoll.register(pidfd, select.EPOLLIN)
 
     def silence(self, pidfd: int) -> None:
-        """Take note of that."""
-        self._epoll.unregister(pidfd)
+        """Take note of that; once is enough."""
+        with contextlib.suppress(FileNotFoundError):
+            self._epoll.unregister(pidfd)
 
     def rings(self) -> bool:
         """Say whether it rings."""

@@ -59,7 +59,12 @@ def _start(work: Callable[[int], None], *, keep: tuple[int, ...] = ()) -> Helper
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(writer)
     os.set_blocking(reader, False)
-    return Helper(pid, os.pidfd_open(pid), reader)
+    try:
+        return Helper(pid, os.pidfd_open(pid), reader)
+    except OSError:  # descriptors have run out; it ends by itself once it finds that nobody reads
+        os.close(reader)
+        _left_behind.append(pid)
+        raise
 
 
 def _run(work: Callable[[int], None], writer: int, keep: tuple[int, ...]) -> None:
@@ -129,11 +134,16 @@ class Answerer:
             self.close()
         if self._running is None and not self._start():
             return None
-        lines = self._exchange(items, stall_s, time.monotonic() + most_s, alarm)
-        self._used_at_s = time.monotonic()
-        if len(lines) < len(items):
-            self.close()
-        return [json.loads(line) for line in lines]
+        lines: list[bytes] = []
+        try:
+            lines = self._exchange(items, stall_s, time.monotonic() + most_s, alarm)
+            self._used_at_s = time.monotonic()
+            return [json.loads(line) for line in lines]
+        finally:
+            # Also where memory or descriptors have run out: an answer that comes late must never be taken for one to what is
+            # asked next, which is about another process.
+            if len(lines) < len(items):
+                self.close()
 
     def _start(self) -> bool:
         with contextlib.ExitStack() as ours:
@@ -203,11 +213,11 @@ class Answerer:
 
     def close(self) -> None:
         """End it; the next question starts another."""
-        if self._running is not None:
+        running, self._running = self._running, None
+        if running is not None:
             os.close(self._questions)
             os.close(self._done)
-            _let_go(self._running)
-            self._running = None
+            _let_go(running)
 
 
 def _answer_all(questions: int, writer: int, done: int, answer: Callable[[Any], Any]) -> None:
@@ -231,8 +241,12 @@ def _drain(reader: int) -> bytes:
 
 
 def _waits(pid: int) -> bool:
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        return file.read().rpartition(b") ")[2][:1] != b"R"
+    """Say whether it runs no more; where that cannot be read, for want of a descriptor, it may."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b") ")[2][:1] != b"R"
+    except OSError:
+        return False
 
 
 # Ended helpers that nobody could wait for yet: they may be as stuck as what they read.

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from reaperd.linux.exhaustion import tell_exhaustion
 from reaperd.model import Namespaces, ProcessId
 
 PF_EXITING, PF_FORKNOEXEC, PF_KTHREAD = 0x4, 0x40, 0x200000  # linux/sched.h
@@ -297,7 +298,8 @@ class ProcFS:
         """Return what descriptor ``number`` of ``pid`` links to; "" when it has none or may not be read."""
         try:
             return os.readlink(f"{self.root}/{pid}/task/{task}/fd/{number}")
-        except OSError:
+        except OSError as error:
+            tell_exhaustion(error)
             return ""
 
     def descriptors(self, pid: int, task: int, *, most: int | None = None) -> dict[int, str]:
@@ -305,7 +307,8 @@ class ProcFS:
         try:
             with os.scandir(f"{self.root}/{pid}/task/{task}/fd") as entries:
                 numbers = [int(entry.name) for entry in itertools.islice(entries, most)]
-        except OSError:
+        except OSError as error:
+            tell_exhaustion(error)
             return {}
         return {number: self.descriptor(pid, task, number) for number in numbers}
 
@@ -317,7 +320,8 @@ class ProcFS:
         """Return the network namespace that ``pid`` lives in; "" where that is not told."""
         try:
             return os.readlink(f"{self.root}/{pid}/ns/net")
-        except OSError:
+        except OSError as error:
+            tell_exhaustion(error)
             return ""
 
     def unix_sockets(self, pid: int) -> bytes | None:
@@ -335,7 +339,10 @@ class ProcFS:
             if mount is None or mount != self._memfd_mount():
                 return None
             return os.stat(f"{self.root}/{pid}/task/{task}/fd/{number}").st_ino if inode is None else inode
-        except (ProcessGone, OSError):
+        except ProcessGone:
+            return None
+        except OSError as error:
+            tell_exhaustion(error)
             return None
 
     def memfd_device(self) -> str:
@@ -372,7 +379,8 @@ class ProcFS:
         """Return the uid of the file at such a path, None where that may not be asked."""
         try:
             return os.stat(path).st_uid
-        except OSError:
+        except OSError as error:
+            tell_exhaustion(error)
             return None
 
     def mapping_path(self, pid: int, addresses: str) -> str:
@@ -385,7 +393,8 @@ class ProcFS:
         def link(name: str) -> str:
             try:
                 return os.readlink(f"{self.root}/{pid}/ns/{name}")
-            except OSError:
+            except OSError as error:
+                tell_exhaustion(error)
                 return ""
 
         return Namespaces(link("pid"), link("mnt"), link("time"))
@@ -401,14 +410,16 @@ class ProcFS:
         """Return the pid namespace that ``pid`` lives in; "" where that is not told."""
         try:
             return os.readlink(f"{self.root}/{pid}/ns/pid")
-        except OSError:
+        except OSError as error:
+            tell_exhaustion(error)
             return ""
 
     def own_pid_namespace(self) -> str:
         """Return the pid namespace that the caller lives in; "" where this /proc does not know the caller."""
         try:
             return os.readlink(f"{self.root}/self/ns/pid")
-        except OSError:
+        except OSError as error:
+            tell_exhaustion(error)
             return ""
 
     def file_system(self, descriptor: int) -> str:

@@ -11,6 +11,9 @@ class Notifier:
 
     def __init__(self, environment: Mapping[str, str], pid: int) -> None:
         self._address = environment.get("NOTIFY_SOCKET", "")
+        self._sender: socket.socket | None = (
+            None  # made when it is needed: going into the background closes all
+        )
         owner = environment.get("WATCHDOG_PID", "")
         microseconds = environment.get("WATCHDOG_USEC", "")
         watched = microseconds.isdigit() and int(microseconds) > 0 and owner in ("", str(pid))
@@ -22,9 +25,11 @@ class Notifier:
         if not self._address:
             return
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            try:
-                sender.setblocking(False)
-                sender.sendto(message.encode("utf-8", "replace"), address)
-            except OSError:
-                return
+        try:
+            # Kept: a watchdog that is not fed because descriptors have run out ends us in the middle of a reap.
+            if self._sender is None:
+                self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+                self._sender.setblocking(False)
+            self._sender.sendto(message.encode("utf-8", "replace"), address)
+        except OSError:
+            return

@@ -1,6 +1,7 @@
-"""How the log is written: for people in a terminal, for programs as JSON, and for the journal with priorities.
+"""The daemon's log on stderr: for people, for programs as JSON, for the journal with priorities.
 
-Knows nothing of what is logged.
+One line a record, whatever is quoted in it, and nobody who reads it can make the daemon wait. What processes and users call themselves is in it: a line break of theirs must not begin a line of ours, nor a sequence of
+theirs reach a terminal.
 """
 
 from __future__ import annotations
@@ -8,15 +9,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TextIO
 
+from reaperd.words import plain
+
 log = logging.getLogger(__name__)
 
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))  # sd-daemon(3)
+
+_AT_ONCE_BYTES = (
+    4096  # PIPE_BUF: where a pipe or a socket is writable at all, so much of it is taken without a wait
+)
+_PATIENCE_S = 0.01  # with a reader that did not keep up; none with one that still does not
 
 
 def goes_to_journal(stream: TextIO | None, environment: Mapping[str, str]) -> bool:
@@ -35,11 +44,18 @@ def goes_to_journal(stream: TextIO | None, environment: Mapping[str, str]) -> bo
 
 
 class TextLines(logging.Formatter):
-    """Time, level, message."""
+    """Time, level, message, or what else ``form`` says."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    def __init__(self, form: str = "%(asctime)s %(levelname)-7s %(message)s") -> None:
+        super().__init__(form, "%Y-%m-%dT%H:%M:%SZ")
         self.converter = time.gmtime
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - its name in logging
+        record.message = plain(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: object) -> str:  # noqa: N802 - its name in logging
+        return "\n".join(map(plain, super().formatException(ei).split("\n")))  # type: ignore[arg-type]
 
 
 class JsonLines(logging.Formatter):
@@ -67,18 +83,55 @@ class JournalLines(logging.Formatter):
 
     def __init__(self, inner: logging.Formatter | None = None) -> None:
         super().__init__()
-        self._inner = inner or logging.Formatter()
+        self._inner = inner or TextLines("%(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         priority = next((number for level, number in _PRIORITIES if record.levelno >= level), 7)
         return "\n".join(f"<{priority}>{line}" for line in self._inner.format(record).split("\n"))
 
 
+class PatientHandler(logging.Handler):
+    """Writes to a descriptor as long as somebody takes it, and leaves out what nobody does: a full pipe ends no reap."""
+
+    def __init__(self, descriptor: int = 2) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._lost = 0  # records, since the last one that was written
+        self._poller = select.poll()
+        self._poller.register(descriptor, select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record, or count it."""
+        try:
+            if self._lost and self._write(f"{self._lost} records of this log were lost: nobody took them\n"):
+                self._lost = 0
+            written = not self._lost and self._write(self.format(record) + "\n")
+        except (
+            OSError,
+            MemoryError,
+            ValueError,
+            TypeError,
+        ):  # a full disk, a reader that is gone, a record that is none
+            written = False
+        self._lost += not written
+
+    def _write(self, text: str) -> bool:
+        """Say whether ``text`` was written; of one that is longer than can be taken at once, a part may be."""
+        data = text.encode("utf-8", "backslashreplace")
+        while data:
+            # poll(2) of a pipe or a socket says that it is writable while there is room for that much.
+            if not self._poller.poll(0 if self._lost else _PATIENCE_S * 1000):
+                return False
+            data = data[os.write(self._descriptor, data[:_AT_ONCE_BYTES]) :]
+        return True
+
+
 def set_up(log_format: str) -> None:
     """Log to stderr from now on, and have whatever ends the daemon unforeseen logged as an error."""
-    handler = logging.StreamHandler()
+    # Where stderr was closed, its number is another file's before long.
+    handler = logging.NullHandler() if sys.stderr is None else PatientHandler()
     formatter: logging.Formatter = JsonLines() if log_format == "json" else TextLines()
-    if goes_to_journal(handler.stream, os.environ):
+    if goes_to_journal(sys.stderr, os.environ):
         formatter = JournalLines(formatter if log_format == "json" else None)
     handler.setFormatter(formatter)
     logging.getLogger().addHandler(handler)
