@@ -11,7 +11,7 @@ from reaperd import report
 from reaperd.core import Core
 from reaperd.linux import pidfd
 from reaperd.linux.page import OpenPage
-from reaperd.linux.procfs import ProcessGone
+from reaperd.linux.procfs import ProcessGone, ProcessHidden
 from reaperd.model import TEMP_DIRS, UNKNOWN_CAUSE, ProcessId, Session, SessionKey
 from reaperd.sweep import FoundPage, StampedProcess, Sweep
 from reaperd.times import now_utc
@@ -28,6 +28,7 @@ class Adoption:
         self._sweep = Sweep(core.observer, self._is_known)
         self._socket_path = socket_path
         self._on_record: list[Session] = []  # that nobody could take on yet
+        self._hidden: set[SessionKey] = set()  # of those, whose leader's life cannot be told
 
     def recover(self) -> None:
         """Take on again what was on record when the last daemon ended."""
@@ -49,6 +50,14 @@ class Adoption:
             return
         try:
             handle = pidfd.open_pidfd(session.leader, self._observer.proc)
+        except ProcessHidden:  # until that can be told, it stays on record
+            if session.key not in self._hidden:
+                log.warning(
+                    "cannot tell whether the leader lives, looking again session=%s pid=%d: /proc hides it (hidepid)",
+                    session.id, session.leader.pid,
+                )  # fmt: skip
+            self._hidden.add(session.key)
+            return
         except ProcessGone:
             log.info("leader died unseen session=%s pid=%d", session.id, session.leader.pid)
             self._core.take_on(session, None, None)
@@ -119,7 +128,8 @@ class Adoption:
             self._note(session, "its leader lives")
             self._core.take_on(session, leader_pidfd, OpenPage(os.dup(found.descriptor)))
             return
-        if self._observer.could_be_orphan(holder.stat.id, leader):
+        # A leader of another realm is nobody that we could see dead: there its pid and start time are another's.
+        if told.realm == self._observer.realm and self._observer.could_be_orphan(holder.stat.id, leader):
             clean = bool(told.flags & (wire.CLOSING | wire.ENDED))
             spared = frozenset(ProcessId(*pair) for pair in told.spared)
             session = session._replace(
@@ -132,8 +142,8 @@ class Adoption:
     def _adopt_by_environment(self, found: StampedProcess) -> None:
         """Take on a session whose dead leader only the environment of an exec'ed worker names."""
         told, holder = wire.SessionId.parse(found.session), found.holder
-        if wire.place_of(self._socket_path, found.cgroup, holder.uid) != told.place:
-            return  # another daemon's, or carried into another cgroup or to another user
+        if self._place(found.cgroup, holder.uid) != told.place:
+            return  # another daemon's, or carried into another cgroup, another container or to another user
         leader = ProcessId(told.pid, told.start_ticks)
         if not self._observer.could_be_orphan(holder.stat.id, leader):
             return
@@ -151,15 +161,16 @@ class Adoption:
             self._adopt_dead(session, found.cgroup, None)
 
     def _adopt_dead(self, session: Session, cgroup: str, page_fd: int | None) -> None:
-        known = (
-            wire.place_of(self._socket_path, cgroup, session.uid) == wire.SessionId.parse(session.id).place
-        )
+        known = self._place(cgroup, session.uid) == wire.SessionId.parse(session.id).place
         session = session._replace(
             cgroup=cgroup if known else None,
             namespaces=self._observer.proc.namespaces(os.getpid()),
         )
         self._note(session, "its leader died unseen")
         self._core.take_on(session, None, None if page_fd is None else OpenPage(page_fd))
+
+    def _place(self, cgroup: str, uid: int) -> int:
+        return wire.place_of(self._socket_path, cgroup, uid, self._observer.realm)
 
     def _note(self, session: Session, how: str) -> None:
         log.info(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from agent import sockets
-from reaperd import __version__, kinship, report
+from reaperd import __version__, kinship, report, surroundings
 from reaperd.adoption import Adoption
 from reaperd.aside import is_exhaustion
 from reaperd.census import Interrupted
@@ -93,12 +93,15 @@ class Daemon:
         _make_directory(self._state_dir)
         _raise_descriptor_limit()
         proc = ProcFS()
+        if (why := surroundings.why_unusable(proc)) is not None:
+            raise StartError(f"cannot look after processes from here: {why}")
+        self._lacks = tuple(surroundings.lacks(proc))
         alarm = Alarm()
         observer = Observer(proc, alarm)
         observer.marks.memory.keeps_helper = True
         self._untouchable = frozenset((proc.stat(os.getpid()).id, *kinship.ancestors(proc, os.getpid())))
         self._reaper = Reaper(proc, self._untouchable)
-        self._store = Store(self._state_dir, observer.boot_id)
+        self._store = Store(self._state_dir, observer.boot_id, observer.era)
         self._core = Core(
             observer,
             self._reaper,
@@ -128,6 +131,8 @@ class Daemon:
             __version__, os.getpid(), self._mode, self._socket_path, self._config_path,
             " dry_run" if self._config.kill.dry_run else "",
         )  # fmt: skip
+        for lack in self._lacks:
+            log.warning("limited here: %s; %s", lack.fact, lack.advice)
         self._core.sessions.record(report.event("started", version=__version__))
         self._adoption.recover()
         self._sweep_all()
@@ -153,6 +158,8 @@ class Daemon:
 
     def _serve(self) -> None:
         while not self._signals & {signal.SIGTERM, signal.SIGINT}:
+            if self._link.hopeless:
+                raise StartError(f"cannot serve anybody: {self._link.hopeless}")
             self._core.sessions.save()
             self._poller.wait(self._timeout_s())
             if signal.SIGHUP in self._signals:
@@ -300,6 +307,7 @@ class Daemon:
             max_workers=sessions.max_workers,
             admins=uids_of(self._config.access.admins, "[access] admins"),
             dry_run=self._config.kill.dry_run,
+            lacks=self._lacks,
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from agent import wire
 from reaperd import kinship
 from reaperd.census import Census
-from reaperd.linux import cgroup, page
+from reaperd.linux import cgroup, page, pidfd
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import (
     ProcessGone,
@@ -38,6 +38,9 @@ class Observer:
         self.census = Census(proc, self.marks, alarm)
         self.usage = UsageMeter()
         self._namespaces = proc.namespaces(os.getpid())
+        self.realm = proc.realm()
+        # What is on record means the same in here alone: elsewhere the pids and start times are other processes'.
+        self.era = f"{self.boot_id} {self.realm} {proc.clock_offsets()}" if self.realm else self.boot_id
         self._oom_counters = cgroup.Counters()
 
     def owner(self, pid: int) -> tuple[int | None, int | None]:
@@ -154,8 +157,28 @@ class Observer:
         try:
             stat = self.proc.stat(leader.pid)
         except ProcessGone:
-            return True
+            return not pidfd.is_hidden(leader.pid, self.proc)
         return stat.id != leader or stat.dead
+
+    def named_by(self, session: Session, told: Iterable[tuple[int, int]]) -> frozenset[ProcessId]:
+        """Return whom the living or just dead leader of ``session`` means by pids and start times of its own namespaces."""
+        theirs, ours = session.namespaces, self._namespaces
+        if (theirs.pid, theirs.time) == (ours.pid, ours.time):
+            return frozenset(ProcessId(*pair) for pair in told)
+        # Its own start time is known from here and from there.
+        ahead_ticks = wire.SessionId.parse(session.id).start_ticks - session.leader.start_ticks
+        wanted = {pid: ticks - ahead_ticks for pid, ticks in told}
+        found = set()
+        for pid in self.proc.listing() if wanted else ():
+            with contextlib.suppress(ProcessGone, PermissionError, ValueError):
+                if (
+                    self.proc.pid_namespace(pid) == theirs.pid
+                    and (name := self.namespaced_pid(pid)) in wanted
+                ):
+                    id_ = self.proc.stat(pid).id
+                    if abs(id_.start_ticks - wanted[name]) <= 1:  # both were rounded
+                        found.add(id_)
+        return frozenset(found)
 
     def shares_our_namespaces(self, session: Session) -> bool:
         """Say whether the pids and paths of ``session`` mean here what they mean there."""

@@ -24,6 +24,7 @@ from reaperd.listing import Listing
 from reaperd.model import TEMP_DIRS, ProcessId, Role, Session, SessionKey
 from reaperd.orphan_requests import OrphanRequests
 from reaperd.orphans import Orphans
+from reaperd.surroundings import Lack
 from reaperd.times import moment, now_utc
 from reaperd.turns import Turns
 from reaperd.waiters import Question, Waiter, Waiters
@@ -49,6 +50,7 @@ class Facts(NamedTuple):
     max_workers: int
     admins: frozenset[int]
     dry_run: bool
+    lacks: tuple[Lack, ...] = ()  # what it has to do without, where it runs
 
 
 class _Request(NamedTuple):
@@ -337,6 +339,7 @@ class Server:
                 "freed_bytes_total": store.total("freed_bytes"),
                 "dry_run": self.facts.dry_run,
                 "gate_restarts": self._link.lives_lost,
+                "limits": [lack._asdict() for lack in self.facts.lacks],
             }
         }
 

@@ -68,17 +68,23 @@ MAX_OF_ALL = Size(200_000, 256 * 1024 * 1024)
 
 
 class Store:
-    """The database in the state directory; when it cannot be used, one in memory, with a warning."""
+    """The database in the state directory; when it cannot be used, one in memory, with a warning.
+
+    Processes are on record for an ``era``: a boot, and the namespaces in which their pids and start times are theirs. Read in
+    others, those of the living would be taken for the dead. What is over stays over for the whole boot.
+    """
 
     def __init__(
         self,
         directory: str,
         boot_id: str,
+        era: str = "",
         *,
         most_of_one_uid: Size = MAX_OF_ONE_UID,
         most_of_all: Size = MAX_OF_ALL,
     ) -> None:
         self._boot_id = boot_id
+        self._era = era or boot_id
         self._ailing = False
         self._lost = False  # something was, since the last commit
         self._database = self._open(os.path.join(directory, "reaper.db"))
@@ -140,20 +146,20 @@ class Store:
     def sessions(self) -> list[Session]:
         """Return the sessions on record for this boot; what cannot be read is left out."""
         found = []
-        rows = self._read("SELECT record FROM sessions WHERE boot_id = ?", self._boot_id)
+        rows = self._read("SELECT record FROM sessions WHERE boot_id = ?", self._era)
         for (text,) in rows:
             try:
                 found.append(_session(json.loads(text)))
             except (ValueError, TypeError, LookupError, wire.WireError) as error:
                 log.warning("cannot read a session on record: %r", error)
-        for table in ("sessions", "settled"):
-            self._write(f"DELETE FROM {table} WHERE boot_id != ?", self._boot_id)  # noqa: S608 - a literal
+        self._write("DELETE FROM sessions WHERE boot_id != ?", self._era)
+        self._write("DELETE FROM settled WHERE boot_id != ?", self._boot_id)
         return found
 
     def save(self, session: Session) -> None:
         """Put ``session`` on record as it is now."""
         record = json.dumps(_record(session))
-        self._write("REPLACE INTO sessions VALUES (?, ?, ?, ?)", *session.key, self._boot_id, record)
+        self._write("REPLACE INTO sessions VALUES (?, ?, ?, ?)", *session.key, self._era, record)
 
     def forget(self, key: SessionKey) -> None:
         """Take a session off the record."""
@@ -173,7 +179,7 @@ class Store:
     def orphans(self) -> dict[ProcessId, Record]:
         """Return what is on record of suspects for this boot; what cannot be read is left out."""
         for table in ("orphans", "spared"):
-            self._write(f"DELETE FROM {table} WHERE boot_id != ?", self._boot_id)  # noqa: S608 - a literal
+            self._write(f"DELETE FROM {table} WHERE boot_id != ?", self._era)  # noqa: S608 - a literal
         found = {}
         for pid, start_ticks, text in self._read("SELECT pid, start_ticks, record FROM orphans"):
             with contextlib.suppress(ValueError, TypeError, LookupError):
@@ -185,7 +191,7 @@ class Store:
         text = json.dumps(
             [record.lost_at_s, record.lost_parent, record.quarantined_at_s, record.condemned_at_s, record.uid]
         )
-        self._write("REPLACE INTO orphans VALUES (?, ?, ?, ?)", *id_, self._boot_id, text)
+        self._write("REPLACE INTO orphans VALUES (?, ?, ?, ?)", *id_, self._era, text)
 
     def forget_orphan(self, id_: ProcessId) -> None:
         """Take a suspect off the record."""
@@ -193,12 +199,12 @@ class Store:
 
     def spared(self) -> frozenset[ProcessId]:
         """Return who was spared by hand in this boot."""
-        rows = self._read("SELECT pid, start_ticks FROM spared WHERE boot_id = ?", self._boot_id)
+        rows = self._read("SELECT pid, start_ticks FROM spared WHERE boot_id = ?", self._era)
         return frozenset(ProcessId(int(pid), int(ticks)) for pid, ticks in rows)
 
     def spare(self, id_: ProcessId) -> None:
         """Put on record that a process is spared."""
-        self._write("REPLACE INTO spared VALUES (?, ?, ?)", *id_, self._boot_id)
+        self._write("REPLACE INTO spared VALUES (?, ?, ?)", *id_, self._era)
 
     def spare_no_longer(self, id_: ProcessId) -> None:
         """Take it off the record that a process is."""

@@ -5,11 +5,13 @@ A process that ends while it is read is an outcome (ProcessGone), and so is one 
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from agent import wire
 from reaperd.model import Namespaces, ProcessId
 
 PF_EXITING, PF_FORKNOEXEC, PF_KTHREAD = 0x4, 0x40, 0x200000  # linux/sched.h
@@ -23,6 +25,10 @@ _CHUNK_BYTES = 65536
 
 class ProcessGone(Exception):
     """The process has exited."""
+
+
+class ProcessHidden(ProcessGone):
+    """/proc does not let itself be asked about the process (hidepid=1, proc(5)); of hidepid=2, ProcessGone is all that is told."""
 
 
 class Stat(NamedTuple):
@@ -128,6 +134,12 @@ def has_pending_sigkill(status: bytes) -> bool:
     return False
 
 
+def parse_capabilities(status: bytes) -> int | None:
+    """Return the effective capabilities in the text of /proc/PID/status, a bit for each (capabilities(7))."""
+    at = status.find(b"\nCapEff:")
+    return int(status[at + 8 :].split(b"\n", 1)[0], 16) if at >= 0 else None
+
+
 def parse_pids(status: bytes) -> tuple[int, ...]:
     """Return ``NSpid:`` in the text of /proc/PID/status: the pid in the namespace of that /proc, and in each below it."""
     at = status.find(b"\nNSpid:")
@@ -203,6 +215,16 @@ def parse_mount_kinds(mountinfo: bytes) -> dict[int, str]:
         _, dash, source = rest.partition(b" - ")
         if dash and number.isdigit():
             found[int(number)] = source.partition(b" ")[0].decode("utf-8", "replace")
+    return found
+
+
+def parse_mounted_at(mountinfo: bytes, point: str) -> str:
+    """Return which file system is mounted at ``point`` (major:minor), "" for none or only a part of one (proc_pid_mountinfo(5))."""
+    found = ""
+    for line in mountinfo.split(b"\n"):  # the last of several at one point is the one that is seen
+        fields = line.split(b" ")
+        if len(fields) > 6 and fields[4] == os.fsencode(point):
+            found = fields[2].decode("ascii", "replace") if fields[3] == b"/" else ""
     return found
 
 
@@ -381,6 +403,10 @@ class ProcFS:
 
     def namespaces(self, pid: int) -> Namespaces:
         """Return where ``pid`` lives."""
+        return self.namespaces_of(str(pid))
+
+    def namespaces_of(self, pid: str) -> Namespaces:
+        """Return where ``pid`` lives, or the caller for "self"."""
 
         def link(name: str) -> str:
             try:
@@ -397,6 +423,24 @@ class ProcFS:
         except OSError:
             return ""
 
+    def realm(self) -> str:
+        """Return ``wire.realm_of()`` the caller."""
+
+        def inode(link: str) -> int:
+            number = link.partition("[")[2].removesuffix("]")
+            return int(number) if number.isdigit() else 0
+
+        found = self.namespaces_of("self")
+        return wire.realm_of(inode(found.pid), inode(found.time))
+
+    def clock_offsets(self) -> str:
+        """Return by how much the clocks of the caller's time namespace go ahead of the machine's; "" on a kernel that has none."""
+        try:
+            words = self._read("self/timens_offsets").decode("ascii").split()
+        except ProcessGone:
+            return ""
+        return " ".join(words)
+
     def own_pid_namespace(self) -> str:
         """Return the pid namespace that the caller lives in; "" where this /proc does not know the caller."""
         try:
@@ -404,12 +448,32 @@ class ProcFS:
         except OSError:
             return ""
 
+    def is_of_our_pid_namespace(self) -> bool:
+        """Say whether a pid in this /proc is whom pidfd_open(2) opens under it: in another pid namespace that is somebody else."""
+        try:
+            pids = parse_pids(self._read("self/status"))
+            # NSpid begins with the namespace of this /proc, and ends with the caller's own.
+            return pids == (os.getpid(),) if pids else os.readlink(f"{self.root}/self") == str(os.getpid())
+        except (ProcessGone, OSError):  # it does not know the caller
+            return False
+
     def file_system(self, descriptor: int) -> str:
         """Return the kind of file system that one of the caller's open files is on; "" where that is not told."""
         try:
             mount, _ = parse_fdinfo(self._read(f"self/fdinfo/{descriptor}"))
             return parse_mount_kinds(self._read("self/mountinfo", records=True)).get(mount or 0, "")
         except ProcessGone:  # this /proc does not know the caller
+            return ""
+
+    def own_mounts(self) -> str:
+        """Return the mount table of the caller (proc_pid_mounts(5))."""
+        return self._read("self/mounts", records=True).decode("utf-8", "surrogateescape")
+
+    def mounted_at(self, pid: int, point: str) -> str:
+        """Return which file system ``pid`` has mounted at ``point`` (major:minor); "" for none, or where that is not told."""
+        try:
+            return parse_mounted_at(self._read(f"{pid}/mountinfo", records=True), point)
+        except (ProcessGone, OSError):
             return ""
 
     def boot_id(self) -> str:
@@ -431,6 +495,10 @@ class ProcFS:
             descriptor = os.open(f"{self.root}/{name}", os.O_RDONLY | os.O_CLOEXEC)
         except _GONE:
             raise ProcessGone(name) from None
+        except PermissionError as error:
+            if error.errno == errno.EPERM:  # fs/proc/base.c, proc_pid_permission(); for all else it is EACCES
+                raise ProcessHidden(name) from None
+            raise
         try:
             chunks = [os.read(descriptor, _CHUNK_BYTES)]
             size = len(chunks[0])

@@ -1,0 +1,146 @@
+"""What of the machine can be seen and done from where this process runs: in a container, all of that is a matter of its options.
+
+Tells, and decides nothing. What cannot be told is left out: nothing is known to be missing then.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from agent import wire
+from reaperd.linux import pidfd
+from reaperd.linux.mounts import Mount, parse_mount_table
+from reaperd.linux.procfs import ProcessGone, ProcFS, parse_capabilities
+from reaperd.linux.shm import SHM
+
+# linux/capability.h, and what fails without each.
+CAPABILITIES = {
+    "KILL": (5, "other users' processes cannot be signalled: what their sessions leave lives on"),
+    "SYS_PTRACE": (
+        19,
+        "other users' environments, descriptors and maps cannot be read: of what their sessions leave, most is not recognised",
+    ),
+    "DAC_READ_SEARCH": (
+        2,
+        "other users' descriptors cannot be listed, nor their private folders: session pages are not found by themselves, and"
+        " what was left in such folders is not freed",
+    ),
+    "SETGID": (6, "the gate, and what frees a dead session's memory, cannot become another user"),
+    "SETUID": (7, "the gate, and what frees a dead session's memory, cannot become another user"),
+}
+_WHOLE_MACHINE = "for the whole machine, start it with the machine's pid namespace (docker run --pid=host)"
+
+
+class Lack(NamedTuple):
+    """Something that is missing here, and what would help."""
+
+    fact: str
+    advice: str
+
+
+def why_unusable(proc: ProcFS) -> str | None:
+    """Return why no process can be looked at or signalled safely from here; None where that can be done."""
+    if not proc.is_of_our_pid_namespace():
+        return (
+            f"{proc.root} shows another pid namespace than this process's own: a pid there is another process's here."
+            " Mount this one's own (unshare --mount-proc; no -v /proc:/proc without --pid=host)"
+        )
+    try:
+        proc.boot_id()
+    except (ProcessGone, OSError):
+        return f"{proc.root} has no sys/kernel/random/boot_id: mount it without subset=pid"
+    try:
+        pidfd.try_on_ourselves()
+    except OSError as error:
+        return (
+            f"processes cannot be held by a pidfd: {error.strerror}."
+            " Linux 5.3 has them; a container's seccomp profile must allow pidfd_open and pidfd_send_signal"
+        )
+    return None
+
+
+def lacks(proc: ProcFS) -> list[Lack]:
+    """Return what a daemon that runs here, as this user, has to do without."""
+    found = _lacks_of_proc(proc)
+    if os.geteuid() == 0:
+        found += _missing_capabilities(proc) + _foreign_folders(proc)
+    return found
+
+
+def _missing_capabilities(proc: ProcFS) -> list[Lack]:
+    has = parse_capabilities(proc.status(os.getpid()))
+    by_fact: dict[str, list[str]] = {}
+    for name, (number, fact) in CAPABILITIES.items():
+        if has is not None and not has >> number & 1:
+            by_fact.setdefault(fact, []).append(name)
+    return [
+        Lack(
+            f"without {' and '.join(f'CAP_{name}' for name in names)} {fact}",
+            f"grant it ({' '.join(['docker run', *(f'--cap-add {name}' for name in names)])})",
+        )
+        for fact, names in by_fact.items()
+    ]
+
+
+def _lacks_of_proc(proc: ProcFS) -> list[Lack]:
+    found = []
+    if proc.own_pid_namespace() != f"pid:[{wire.PID_NAMESPACE_OF_MACHINE}]":
+        found.append(
+            Lack("only the processes of this pid namespace are seen, and none outside of it", _WHOLE_MACHINE)
+        )
+    hiding = hiding_options(_mounts(proc))
+    sees_through = (parse_capabilities(proc.status(os.getpid())) or 0) >> CAPABILITIES["SYS_PTRACE"][0] & 1
+    if hiding and not sees_through and os.geteuid() == 0:
+        found.append(
+            Lack(
+                f"/proc is mounted with {hiding[0]}: other users' processes are not seen",
+                "grant CAP_SYS_PTRACE",
+            )
+        )
+    return found
+
+
+def hiding_options(mounts: list[Mount]) -> list[str]:
+    """Return the options of /proc by which processes are hidden (proc(5))."""
+    options = next(
+        (one.options for one in reversed(mounts) if one.point == "/proc" and one.kind == "proc"), ()
+    )
+    hiding = [word for word in options if word.startswith(("hidepid=", "subset="))]
+    return [word for word in hiding if word not in ("hidepid=0", "hidepid=off")]
+
+
+def _mounts(proc: ProcFS) -> list[Mount]:
+    try:
+        return parse_mount_table(proc.own_mounts())
+    except (ProcessGone, OSError):
+        return []
+
+
+def _foreign_folders(proc: ProcFS) -> list[Lack]:
+    """Return which folders are not those of the machine: only where its init can be seen, and asked."""
+    if proc.own_pid_namespace() != f"pid:[{wire.PID_NAMESPACE_OF_MACHINE}]":
+        return []
+    ours, theirs = proc.namespaces(os.getpid()).mnt, proc.namespaces(1).mnt
+    if not theirs or ours == theirs:
+        return []
+    found = [
+        Lack(
+            "temporary folders are not those of the sessions outside: what they left there is not freed",
+            "nothing, for most: their own resource trackers free it, unless these were killed, too",
+        )
+    ]
+    if not shares_shm(proc, 1):
+        found.append(
+            Lack(
+                f"{SHM} is not the machine's: what dead sessions left in it is not freed",
+                f"mount it in (docker run -v {SHM}:{SHM})",
+            )
+        )
+    return found
+
+
+def shares_shm(proc: ProcFS, pid: int) -> bool:
+    """Say whether ``pid`` has the very file system on /dev/shm that this process has; False where that is not told."""
+    ours, theirs = proc.mounted_at(os.getpid(), SHM), proc.mounted_at(pid, SHM)
+    return bool(ours) and ours == theirs
