@@ -72,11 +72,13 @@ class Observer:
         pid = session.leader.pid
         cgroups, namespaces = self.proc.cgroup(pid), self.proc.namespaces(pid)
         counter = self._oom_counters.find(cgroups)
+        ancestors = kinship.ancestors(self.proc, pid)
+        init = self._init_of(namespaces.pid, ancestors)
         return session._replace(
             cgroup=wire.parse_cgroup(cgroups),
-            adopters=(adopters := kinship.ancestors(self.proc, pid)),
-            subreapers=self._supervisor_of(session, adopters),
-            init=self._init_among(adopters, namespaces.pid),
+            adopters=ancestors if init is None else ancestors | {init},
+            subreapers=self._supervisor_of(session, ancestors),
+            init=init,
             namespaces=namespaces,
             groups=parse_groups(self.proc.status(pid)),
             oom_counter=counter.path,
@@ -93,12 +95,17 @@ class Observer:
         _, parent = self.proc.parent(session.leader.pid)
         return frozenset(one for one in adopters if one.pid == parent)
 
-    def _init_among(self, adopters: frozenset[ProcessId], namespace: str) -> ProcessId | None:
-        """Return the init of a pid namespace, None where that is not among ``adopters``."""
-        for id_ in adopters if namespace != self._namespaces.pid else ():
-            with contextlib.suppress(ProcessGone):
-                if self.proc.namespaces(id_.pid).pid == namespace and self.namespaced_pid(id_.pid) == 1:
-                    return id_
+    def _init_of(self, namespace: str, ancestors: frozenset[ProcessId]) -> ProcessId | None:
+        """Return the init of another pid namespace than ours, None where it is not seen.
+
+        It is an ancestor of whoever was not put there from outside (nsenter(1), ``docker exec``).
+        """
+        if namespace in ("", self._namespaces.pid):
+            return None
+        for pid in (*(id_.pid for id_ in ancestors), *self.proc.listing()):
+            with contextlib.suppress(ProcessGone, ValueError):
+                if self.proc.pid_namespace(pid) == namespace and self.namespaced_pid(pid) == 1:
+                    return self.proc.stat(pid).id
         return None
 
     def open_page(self, leader: int, page_fd: int, uid: int) -> int:
@@ -108,6 +115,11 @@ class Observer:
         """
         task = self.proc.living_task(self.proc.stat(leader))
         if self.proc.memfd_inode(leader, task, page_fd) is None:
+            if not self.proc.may_follow_descriptor(leader, task, page_fd):
+                raise wire.WireError(
+                    "bad-page",
+                    "the daemon may not look at your descriptors: it lacks CAP_SYS_PTRACE, or you are in another user namespace",
+                )
             raise wire.WireError("bad-page", "the session page is no memfd")
         return page.open_page(self.proc.descriptor_path(leader, task, page_fd), uid=uid)
 

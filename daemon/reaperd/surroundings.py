@@ -19,7 +19,8 @@ CAPABILITIES = {
     "KILL": (5, "other users' processes cannot be signalled: what their sessions leave lives on"),
     "SYS_PTRACE": (
         19,
-        "other users' environments, descriptors and maps cannot be read: of what their sessions leave, most is not recognised",
+        "the environments, descriptors and maps of other users' processes, and of those with more rights, cannot be read: of what"
+        " their sessions leave, most is not recognised",
     ),
     "DAC_READ_SEARCH": (
         2,
@@ -29,6 +30,7 @@ CAPABILITIES = {
     "SETGID": (6, "the gate, and what frees a dead session's memory, cannot become another user"),
     "SETUID": (7, "the gate, and what frees a dead session's memory, cannot become another user"),
 }
+_USER_NAMESPACE_OF_MACHINE = 0xEFFFFFFD  # PROC_USER_INIT_INO, linux/proc_ns.h
 _WHOLE_MACHINE = "for the whole machine, start it with the machine's pid namespace (docker run --pid=host)"
 
 
@@ -88,6 +90,13 @@ def _lacks_of_proc(proc: ProcFS) -> list[Lack]:
     if proc.own_pid_namespace() != f"pid:[{wire.PID_NAMESPACE_OF_MACHINE}]":
         found.append(
             Lack("only the processes of this pid namespace are seen, and none outside of it", _WHOLE_MACHINE)
+        )
+    if os.geteuid() == 0 and proc.user_namespace() not in ("", f"user:[{_USER_NAMESPACE_OF_MACHINE}]"):
+        found.append(
+            Lack(
+                "root's capabilities reach no process outside of this user namespace",
+                "for the whole machine, start it without one (no userns-remap, not rootless)",
+            )
         )
     hiding = hiding_options(_mounts(proc))
     sees_through = (parse_capabilities(proc.status(os.getpid())) or 0) >> CAPABILITIES["SYS_PTRACE"][0] & 1

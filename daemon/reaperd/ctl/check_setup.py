@@ -8,7 +8,7 @@ import sys
 from argparse import Namespace
 from importlib.machinery import ModuleSpec
 
-from reaperd import __version__
+from reaperd import __version__, surroundings
 from reaperd.ctl import CommandError, probes
 from reaperd.ctl.findings import Check, Finding, limit, ok, problem
 
@@ -160,6 +160,28 @@ def daemon(options: Namespace) -> Finding:
     return ok(said)
 
 
+def reach(options: Namespace) -> Finding:
+    """What the daemon has to do without where it runs; where none answers, what one that is started here would have to."""
+    from reaperd.ctl.link import Link, NoDaemonError
+    from reaperd.linux.procfs import ProcFS
+
+    try:
+        told = Link.of(options).ask("status")["status"].get("limits", [])
+        found = [surroundings.Lack(str(one["fact"]), str(one["advice"])) for one in told]
+        who = "the daemon"
+    except (NoDaemonError, CommandError):
+        proc = ProcFS()
+        if (why := surroundings.why_unusable(proc)) is not None:
+            return problem(f"no daemon can be started here: {why}", "start it elsewhere, or as that says")
+        found, who = surroundings.lacks(proc), "a daemon that is started here"
+    if not found:
+        return ok(f"{who} can see and signal all that it has to")
+    return limit(
+        f"of {who}: {'; '.join(one.fact for one in found)}",
+        "; ".join(dict.fromkeys(one.advice for one in found)),
+    )
+
+
 def state_directory() -> Finding:
     """Where a daemon of this user keeps its state."""
     from reaperd.paths import default_paths
@@ -222,5 +244,6 @@ def checks(options: Namespace) -> list[tuple[str, Check]]:
         ("state directory", state_directory),
         ("socket", lambda: socket_file(options)),
         ("daemon", lambda: daemon(options)),
+        ("daemon's reach", lambda: reach(options)),
         ("systemd", systemd),
     ]

@@ -335,6 +335,14 @@ class ProcFS:
         """Say whether it may be asked which descriptors ``pid`` has."""
         return os.access(f"{self.root}/{pid}/task/{task}/fd", os.R_OK, effective_ids=True)
 
+    def may_follow_descriptor(self, pid: int, task: int, number: int) -> bool:
+        """Say whether it may be asked what descriptor ``number`` of ``pid`` is; its own user may not always (ptrace(2))."""
+        try:
+            os.readlink(f"{self.root}/{pid}/task/{task}/fd/{number}")
+        except OSError as error:
+            return not isinstance(error, PermissionError)
+        return True
+
     def network_namespace(self, pid: int) -> str:
         """Return the network namespace that ``pid`` lives in; "" where that is not told."""
         try:
@@ -420,6 +428,13 @@ class ProcFS:
         """Return the pid namespace that ``pid`` lives in; "" where that is not told."""
         try:
             return os.readlink(f"{self.root}/{pid}/ns/pid")
+        except OSError:
+            return ""
+
+    def user_namespace(self) -> str:
+        """Return the user namespace that the caller lives in; "" on a kernel that has none."""
+        try:
+            return os.readlink(f"{self.root}/self/ns/user")
         except OSError:
             return ""
 
