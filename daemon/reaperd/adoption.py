@@ -164,7 +164,7 @@ class Adoption:
         known = self._place(cgroup, session.uid) == wire.SessionId.parse(session.id).place
         session = session._replace(
             cgroup=cgroup if known else None,
-            namespaces=self._observer.proc.namespaces(os.getpid()),
+            namespaces=self._observer.proc.namespaces(os.getpid()),  # could_be_orphan() has seen to that
         )
         self._note(session, "its leader died unseen")
         self._core.take_on(session, None, None if page_fd is None else OpenPage(page_fd))

@@ -37,7 +37,7 @@ class Observer:
         self.marks = MarkReader(proc)
         self.census = Census(proc, self.marks, alarm)
         self.usage = UsageMeter()
-        self._namespaces = proc.namespaces(os.getpid())
+        self._namespaces = proc.namespaces(os.getpid())._replace(shm=proc.mounted_at(os.getpid(), SHM))
         self.realm = proc.realm()
         # What is on record means the same in here alone: elsewhere the pids and start times are other processes'.
         self.era = f"{self.boot_id} {self.realm} {proc.clock_offsets()}" if self.realm else self.boot_id
@@ -71,6 +71,8 @@ class Observer:
         """Return ``session`` with what only its living leader tells; ProcessGone."""
         pid = session.leader.pid
         cgroups, namespaces = self.proc.cgroup(pid), self.proc.namespaces(pid)
+        if namespaces.mnt != self._namespaces.mnt:
+            namespaces = namespaces._replace(shm=self.proc.mounted_at(pid, SHM))
         counter = self._oom_counters.find(cgroups)
         ancestors = kinship.ancestors(self.proc, pid)
         init = self._init_of(namespaces.pid, ancestors)
@@ -196,3 +198,8 @@ class Observer:
         """Say whether the pids and paths of ``session`` mean here what they mean there."""
         ours = self._namespaces
         return session.namespaces.pid == ours.pid and session.namespaces.mnt == ours.mnt
+
+    def shares_our_shm(self, session: Session) -> bool:
+        """Say whether the pids of ``session``, and the names in /dev/shm, mean here what they mean there."""
+        theirs, ours = session.namespaces, self._namespaces
+        return theirs.pid == ours.pid and (theirs.mnt == ours.mnt or theirs.shm == ours.shm != "")

@@ -431,7 +431,7 @@ def _record(session: Session) -> dict[str, Any]:
         "adopters": sorted(session.adopters),
         "subreapers": sorted(session.subreapers),
         "init": session.init,
-        "namespaces": [session.namespaces.pid, session.namespaces.mnt, session.namespaces.time],
+        "namespaces": list(session.namespaces),
         "oom_counter": session.oom_counter,
         "oom_kills": session.oom_kills,
         "spared": sorted(session.spared),

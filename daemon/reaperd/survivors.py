@@ -229,7 +229,7 @@ class Survivors:
         self._sessions.apply(key, looked)
         new = [id_ for id_ in held.members if id_ not in entry.targets]
         self._targeted.update(new)
-        if new and not self._sessions.policy.dry_run and self._observer.shares_our_namespaces(entry.session):
+        if new and not self._sessions.policy.dry_run and self._observer.shares_our_shm(entry.session):
             self._sessions.apply(key, ledger.ShmMeasured(self._reclaimer.measure(entry.session, new)))
         due = decide.decide(self._sessions.entries[key], self._sessions.policy, time.monotonic())
         sends = [action for action in due if isinstance(action, decide.Send)]

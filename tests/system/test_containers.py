@@ -24,8 +24,10 @@ from harness import (
     Descriptor,
     Leader,
     Scratch,
+    alive,
     broken_promise,
     children_of,
+    end_process,
     has_ended,
     open_pidfd,
     repeat_until,
@@ -130,6 +132,8 @@ with agent.training_session("alone", status_file=sys.argv[1]) as session:
     pool = multiprocessing.get_context("fork").Pool(2)
     with agent.spared():
         spared = subprocess.Popen(["sleep", "60"])
+    print("up", flush=True)
+    sys.stdin.readline()
     told = [session.workers(), session.cleanup(), agent.read_status(sys.argv[1]).state]
     print(json.dumps([*told, spared.poll(), pool._state]), flush=True)
 spared.kill()
@@ -142,9 +146,20 @@ def test_a_training_whose_proc_is_of_another_pid_namespace_ends_its_pools_and_to
     """It is process 1 where it lives: below process 1 of the machine stands everybody."""
     words = [*FOREIGN_PROC, sys.executable, "-c", TRAINING, scratch.file("status.json")]
     env = test_environment(run, REAPER_SOCKET=daemon.socket)
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=env, timeout=60)
-    assert json.loads(done.stdout) == [[], [], "unknown", None, "TERMINATE"]
-    assert "/proc is of another pid namespace" in done.stderr
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, env=env, text=True, **streams) as training:
+        assert training.stdout is not None
+        assert training.stdout.readline() == "up\n"
+        # Somebody begins a job in the background meanwhile.
+        script = "sleep 60 >/dev/null & echo $!"
+        stranger = int(
+            subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, check=True, env=env).stdout
+        )
+        told, said = training.communicate("go on\n", timeout=60)
+    assert json.loads(told) == [[], [], "unknown", None, "TERMINATE"]
+    assert "/proc is of another pid namespace" in said
+    assert alive(stranger)
+    end_process(stranger)
     (event,) = daemon.events(kind="registered")
     daemon.wait_end(event["session"])
 
@@ -347,6 +362,7 @@ def test_who_was_spared_in_other_namespaces_lives_on(
         ],
     }[elsewhere]
     leader = start_leader("kin.py", "spared-bare", socket=daemon.socket, inside=inside)
+    daemon.wait_listed(leader.pid, leader.family.workers)  # below it, and so is who was spared
     leader.kill9()
     daemon.wait_end(leader.session)
     assert leader.still_alive(leader.family.workers) == []
