@@ -57,8 +57,8 @@ session = agent.register("inside", required=True)
 pool = multiprocessing.get_context("spawn").Pool(2)
 forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(120,))
 forked.start()
-bare = subprocess.Popen(["sleep", "120"], env={"PATH": os.environ["PATH"], **{k: os.environ[k] for k in MARKS}})
-workers = [*(one.pid for one in pool._pool), forked.pid, bare.pid]
+command = subprocess.Popen(["setsid", "sleep", "120"])
+workers = [*(one.pid for one in pool._pool), forked.pid, command.pid]
 print(json.dumps({"leader": os.getpid(), "session": session.id, "workers": workers}), flush=True)
 time.sleep(120)
 """
@@ -176,8 +176,12 @@ def podman() -> Iterator[Podman]:
     )
     fetch_wheels(version.stdout.strip())
     build(engine, base)
+    # For as long as one container runs, Podman keeps the mount of its storage.
+    holder = engine.start("--network=none", "--entrypoint=sleep", command=["3600"])
+    engine.started.clear()
     yield engine
     engine.remove_all()
+    engine("rm", "--force", "--time", "0", holder)
 
 
 def runnable(base: str) -> Podman:
@@ -307,7 +311,6 @@ def test_a_training_in_another_container_is_reaped(podman: Podman, daemon: Daemo
     """That container has the socket, the default seccomp profile, its own pids, /tmp and /dev/shm, and no right of its own."""
     mark = f"{run}.inside"
     marks = {RUN_MARK: run, FAMILY_MARK: mark}
-    script = f"MARKS = {list(marks)!r}\n{TRAINING}"
     environment = [word for name, value in marks.items() for word in ("--env", f"{name}={value}")]
     words = [
         "run",
@@ -319,7 +322,7 @@ def test_a_training_in_another_container_is_reaped(podman: Podman, daemon: Daemo
         "--network=none",
     ]
     words += [*environment, f"--volume={SOCKET_FOLDER}:{SOCKET_FOLDER}:ro", "--entrypoint=/bin/sh", IMAGE]
-    inside = ["-c", 'python3 -c "$0" & read end; exit 0', script]
+    inside = ["-c", 'python3 -c "$0" & read end; exit 0', TRAINING]
     with subprocess.Popen(
         podman.command(*words, *inside), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as box:
