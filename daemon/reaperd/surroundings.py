@@ -130,16 +130,17 @@ def _foreign_folders(proc: ProcFS) -> list[Lack]:
     """Return which folders are not those of the machine: only where its init can be seen, and asked."""
     if proc.own_pid_namespace() != f"pid:[{wire.PID_NAMESPACE_OF_MACHINE}]":
         return []
+    found = []
     ours, theirs = proc.namespaces(os.getpid()).mnt, proc.namespaces(1).mnt
-    if not theirs or ours == theirs:
-        return []
-    found = [
-        Lack(
-            "temporary folders are not those of the sessions outside: what they left there is not freed",
-            "nothing, for most: their own resource trackers free it, unless these were killed, too",
+    if theirs and ours != theirs:
+        found.append(
+            Lack(
+                "temporary folders are not those of the sessions outside: what they left there is not freed",
+                "nothing, for most: their own resource trackers free it, unless these were killed, too",
+            )
         )
-    ]
-    if not shares_shm(proc, 1):
+    own_shm, machines_shm = proc.mounted_at(os.getpid(), SHM), proc.mounted_at(1, SHM)
+    if machines_shm and own_shm != machines_shm:
         found.append(
             Lack(
                 f"{SHM} is not the machine's: what dead sessions left in it is not freed",
@@ -147,9 +148,3 @@ def _foreign_folders(proc: ProcFS) -> list[Lack]:
             )
         )
     return found
-
-
-def shares_shm(proc: ProcFS, pid: int) -> bool:
-    """Say whether ``pid`` has the very file system on /dev/shm that this process has; False where that is not told."""
-    ours, theirs = proc.mounted_at(os.getpid(), SHM), proc.mounted_at(pid, SHM)
-    return bool(ours) and ours == theirs

@@ -302,9 +302,10 @@ def test_a_training_outside_is_reaped_with_all_that_it_has_in_shared_memory(
         event = daemon.wait_end(leader.session)
         assert event["cause"] == {"kind": "signal", "code": 9}
         assert [name for name in leader.shm if os.path.exists(f"/dev/shm/{name}")] == []
-    assert daemon.log().count("WARNING") == daemon.log().count("limited here: temporary folders"), (
-        daemon.log()
-    )
+    lacks = [line for line in daemon.log().splitlines() if "WARNING" in line]
+    # This /dev/shm is the test's own.
+    expected = ("temporary folders are not those of the sessions outside", "/dev/shm is not the machine's")
+    assert [line for line in lacks if not any(f"limited here: {fact}" in line for fact in expected)] == []
 
 
 def test_a_training_in_another_container_is_reaped(podman: Podman, daemon: Daemon, run: str) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -393,6 +394,27 @@ def test_a_training_in_another_time_namespace_reads_as_unknown_and_not_as_killed
         training.stdin.close()
 
 
+@pytest.mark.parametrize("mounts", ["the-same-shm", "another-shm"])
+def test_what_is_left_in_shared_memory_is_freed_where_the_daemon_has_the_very_same(
+    mounts: str, start_daemon: StartDaemon, start_leader: StartLeader
+) -> None:
+    """The daemon has mounts of its own, as in a container, and what the leader left bears the leader's pid."""
+    over = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
+    inside = ["unshare", "--mount", *(["sh", "-c", over, "-"] if mounts == "another-shm" else [])]
+    daemon = start_daemon(inside=inside)
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
+    folder = f"/dev/shm/joblib_memmapping_folder_{leader.pid}_left"
+    os.mkdir(folder)
+    try:
+        leader.kill9()
+        daemon.wait_end(leader.session)
+        assert os.path.isdir(folder) == (mounts == "another-shm")
+        if mounts == "another-shm":
+            assert "limited here: /dev/shm is not the machine's" in healthy_log(daemon)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 # -- a daemon in a container ----------------------------------------------------------------------
 
 
@@ -433,7 +455,7 @@ def test_a_daemon_that_lacks_a_capability_says_which_and_what_that_costs(
     daemon = start_daemon(inside=without(capability))
     wanted = re.compile(f"limited here: without CAP_{capability} .*{fact}.*--cap-add {capability}")
     assert wanted.search(healthy_log(daemon))
-    (told,) = daemon.ask("status")["limits"]
+    (told,) = [one for one in daemon.ask("status")["limits"] if f"CAP_{capability}" in one["fact"]]
     assert fact in told["fact"]
     assert f"--cap-add {capability}" in told["advice"]
     found = {one["check"]: one for one in json.loads(daemon.ctl("doctor", "--json").stdout)["checks"]}
