@@ -40,6 +40,8 @@ class Peer(NamedTuple):
     gid: int
     pid: int
     connection: socket.socket
+    # The pid namespace that it lives in, where that is not ours: root of a container is no root here, and its pids are others'.
+    container: str = ""
 
     def open_pidfd(self) -> int:
         """Return a pidfd of the peer; ProcessGone. Before Linux 6.5 it is the pid's, and the caller compares start times."""

@@ -127,7 +127,7 @@ class Server:
         """Answer one request, or let its peer wait for an event."""
         peer, to, message = request
         try:
-            reply = self._perform(peer, to, message)
+            reply = self._perform(peer._replace(container=self._container_of(peer)), to, message)
         except wire.WireError as error:
             reply = wire.encode(wire.refusal(error))
         except Interrupted:
@@ -293,11 +293,34 @@ class Server:
         raise wire.WireError("unknown-session", f"there is no session {wanted!r:.80}")
 
     def _may_act(self, peer: Peer, session: Session) -> bool:
+        if peer.container:
+            return peer.uid == session.uid and peer.container == session.namespaces.pid
         return self._may_act_on(peer, session.uid)
 
-    def _may_act_on(self, peer: Peer, uid: int | None) -> bool:
-        """Say whether ``peer`` may act on what is of ``uid``; None: on what is of several, or of anybody."""
+    def _may_act_on(self, peer: Peer, uid: int | None, pid: int | None = None) -> bool:
+        """Say whether ``peer`` may act on what is of ``uid``, the process ``pid`` for one; None: of several, or of anybody.
+
+        From a container, that is what runs in the same one: its root may have the machine's uid 0, and is another's all the same.
+        """
+        if peer.container:
+            same = pid is not None and self._core.observer.proc.pid_namespace(pid) == peer.container
+            return same and peer.uid == uid
         return peer.uid in (0, uid) or peer.uid in self.facts.admins
+
+    def _container_of(self, peer: Peer) -> str:
+        observer = self._core.observer
+        try:
+            found = observer.container_of(peer.pid)
+            if not found and (peer.uid == 0 or peer.uid in self.facts.admins):
+                # By its pid alone, it could be who has that by now.
+                handle = peer.open_pidfd()
+                try:
+                    return "gone" if pidfd.has_exited(handle) else ""
+                finally:
+                    os.close(handle)
+        except ProcessGone:
+            return "gone"
+        return found
 
     # -- telling -----------------------------------------------------------------------------
 

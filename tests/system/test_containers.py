@@ -202,8 +202,9 @@ def test_a_leader_to_which_proc_shows_its_own_user_alone_is_reaped(
     daemon.wait_end(leader.session)
 
 
-@pytest.mark.parametrize("state", ["kept", "lost"])
-@pytest.mark.parametrize("options", ["hidepid=1", "hidepid=2"])
+@pytest.mark.parametrize(
+    ("options", "state"), [("hidepid=1", "kept"), ("hidepid=2", "kept"), ("hidepid=2", "lost")]
+)
 def test_a_leader_that_proc_hides_is_not_taken_for_dead(
     options: str, state: str, start_daemon: StartDaemon, start_leader: StartLeader
 ) -> None:
@@ -394,22 +395,22 @@ def test_a_training_in_another_time_namespace_reads_as_unknown_and_not_as_killed
         training.stdin.close()
 
 
-@pytest.mark.parametrize("mounts", ["the-same-shm", "another-shm"])
+@pytest.mark.parametrize("whose", ["of-both", "daemons-own", "leaders-own"])
 def test_what_is_left_in_shared_memory_is_freed_where_the_daemon_has_the_very_same(
-    mounts: str, start_daemon: StartDaemon, start_leader: StartLeader
+    whose: str, start_daemon: StartDaemon, start_leader: StartLeader
 ) -> None:
-    """The daemon has mounts of its own, as in a container, and what the leader left bears the leader's pid."""
-    over = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
-    inside = ["unshare", "--mount", *(["sh", "-c", over, "-"] if mounts == "another-shm" else [])]
-    daemon = start_daemon(inside=inside)
-    leader = start_leader("kin.py", "subprocess", socket=daemon.socket)
+    """The daemon has mounts of its own, as in a container. In another /dev/shm, the leader's pid in a name is another's."""
+    own_shm = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "-"]
+    daemon = start_daemon(inside=own_shm if whose == "daemons-own" else ["unshare", "--mount"])
+    inside = own_shm if whose == "leaders-own" else []
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket, inside=inside)
     folder = f"/dev/shm/joblib_memmapping_folder_{leader.pid}_left"
     os.mkdir(folder)
     try:
         leader.kill9()
         daemon.wait_end(leader.session)
-        assert os.path.isdir(folder) == (mounts == "another-shm")
-        if mounts == "another-shm":
+        assert os.path.isdir(folder) == (whose != "of-both")
+        if whose == "daemons-own":
             assert "limited here: /dev/shm is not the machine's" in healthy_log(daemon)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -439,6 +440,34 @@ def test_a_daemon_in_a_pid_namespace_looks_after_its_own_and_tells_all_others_wh
         outside.end_family()
         assert "only the processes of this pid namespace are seen" in healthy_log(daemon)
         stop_forked(daemon)
+
+
+def test_root_of_a_container_is_no_root_of_the_machine(
+    daemon: Daemon, start_leader: StartLeader, start_process: StartProcess, run: str
+) -> None:
+    """The kernel says uid 0 of it, as of the machine's own, and its pids are other processes' here."""
+    outside = start_leader("kin.py", "subprocess", socket=daemon.socket)
+    with a_namespace(start_process) as namespace:
+        inside = ["nsenter", f"--target={namespace}", "-p", "-m"]
+        own = start_leader("kin.py", "subprocess", socket=daemon.socket, inside=inside)
+
+        def ctl(*words: str) -> subprocess.CompletedProcess[str]:
+            command = [*inside, sys.executable, "-m", "reaperd.ctl.main", *words]
+            env = test_environment(run, REAPER_SOCKET=daemon.socket)
+            return subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=30)
+
+        done = ctl("stop", outside.session)
+        assert (done.returncode, outside.still_alive([outside.pid])) == (4, [outside.pid]), done.stderr
+        for command in ("protect", "explain", "release"):
+            done = ctl(command, str(outside.pid))
+            assert done.returncode == 4
+            assert "in a container, a pid is another process's" in done.stderr
+        shown = {one["id"]: one["leader"]["cmdline"] for one in json.loads(ctl("ps", "--json").stdout)}
+        assert shown[outside.session] is None
+        assert shown[own.session]
+        assert ctl("stop", own.session).returncode == 0
+        assert own.wait_all_gone(WORKERS_GONE_S, besides=own.container) == []
+    assert daemon.ctl("stop", outside.session).returncode == 0
 
 
 @pytest.mark.parametrize(
