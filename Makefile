@@ -32,7 +32,7 @@ need = @[ -n '$($(1))' ] && $($(1)) -c '$(SUITABLE)' 2>/dev/null || { echo '$(NO
 
 .PHONY: help
 help: ## list what make can do here
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 # An environment belongs to the place it was made in: scripts and the editable install name that path.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))

@@ -59,7 +59,9 @@ forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(12
 forked.start()
 command = subprocess.Popen(["setsid", "sleep", "120"])
 workers = [*(one.pid for one in pool._pool), forked.pid, command.pid]
-print(json.dumps({"leader": os.getpid(), "session": session.id, "workers": workers}), flush=True)
+status = dict(line.split(":\t") for line in open("/proc/self/status").read().splitlines())
+told = {"seccomp": status["Seccomp"], "capabilities": status["CapEff"], "no_new_privs": status["NoNewPrivs"]}
+print(json.dumps({"leader": os.getpid(), "session": session.id, "workers": workers, **told}), flush=True)
 time.sleep(120)
 """
 
@@ -330,6 +332,7 @@ def test_a_training_in_another_container_is_reaped(podman: Podman, daemon: Daemo
         assert box.stdin is not None
         assert box.stdout is not None
         told = json.loads(box.stdout.readline())
+        assert (told["seccomp"], told["capabilities"], told["no_new_privs"]) == ("2", "0" * 16, "1")
         names = {within[-1]: pid for pid in marked(FAMILY_MARK, mark) if len(within := pids_within(pid)) > 1}
         leader, workers = names[told["leader"]], [names[pid] for pid in told["workers"]]
         assert pids_within(leader)[0] != told["leader"]

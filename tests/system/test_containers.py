@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -58,11 +59,30 @@ os.write(ready[1], b".")
 os.wait()
 os.execvp(sys.argv[1], sys.argv[1:])
 """
+# Becomes the command that follows, to which one system call answers EPERM (seccomp(2)): the bytecode is that of struct sock_filter.
+FORBIDDING = """
+import ctypes, os, struct, sys
+load, equal, give = 0x20, 0x15, 0x06
+code = [(load, 0, 0, 0), (equal, 0, 1, int(sys.argv[1])), (give, 0, 0, 0x50001), (give, 0, 0, 0x7FFF0000)]
+filters = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in code))
+program = ctypes.create_string_buffer(struct.pack("@HP", len(code), ctypes.addressof(filters)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS"
+assert libc.prctl(22, 2, program, 0, 0) == 0, f"PR_SET_SECCOMP: {os.strerror(ctypes.get_errno())}"
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+PIDFD_OPEN = 434  # everywhere
+MEMFD_CREATE = {"x86_64": 319, "aarch64": 279}
 # What has a pid namespace of its own has a /proc of it, too: but for this one.
 FOREIGN_PROC = ["unshare", "--pid", "--fork", "--kill-child"]
 PID_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 OTHER_TIME = ["unshare", "--time", "--boottime", "1000000", "--fork", "--kill-child=SIGTERM"]
 EARLIER_TIME = ["unshare", "--time", "--boottime", "-5", "--fork"]
+
+
+def forbidding(call: int) -> list[str]:
+    """Return a command that runs another one to which a system call is refused, as by a container's seccomp profile."""
+    return [sys.executable, "-c", FORBIDDING, str(call)]
 
 
 def hiding(options: str) -> list[str]:
@@ -540,6 +560,12 @@ def test_a_daemon_in_a_user_namespace_reaps_the_sessions_in_it(
     assert (limits in healthy_log(daemon)) == (uid is None)
 
 
+def test_a_daemon_that_may_hold_no_process_refuses_to_start(start_daemon: StartDaemon) -> None:
+    log = refusal(start_daemon(started=False, inside=forbidding(PIDFD_OPEN)))
+    assert "processes cannot be held by a pidfd: Operation not permitted" in log
+    assert "seccomp profile must allow pidfd_open" in log
+
+
 # -- leaders with fewer rights --------------------------------------------------------------------
 
 
@@ -554,3 +580,20 @@ def test_a_leader_that_is_confined_is_reaped(place: str, daemon: Daemon, start_l
     leader.kill9()
     assert broken_promise(leader) == ""
     daemon.wait_end(leader.session)
+
+
+def test_a_leader_that_may_make_no_page_goes_on_and_is_told_why(daemon: Daemon, run: str) -> None:
+    call = MEMFD_CREATE.get(platform.machine())
+    if call is None:
+        pytest.skip(f"the number of memfd_create on {platform.machine()} is not known to this test")
+    script = "import agent\nprint(repr(agent.register().id))\nagent.register(required=True)"
+    words = [*forbidding(call), sys.executable, "-c", script]
+    env = test_environment(run, REAPER_SOCKET=daemon.socket)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=env, timeout=30)
+    assert (done.returncode, done.stdout) == (1, "''\n")
+    reason = "the session cannot be marked: [Errno 1] Operation not permitted"
+    assert (
+        f"RuntimeWarning: no Reaper daemon watches this session, training goes on without one: {reason}"
+        in done.stderr
+    )
+    assert f"RegistrationError: no Reaper daemon watches this session: {reason}" in done.stderr
