@@ -13,6 +13,7 @@ from reaperd.linux import pidfd
 from reaperd.linux.page import OpenPage
 from reaperd.linux.procfs import ProcessGone, ProcessHidden
 from reaperd.model import TEMP_DIRS, UNKNOWN_CAUSE, ProcessId, Session, SessionKey
+from reaperd.pages import Page
 from reaperd.sweep import FoundPage, StampedProcess, Sweep
 from reaperd.times import now_utc
 
@@ -118,9 +119,7 @@ class Adoption:
             told.id, told.name, holder.uid, holder.gid, holder.stat.id, now_utc(), told.page_fd,
             temp_dirs=(*holder.folders, *TEMP_DIRS), attempt=told.attempt,
         )  # fmt: skip
-        if self._observer.namespaced_pid(holder.stat.id.pid) == told.pid and self._observer.same_ticks(
-            holder.stat.id, told.start_ticks
-        ):
+        if self._leads(holder.stat.id, told):
             if self._core.sessions.led_by(holder.stat.id):
                 return
             session = self._observer.describe_leader(session)
@@ -138,6 +137,14 @@ class Adoption:
             self._adopt_dead(
                 session, self._observer.cgroup_path(holder.stat.id.pid), os.dup(found.descriptor)
             )
+
+    def _leads(self, holder: ProcessId, told: Page) -> bool:
+        """Say whether ``holder`` is who a page names: a worker in namespaces of its own can bear the leader's numbers there."""
+        return (
+            self._observer.namespaced_pid(holder.pid) == told.pid
+            and self._observer.same_ticks(holder, told.start_ticks)
+            and self._observer.proc.realm(holder.pid) == told.realm
+        )
 
     def _adopt_by_environment(self, found: StampedProcess) -> None:
         """Take on a session whose dead leader only the environment of an exec'ed worker names."""

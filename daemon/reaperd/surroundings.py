@@ -54,9 +54,9 @@ def why_unusable(proc: ProcFS) -> str | None:
         return f"{proc.root} has no sys/kernel/random/boot_id: mount it without subset=pid"
     try:
         pidfd.try_on_ourselves()
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # AttributeError: a Python that was built without
         return (
-            f"processes cannot be held by a pidfd: {error.strerror}."
+            f"processes cannot be held by a pidfd: {getattr(error, 'strerror', None) or error}."
             " Linux 5.3 has them; a container's seccomp profile must allow pidfd_open and pidfd_send_signal"
         )
     return None

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from harness import (
     READY_WITHIN_S,
+    RUN_MARK,
     STOPPED_WITHIN_S,
     STRANGER,
     WORKERS_GONE_S,
@@ -31,7 +32,9 @@ from harness import (
     children_of,
     end_process,
     has_ended,
+    marked,
     open_pidfd,
+    pids_within,
     repeat_until,
     test_environment,
 )
@@ -136,14 +139,14 @@ def test_a_daemon_without_the_boot_in_its_proc_refuses_to_start(start_daemon: St
     assert "mount it without subset=pid" in refusal(start_daemon(started=False, inside=hiding("subset=pid")))
 
 
-@pytest.mark.parametrize("command", ["orphans", "cleanup --yes"])
-def test_reaperctl_local_looks_at_nobody_through_a_proc_of_another_pid_namespace(
-    command: str, run: str
-) -> None:
-    words = [*FOREIGN_PROC, sys.executable, "-m", "reaperd.ctl.main", *command.split(), "--local"]
+@pytest.mark.parametrize("command", ["orphans --local", "cleanup --yes --local", "doctor"])
+def test_reaperctl_looks_at_nobody_through_a_proc_of_another_pid_namespace(command: str, run: str) -> None:
+    words = [*FOREIGN_PROC, sys.executable, "-m", "reaperd.ctl.main", *command.split()]
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=test_environment(run))
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "shows another pid namespace" in done.stderr
+    assert done.returncode == 1
+    told = done.stdout if command == "doctor" else done.stderr
+    assert "shows another pid namespace" in told
+    assert len(told.splitlines()) < 6
     assert "Traceback" not in done.stderr
 
 
@@ -362,6 +365,55 @@ def test_who_reads_the_page_of_a_leader_with_earlier_start_times_is_no_orphan_of
         assert reader.poll() is None
         assert daemon.events(kind="reaped") == []
         reader.stdin.close()
+
+
+# A leader, and a fork of it that has its pid in a pid namespace of its own, below theirs.
+NAMESAKE = """
+import ctypes, os, time
+import agent
+agent.register("leader")
+pid = os.getpid()
+assert ctypes.CDLL(None).unshare(0x20000000) == 0, "CLONE_NEWPID"
+if os.fork() == 0:
+    with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+        file.write(str(pid - 1))
+    if os.fork() == 0:
+        print(pid, os.getpid(), flush=True)
+    time.sleep(60)
+    os._exit(0)
+time.sleep(60)
+"""
+
+
+def test_a_worker_that_has_its_leaders_pid_in_a_namespace_of_its_own_leads_nothing(
+    start_daemon: StartDaemon, run: str
+) -> None:
+    """Start times cannot be compared with those in another time namespace: there, the pid alone seems to tell."""
+    daemon = start_daemon(started=False)
+    outlive = ["sh", "-c", '"$@" & wait; exec sleep 60', "-"]  # or all others would end with their init
+    words = [
+        *OTHER_TIME[:-1],
+        "--kill-child",
+        *PID_NAMESPACE,
+        *outlive,
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        NAMESAKE,
+    ]
+    env = test_environment(run, REAPER_SOCKET=daemon.socket)
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE) as there:
+        assert there.stdout is not None
+        pid, same = map(int, there.stdout.readline().split())
+        assert pid == same
+        found = {len(within): one for one in marked(RUN_MARK, run) if (within := pids_within(one))[-1] == pid}
+        leader, namesake = found[2], found[3]
+        end_process(leader)
+        daemon.start()
+        assert daemon.sessions() == []
+        assert alive(namesake)
+        there.kill()
 
 
 @pytest.mark.parametrize("elsewhere", ["time", "mounts", "pids"])

@@ -438,14 +438,14 @@ class ProcFS:
         except OSError:
             return ""
 
-    def realm(self) -> str:
-        """Return ``wire.realm_of()`` the caller."""
+    def realm(self, pid: int | None = None) -> str:
+        """Return ``wire.realm_of()`` a process, or the caller; of one that does not let that be read, what is nobody's."""
 
         def inode(link: str) -> int:
             number = link.partition("[")[2].removesuffix("]")
             return int(number) if number.isdigit() else 0
 
-        found = self.namespaces_of("self")
+        found = self.namespaces_of("self" if pid is None else str(pid))
         return wire.realm_of(inode(found.pid), inode(found.time))
 
     def clock_offsets(self) -> str:
