@@ -18,7 +18,6 @@ from reaperd.linux.procfs import (
     parse_gid,
     parse_groups,
     parse_innermost_pid,
-    parse_pids,
     parse_uid,
 )
 from reaperd.linux.shm import SHM
@@ -149,12 +148,15 @@ class Observer:
                 if stat.id == id_:
                     yield Wish(stat, self.proc.living_task(stat), argv=argv, maps=maps)
 
-    def container_of(self, pid: int) -> str:
-        """Return the pid namespace that ``pid`` lives in where that is not ours, "" where it is; ProcessGone."""
-        found = self.proc.pid_namespace(pid)
-        if found == "":  # it lets nobody see, but its pids are told to everybody
-            return "unknown" if len(parse_pids(self.proc.status(pid))) > 1 else ""
-        return "" if found == self._namespaces.pid else found
+    def container_of(self, pid: int, handle: int) -> str:
+        """Return the pid namespace that the process of a pidfd lives in where that is not ours, "" where it is.
+
+        The pidfd tells how many pids it has from ours down, whatever /proc hides; what is nobody's stands for what is not told.
+        """
+        pids = pidfd.pids_of(handle, self.proc)
+        if len(pids) <= 1:
+            return "" if pids != (-1,) else "gone"
+        return self.proc.pid_namespace(pid) or "unknown"
 
     def namespaced_pid(self, pid: int) -> int | None:
         """Return the pid that ``pid`` has in its own, innermost pid namespace (the last field of NSpid)."""

@@ -308,19 +308,15 @@ class Server:
         return peer.uid in (0, uid) or peer.uid in self.facts.admins
 
     def _container_of(self, peer: Peer) -> str:
-        observer = self._core.observer
+        """Return the pid namespace of ``peer`` where that is not ours; what is nobody's where it cannot be told."""
         try:
-            found = observer.container_of(peer.pid)
-            if not found and (peer.uid == 0 or peer.uid in self.facts.admins):
-                # By its pid alone, it could be who has that by now.
-                handle = peer.open_pidfd()
-                try:
-                    return "gone" if pidfd.has_exited(handle) else ""
-                finally:
-                    os.close(handle)
+            handle = peer.open_pidfd()
         except ProcessGone:
             return "gone"
-        return found
+        try:
+            return self._core.observer.container_of(peer.pid, handle)
+        finally:
+            os.close(handle)
 
     # -- telling -----------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import socket
 import struct
 from typing import NamedTuple
 
-from reaperd.linux.procfs import ProcessGone, ProcessHidden, ProcFS, parse_uid
+from reaperd.linux.procfs import ProcessGone, ProcessHidden, ProcFS, parse_pids, parse_uid
 from reaperd.model import ProcessId
 
 _SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
@@ -98,6 +98,11 @@ def send_signal(pidfd: int, number: int) -> None:
         signal.pidfd_send_signal(pidfd, number)
     except ProcessLookupError:
         raise ProcessGone("pidfd") from None
+
+
+def pids_of(pidfd: int, proc: ProcFS) -> tuple[int, ...]:
+    """Return the pid of the process in the namespace of ``proc`` and in each below it; (-1,) when it was waited for."""
+    return parse_pids(proc.fdinfo(pidfd))
 
 
 def try_on_ourselves() -> None:

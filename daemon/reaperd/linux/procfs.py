@@ -472,6 +472,10 @@ class ProcFS:
         except (ProcessGone, OSError):  # it does not know the caller
             return False
 
+    def fdinfo(self, descriptor: int) -> bytes:
+        """Return what is told of one of the caller's open files (proc_pid_fdinfo(5))."""
+        return self._read(f"self/fdinfo/{descriptor}")
+
     def file_system(self, descriptor: int) -> str:
         """Return the kind of file system that one of the caller's open files is on; "" where that is not told."""
         try:
