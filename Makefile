@@ -162,6 +162,14 @@ sklearn: $(STAMP) ## scikit-learn's own tests of callbacks, with Reaper's beside
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check rich
 	REAPER_SOCKET=/nonexistent $(BIN)/python -W ignore tests/support/sklearn_suite.py build/sklearn -q
 
+# In mounts of its own: the socket is at its usual place in there, and nothing of Podman's stays behind.
+DOCKER = mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs /run && mkdir /run/reaper /run/lock && exec "$$0" "$$@"
+
+.PHONY: test-docker
+test-docker: $(STAMP) ## build the image of packaging/docker with Podman, as root, and have it reap trainings in and outside of containers
+	$(if $(ROOT),unshare --mount --propagation private sh -c '$(DOCKER)') \
+	    $(BIN)/python -m pytest tests/docker -v -rs $(PYTEST_ARGS)
+
 STEPS ?= 300
 SEED ?=
 SESSIONS ?= 4000

@@ -382,7 +382,9 @@ class _Listing:
     def __init__(self) -> None:
         self.processes: dict[int, Process] = {}
         self._children: dict[int, list[Process]] = {}
-        for name in filter(str.isdigit, os.listdir("/proc")):
+        # Of another pid namespace, it has our pids for other processes: nobody is better than those.
+        names = os.listdir("/proc") if session.proc_is_ours() else []
+        for name in filter(str.isdigit, names):
             with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended
                 one = _parse_stat(_read_bytes(f"/proc/{name}/stat"))
                 self.processes[one.pid] = one
@@ -427,9 +429,9 @@ def _ticks_now() -> int:
 
 
 def _started(pid: int) -> int | None:
-    """Return the start ticks of whoever has ``pid``, None where nobody has."""
+    """Return the start ticks of whoever has ``pid``, None where nobody has, or where that is not told."""
     try:
-        return session.read_start_ticks(pid)
+        return session.read_start_ticks(pid) if session.proc_is_ours() else None
     except (OSError, ValueError, IndexError):
         return None
 

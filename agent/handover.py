@@ -32,6 +32,7 @@ def take_over(session_id: str) -> HandedOver | None:
         name,
         wire.SessionId.parse(session_id).start_ticks,
         boot_id,
+        realm=wire.text_field(record, "realm") if "realm" in record else "",
         attempt=wire.attempt_field(record),
         inherited_fd=descriptor,
     )

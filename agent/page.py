@@ -34,6 +34,7 @@ class SessionPage:
         start_ticks: int,
         boot_id: str,
         *,
+        realm: str = "",
         attempt: tuple[int, int] | None = None,
         for_exec: bool = False,
         inherited_fd: int = -1,
@@ -46,7 +47,7 @@ class SessionPage:
         self._identity = (session, name, start_ticks, boot_id)
         self.attempt = attempt
         self._sockets: list[str] = []
-        self._fields: dict[str, Any] = {"attempt": attempt}
+        self._fields: dict[str, Any] = {"realm": realm, "attempt": attempt}
         self._flags = 0
         self._record_bytes = 0
         self._lock = _thread.RLock()  # a signal handler may write in the middle of a write

@@ -184,10 +184,13 @@ def _stamp(name: str, paths: list[str], attempt: tuple[int, int] | None, *, for_
 
     pid, start_ticks = os.getpid(), read_start_ticks()
     cgroup = wire.parse_cgroup(_read_text("/proc/self/cgroup"))
-    place = wire.place_of(_first_listening(paths), cgroup, os.geteuid())
+    realm = read_realm()
+    place = wire.place_of(_first_listening(paths), cgroup, os.geteuid(), realm)
     session_id = wire.format_session_id(pid, start_ticks, place, int.from_bytes(os.urandom(4), "little"))
     boot_id = _read_text("/proc/sys/kernel/random/boot_id").strip()
-    page = SessionPage(session_id, name, start_ticks, boot_id, attempt=attempt, for_exec=for_exec)
+    page = SessionPage(
+        session_id, name, start_ticks, boot_id, realm=realm, attempt=attempt, for_exec=for_exec
+    )
     return _lead(page, paths, Session(session_id, name, pid))
 
 
@@ -490,7 +493,9 @@ class Spared:
 
 def _children() -> set[tuple[int, int]]:
     """Return (pid, start ticks) of this process's children; empty where the kernel does not list them."""
-    found = set()
+    found: set[tuple[int, int]] = set()
+    if not proc_is_ours():  # it has other numbers for them than we do
+        return found
     for task in os.listdir("/proc/self/task"):
         try:
             for pid in _read_text(f"/proc/self/task/{task}/children").split():
@@ -544,6 +549,28 @@ def _at_exit() -> None:
 def read_start_ticks(pid: int | str = "self") -> int:
     """Return the start time of a process (proc(5), field 22 of stat); OSError where there is none."""
     return int(_read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
+
+
+def proc_is_ours() -> bool:
+    """Say whether a pid in /proc is whom pidfd_open(2) opens under it: in another pid namespace (``unshare --pid`` without
+    ``--mount-proc``) that is somebody else.
+    """
+    for line in _read_text("/proc/self/status").split("\n"):
+        if line.startswith("NSpid:"):  # from the namespace of this /proc down to our own
+            return line.split()[1:] == [str(os.getpid())]
+    return os.readlink("/proc/self") == str(os.getpid())
+
+
+def read_realm() -> str:
+    """Return ``wire.realm_of()`` this process."""
+    return wire.realm_of(_inode_of("/proc/self/ns/pid"), _inode_of("/proc/self/ns/time"))
+
+
+def _inode_of(path: str) -> int:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return 0
 
 
 def _read_text(path: str) -> str:

@@ -15,7 +15,7 @@ import time
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
-from agent.session import read_start_ticks
+from agent.session import proc_is_ours, read_start_ticks
 from agent.wire import MAX_MESSAGE_BYTES
 
 RUNNING, COMPLETED, FAILED, INTERRUPTED, KILLED = "running", "completed", "failed", "interrupted", "killed"
@@ -49,13 +49,14 @@ class Status(NamedTuple):
     cause: dict[str, Any] | None = None  # {kind, code}: how the process ended
     host: str | None = None  # its name: a boot that is over is told from another machine's by that
     pid_namespace: int | None = None  # the inode of /proc/PID/ns/pid: a pid means something in there alone
+    time_namespace: int | None = None  # that of /proc/PID/ns/time, and so does a start time
 
 
 def read_status(path: str | os.PathLike[str]) -> Status:
     """Return what the status file at ``path`` says of a run, with a daemon or without.
 
     A run that says it is running is looked for: one whose process has ended reads as ``killed``, and one that lives in
-    another pid namespace or on another machine as ``unknown``. OSError where it cannot be read (FileNotFoundError before the
+    another pid or time namespace or on another machine as ``unknown``. OSError where it cannot be read (FileNotFoundError before the
     run has begun), StatusError for what is no status file.
     """
     with open(path, "rb") as file:
@@ -65,7 +66,10 @@ def read_status(path: str | os.PathLike[str]) -> Status:
         return status
     if status.boot_id != _read_text(_BOOT_ID):
         return status._replace(state=KILLED if status.host == os.uname().nodename else UNKNOWN)
-    if status.pid_namespace not in (None, _pid_namespace()):
+    # Elsewhere, its pid and start time are another process's, or nobody's.
+    if status.pid_namespace not in (None, _namespace("pid")) or not proc_is_ours():
+        return status._replace(state=UNKNOWN)
+    if status.time_namespace not in (None, _namespace("time")):
         return status._replace(state=UNKNOWN)
     return status if _lives(status.pid, status.start_ticks) else status._replace(state=KILLED)
 
@@ -114,6 +118,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "cause": (dict, _NONE),
     "host": (str, _NONE),
     "pid_namespace": (int, _NONE),
+    "time_namespace": (int, _NONE),
 }
 
 
@@ -133,11 +138,12 @@ class StatusFile:
             name,
             session,
             pid,
-            read_start_ticks(pid),
+            read_start_ticks(),
             _read_text(_BOOT_ID),
             _now(),
             host=os.uname().nodename,
-            pid_namespace=_pid_namespace(),
+            pid_namespace=_namespace("pid"),
+            time_namespace=_namespace("time"),
         )
         write_status(self.path, self._status)
 
@@ -222,9 +228,9 @@ def _lives(pid: int, start_ticks: int) -> bool:
         return False
 
 
-def _pid_namespace() -> int | None:
+def _namespace(kind: str) -> int | None:
     try:
-        return os.stat("/proc/self/ns/pid").st_ino
+        return os.stat(f"/proc/self/ns/{kind}").st_ino
     except OSError:
         return None
 

@@ -132,6 +132,11 @@ class ProcessManager:
             if self._owns_session:
                 session.unregister()
             raise
+        if not session.proc_is_ours():
+            log.warning(
+                "/proc is of another pid namespace than this process: what the training starts cannot be told from others, and"
+                " only its pools are ended with it (mount a /proc of this namespace: unshare --mount-proc)"
+            )
         self._family = family.Family(self.session.id)
         self._pid = os.getpid()
         if self._max_workers is not None:

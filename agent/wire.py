@@ -254,14 +254,29 @@ class SessionId(tuple[int, int, int]):
         raise WireError("bad-session", f"not a session id: {text!r:.80}")
 
 
+# linux/proc_ns.h: PROC_PID_INIT_INO, PROC_TIME_INIT_INO.
+PID_NAMESPACE_OF_MACHINE, TIME_NAMESPACE_OF_MACHINE = 0xEFFFFFFC, 0xEFFFFFFA
+
+
 def format_session_id(pid: int, start_ticks: int, place: int, nonce: int) -> str:
     """Return the id of a new session; ``nonce`` is 32 random bits, for a process may register twice in a tick."""
     return f"{pid}-{start_ticks:x}-{place:08x}-{nonce:08x}"
 
 
-def place_of(socket: str, cgroup: str, uid: int) -> int:
-    """Return the checksum (CRC-32: no secret, no trust) of a daemon's socket path and a leader's cgroup path and uid."""
-    return crc32(f"{socket}\0{cgroup}\0{uid}".encode("utf-8", "surrogateescape"))
+def place_of(socket: str, cgroup: str, uid: int, realm: str = "") -> int:
+    """Return the checksum (CRC-32: no secret, no trust) of a daemon's socket path and a leader's cgroup path, uid and realm."""
+    words = (socket, cgroup, str(uid), *([realm] if realm else []))
+    return crc32("\0".join(words).encode("utf-8", "surrogateescape"))
+
+
+def realm_of(pid_namespace: int, time_namespace: int) -> str:
+    """Return in which namespaces, given by their inodes, a pid and a start time mean what they say; "" for the machine's own.
+
+    0 stands for a time namespace on a kernel that has none. A realm that could not be told is nobody's.
+    """
+    machines_own = (PID_NAMESPACE_OF_MACHINE, TIME_NAMESPACE_OF_MACHINE)
+    found = (pid_namespace, time_namespace or TIME_NAMESPACE_OF_MACHINE)
+    return "" if found == machines_own else f"{found[0]}:{found[1]}"
 
 
 # Of four bits each. binascii has the same, but to load it takes longer than to do without.
@@ -340,8 +355,8 @@ def pack_record(
 ) -> bytes:
     """Return the record of a page; raise WireError when it would not fit.
 
-    ``optional`` are ``status_file`` (a path), ``attempt`` (which, and the most there can be) and ``stray`` (seconds, percent
-    of a core); those that say nothing are left out.
+    ``optional`` are ``status_file`` (a path), ``attempt`` (which, and the most there can be), ``stray`` (seconds, percent of
+    a core) and ``realm`` (``realm_of()``); those that say nothing are left out.
     """
     record = {
         "id": session,

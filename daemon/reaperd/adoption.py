@@ -12,8 +12,9 @@ from reaperd.core import Core
 from reaperd.isolation import path_of_scope
 from reaperd.linux import pidfd
 from reaperd.linux.page import OpenPage
-from reaperd.linux.procfs import ProcessGone
+from reaperd.linux.procfs import ProcessGone, ProcessHidden
 from reaperd.model import TEMP_DIRS, UNKNOWN_CAUSE, ProcessId, Session, SessionKey
+from reaperd.pages import Page
 from reaperd.sweep import FoundPage, StampedProcess, Sweep
 from reaperd.times import now_utc
 
@@ -29,6 +30,7 @@ class Adoption:
         self._sweep = Sweep(core.observer, self._is_known)
         self._socket_path = socket_path
         self._on_record: list[Session] = []  # that nobody could take on yet
+        self._hidden: set[SessionKey] = set()  # of those, whose leader's life cannot be told
 
     def recover(self) -> None:
         """Take on again what was on record when the last daemon ended."""
@@ -50,6 +52,14 @@ class Adoption:
             return
         try:
             handle = pidfd.open_pidfd(session.leader, self._observer.proc)
+        except ProcessHidden:  # until that can be told, it stays on record
+            if session.key not in self._hidden:
+                log.warning(
+                    "cannot tell whether the leader lives, looking again session=%s pid=%d: /proc hides it (hidepid)",
+                    session.id, session.leader.pid,
+                )  # fmt: skip
+            self._hidden.add(session.key)
+            return
         except ProcessGone:
             log.info("leader died unseen session=%s pid=%d", session.id, session.leader.pid)
             self._core.take_on(session, None, None)
@@ -110,9 +120,7 @@ class Adoption:
             told.id, told.name, holder.uid, holder.gid, holder.stat.id, now_utc(), told.page_fd,
             temp_dirs=(*holder.folders, *TEMP_DIRS), attempt=told.attempt,
         )  # fmt: skip
-        if self._observer.namespaced_pid(holder.stat.id.pid) == told.pid and self._observer.same_ticks(
-            holder.stat.id, told.start_ticks
-        ):
+        if self._leads(holder.stat.id, told):
             if self._core.sessions.led_by(holder.stat.id):
                 return
             session = self._observer.describe_leader(session)
@@ -122,7 +130,8 @@ class Adoption:
             self._note(session, "its leader lives")
             self._core.take_on(session, leader_pidfd, OpenPage(os.dup(found.descriptor)))
             return
-        if self._observer.could_be_orphan(holder.stat.id, leader):
+        # A leader of another realm is nobody that we could see dead: there its pid and start time are another's.
+        if told.realm == self._observer.realm and self._observer.could_be_orphan(holder.stat.id, leader):
             clean = bool(told.flags & (wire.CLOSING | wire.ENDED))
             spared = frozenset(ProcessId(*pair) for pair in told.spared)
             session = session._replace(
@@ -132,11 +141,19 @@ class Adoption:
                 session, self._observer.cgroup_path(holder.stat.id.pid), os.dup(found.descriptor)
             )
 
+    def _leads(self, holder: ProcessId, told: Page) -> bool:
+        """Say whether ``holder`` is who a page names: a worker in namespaces of its own can bear the leader's numbers there."""
+        return (
+            self._observer.namespaced_pid(holder.pid) == told.pid
+            and self._observer.same_ticks(holder, told.start_ticks)
+            and self._observer.proc.realm(holder.pid) == told.realm
+        )
+
     def _adopt_by_environment(self, found: StampedProcess) -> None:
         """Take on a session whose dead leader only the environment of an exec'ed worker names."""
         told, holder = wire.SessionId.parse(found.session), found.holder
         if not self._is_in_place(found.key, found.cgroup):
-            return  # another daemon's, or carried into another cgroup or to another user
+            return  # another daemon's, or carried into another cgroup, another container or to another user
         leader = ProcessId(told.pid, told.start_ticks)
         if not self._observer.could_be_orphan(holder.stat.id, leader):
             return
@@ -157,14 +174,14 @@ class Adoption:
         session = session._replace(
             cgroup=cgroup if self._is_in_place(session.key, cgroup) else None,
             scope=path_of_scope(session.key, cgroup, self._socket_path),
-            namespaces=self._observer.proc.namespaces(os.getpid()),
+            namespaces=self._observer.proc.namespaces(os.getpid()),  # could_be_orphan() has seen to that
         )
         self._note(session, "its leader died unseen")
         self._core.take_on(session, None, None if page_fd is None else OpenPage(page_fd))
 
     def _is_in_place(self, key: SessionKey, cgroup: str) -> bool:
         """Say whether a session of ours, whose leader is dead, began in ``cgroup``, or was put there by a daemon of ours."""
-        place = wire.place_of(self._socket_path, cgroup, key.uid)
+        place = wire.place_of(self._socket_path, cgroup, key.uid, self._observer.realm)
         return (
             place == wire.SessionId.parse(key.id).place
             or path_of_scope(key, cgroup, self._socket_path) is not None

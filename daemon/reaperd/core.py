@@ -314,11 +314,14 @@ class Core:
         self.sessions.apply(key, ledger.ReclaimStarted())
         ours = self.observer.shares_our_namespaces(entry.session)
         # Who ended badly may have left names though all its workers, and who cleans up after them, were gone before it.
-        frees = ours and self.policy.reclaim_shm and (bool(entry.targets) or self._left_names(entry.session))
+        frees = self.observer.shares_our_shm(entry.session) and self.policy.reclaim_shm
+        frees = frees and (bool(entry.targets) or self._left_names(entry.session))
         last_word = self._last_word(entry) if ours else None
         if frees or last_word is not None:
             dead_s = time.monotonic() - (entry.died_at_s or 0.0)
-            self._reclaimer.ask(entry.session, time.time() - dead_s, last_word, frees=frees)
+            # With mounts of its own, it has had other temporary folders at the same places.
+            session = entry.session if ours else entry.session._replace(temp_dirs=())
+            self._reclaimer.ask(session, time.time() - dead_s, last_word, frees=frees)
         else:
             self.sessions.apply(key, ledger.Reclaimed(Freed()))
 

@@ -31,6 +31,10 @@ _DESCRIPTORS = 4096
 _MEMORY_BYTES = 256 * 1024 * 1024  # beyond what is mapped at the start
 
 
+class CannotBeNobody(Exception):
+    """The gate cannot give up its privileges; the text says why."""
+
+
 class Quota:
     """A token bucket for each uid."""
 
@@ -58,7 +62,11 @@ def parse_peer_address(text: str, overflow_uid: int) -> tuple[int, int, int]:
         raise wire.WireError("not-allowed", "the kernel does not tell who you are")
     uid, gid, pid = (int(group) for group in match.groups())
     if pid == 0 or uid == overflow_uid or max(uid, gid, pid) >= 2**32:
-        raise wire.WireError("not-allowed", "your user or process id has no meaning outside your container")
+        raise wire.WireError(
+            "not-allowed",
+            "your user or process has no number where the daemon runs: one of you is in a container that the other cannot see"
+            " into (a daemon for all containers needs the machine's pid namespace: docker run --pid=host)",
+        )
     return uid, gid, pid
 
 
@@ -147,7 +155,7 @@ class Gate:
 
 
 def find_user(names: Sequence[str], accounts: str = "/etc/passwd") -> tuple[int, int]:
-    """Return uid and gid of the first of ``names`` that is an account of this host; SystemExit where none is.
+    """Return uid and gid of the first of ``names`` that is an account of this host; CannotBeNobody where none is.
 
     The file goes first: it has them almost everywhere, and for a name that it has not, getpwnam(3) would load every name
     service of the host into this process: libraries, sockets, half a MiB.
@@ -163,17 +171,28 @@ def find_user(names: Sequence[str], accounts: str = "/etc/passwd") -> tuple[int,
         with contextlib.suppress(KeyError):
             user = pwd.getpwnam(name)
             return user.pw_uid, user.pw_gid
-    raise SystemExit(f"reaperd gate: there is none of the users {', '.join(names)} to run as")
+    raise CannotBeNobody(
+        f"there is none of the users {', '.join(names)} for the gate to run as: make one of them"
+    )
 
 
 def give_up_privileges() -> None:
-    """Become nobody, for good: own uid, no groups, no capabilities, no new ones, few descriptors, little memory, no children."""
+    """Become nobody, for good: own uid, no groups, no capabilities, no new ones, few descriptors, little memory, no children.
+
+    CannotBeNobody where the container or user namespace does not let us.
+    """
     be_expendable()
     if os.geteuid() == 0:
         uid, gid = find_user(GATE_USERS)
-        os.setgroups([])
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
+        try:
+            os.setgroups([])
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
+        except OSError as error:
+            raise CannotBeNobody(
+                f"the gate cannot become uid {uid}, gid {gid}: {error.strerror}; grant CAP_SETUID and CAP_SETGID"
+                " (docker run --cap-add SETUID --cap-add SETGID), or, in a user namespace, map that uid and gid into it"
+            ) from None
     prctl.forbid_new_privileges()
     prctl.forbid_tracing()
     descriptors = min(_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
@@ -218,7 +237,12 @@ def main() -> None:
     core = socket.socket(fileno=core_fd)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     router = open_router(context, listener, path)
-    give_up_privileges()
+    try:
+        give_up_privileges()
+    except CannotBeNobody as error:
+        with contextlib.suppress(OSError):  # the core is gone
+            core.send(gate_frames.pack_reason(str(error)))
+        sys.exit(1)
     Gate(router, core, overflow_uid).run()
     router.close(linger=200)  # milliseconds for the last replies; the socket's file is the core's and stays
     context.term()

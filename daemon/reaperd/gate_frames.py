@@ -17,6 +17,17 @@ MAX_REQUEST_BYTES = _REQUEST.size + _MAX_ROUTING_ID_BYTES + wire.MAX_REQUEST_BYT
 MAX_REPLY_BYTES = _REPLY.size + _MAX_ROUTING_ID_BYTES + _PART_BYTES
 
 GATE_IS_UP = _REQUEST.pack(0, 0, 0, 0)
+GATE_CANNOT_BE = _REQUEST.pack(0, 0, 0, 1)  # before the reason
+
+
+def pack_reason(reason: str) -> bytes:
+    """Return what a gate says that cannot give up its privileges."""
+    return GATE_CANNOT_BE + reason.encode("utf-8", "replace")[:1000]
+
+
+def parse_reason(data: bytes) -> str:
+    """Return the reason in what ``pack_reason()`` returned."""
+    return data[len(GATE_CANNOT_BE) :].decode("utf-8", "replace")
 
 
 class Request(NamedTuple):

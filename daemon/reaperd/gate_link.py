@@ -40,6 +40,8 @@ class Peer(NamedTuple):
     gid: int
     pid: int
     connection: socket.socket
+    # The pid namespace that it lives in, where that is not ours: root of a container is no root here, and its pids are others'.
+    container: str = ""
 
     def open_pidfd(self) -> int:
         """Return a pidfd of the peer; ProcessGone. Before Linux 6.5 it is the pid's, and the caller compares start times."""
@@ -76,10 +78,12 @@ class GateLink:
         self._waiting_bytes: collections.Counter[int] = collections.Counter()  # by uid
         self._drops = False
         self._is_ready = False
+        self._was_up = False
         self._started_at_s = 0.0
         self._pause_s = _FIRST_PAUSE_S
         self.restart_at_s: float | None = None
         self.lives_lost = 0
+        self.hopeless = ""  # why no gate was ever up, and none will be: it cannot become who it must be
         self.on_up: Callable[[], None] = lambda: None
 
     def start(self, now_s: float) -> None:
@@ -210,7 +214,10 @@ class GateLink:
         elif len(connections) == 1:
             self._take(data, connections.pop())
         elif data == gate_frames.GATE_IS_UP:
+            self._was_up = True
             self.on_up()
+        elif data.startswith(gate_frames.GATE_CANNOT_BE) and not self._was_up:
+            self.hopeless = gate_frames.parse_reason(data)
         for connection in connections:
             connection.close()
         return self._channel is not None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from reaperd.linux import pidfd
-from reaperd.linux.procfs import ProcessGone, ProcFS
+from reaperd.linux.procfs import ProcessGone, ProcessHidden, ProcFS
 from reaperd.model import ProcessId
 
 _MAX_ANCESTORS = 200
@@ -66,10 +66,10 @@ def left_to(proc: ProcFS, parents: set[int], uids: set[int], new: list[int]) -> 
     for pid in new:
         try:
             above[pid] = _parent(proc, pid)
+        except (ProcessHidden, PermissionError, ValueError):
+            continue
         except ProcessGone:
             gone.add(pid)
-        except (PermissionError, ValueError):
-            continue
     parents = parents | gone
     tops: dict[int, int] = {}
     for pid in above:

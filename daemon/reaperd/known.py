@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from reaperd.coverage import Coverage
 from reaperd.linux.alarm import Alarm
-from reaperd.linux.procfs import TICKS_PER_S, ProcessGone, ProcFS
+from reaperd.linux.procfs import TICKS_PER_S, ProcessGone, ProcessHidden, ProcFS
 from reaperd.marks import MarkReader, Marks
 from reaperd.model import Process, ProcessId
 from reaperd.reading import Handles, Known, ProcessReader, Unread, marked, ticks_now
@@ -146,10 +146,10 @@ class KnownProcesses:
                 again = known is not None and hold
                 if known is None:
                     known, unread = self._reader.read(pid, hold=hold)
+            except (ProcessHidden, PermissionError, ValueError):
+                known, again = Known(), False
             except ProcessGone:
                 continue  # the next listing lacks it
-            except (PermissionError, ValueError):
-                known, again = Known(), False
             if unread is not None:
                 self.unread[pid] = unread._replace(before=self._known.get(pid))
             inode = self._listing.get(pid, 0)

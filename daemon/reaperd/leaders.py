@@ -9,7 +9,7 @@ from agent import wire
 from reaperd import ledger, pages
 from reaperd.linux import pidfd
 from reaperd.linux.page import OpenPage
-from reaperd.model import ProcessId, SessionKey
+from reaperd.model import SessionKey
 from reaperd.observer import Observer
 from reaperd.sessions import Sessions
 
@@ -22,6 +22,7 @@ class Leaders:
         self._observer = observer
         self._handles: dict[SessionKey, int] = {}  # pidfds
         self._pages: dict[SessionKey, OpenPage] = {}
+        self._named: dict[SessionKey, tuple[tuple[int, int], ...]] = {}  # as spared, when last looked at
 
     def hold(self, key: SessionKey, handle: int | None, opened: OpenPage | None) -> None:
         """Hold the pidfd and the page of a session's leader; what is open is ours."""
@@ -46,9 +47,9 @@ class Leaders:
         session = self._sessions.entries[key].session
         if told.flags & wire.ENDED and not session.ending:
             self._sessions.apply(key, ledger.Unregistered())
-        spared = frozenset(ProcessId(*pair) for pair in told.spared)
-        if not spared <= session.spared and self._observer.shares_our_namespaces(session):
-            self._sessions.apply(key, ledger.Spared(spared))
+        if told.spared != self._named.get(key, ()):
+            self._named[key] = told.spared
+            self._sessions.apply(key, ledger.Spared(self._observer.named_by(session, told.spared)))
         return told.flags
 
     def page_of(self, key: SessionKey) -> pages.Page | None:
@@ -64,6 +65,7 @@ class Leaders:
 
     def forget(self, key: SessionKey) -> None:
         """Close what is open of one."""
+        self._named.pop(key, None)
         handle = self._handles.pop(key, None)
         if handle is not None:
             os.close(handle)

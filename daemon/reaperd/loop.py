@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from agent import sockets
-from reaperd import __version__, kinship, report
+from reaperd import __version__, kinship, report, surroundings
 from reaperd.adoption import Adoption
 from reaperd.census import Interrupted
 from reaperd.claims import Claims
@@ -102,14 +102,17 @@ class Daemon:
         _make_directory(self._state_dir)
         _raise_descriptor_limit()
         proc = ProcFS()
+        if (why := surroundings.why_unusable(proc)) is not None:
+            raise StartError(f"cannot look after processes from here: {why}")
         if self._mode == "system":
-            _tell_missing_rights(proc)
+            _check_rights(proc)
+        self._lacks = tuple(surroundings.lacks(proc))
         alarm = Alarm()
         observer = Observer(proc, alarm)
         observer.marks.memory.keeps_helper = True
         self._untouchable = frozenset((proc.stat(os.getpid()).id, *kinship.ancestors(proc, os.getpid())))
         self._reaper = Reaper(proc, self._untouchable)
-        self._store = Store(self._state_dir, observer.boot_id)
+        self._store = Store(self._state_dir, observer.boot_id, observer.era)
         self._core = Core(
             observer,
             self._reaper,
@@ -140,6 +143,8 @@ class Daemon:
             __version__, os.getpid(), self._mode, self._socket_path, self._config_path,
             " dry_run" if self._config.kill.dry_run else "",
         )  # fmt: skip
+        for lack in self._lacks:
+            log.warning("limited here: %s; %s", lack.fact, lack.advice)
         self._core.sessions.record(report.event("started", version=__version__))
         self._adoption.recover()
         self._sweep_all()
@@ -165,6 +170,8 @@ class Daemon:
 
     def _serve(self) -> None:
         while not self._signals & {signal.SIGTERM, signal.SIGINT}:
+            if self._link.hopeless:
+                raise StartError(f"cannot serve anybody: {self._link.hopeless}")
             try:
                 self._go_round()
                 self._is_ailing = False
@@ -339,6 +346,7 @@ class Daemon:
             admins=uids_of(self._config.access.admins, "[access] admins"),
             dry_run=self._config.kill.dry_run,
             isolate=sessions.isolate,
+            lacks=self._lacks,
         )
 
 
@@ -418,12 +426,9 @@ def _make_directory(path: str, *, private: bool = True) -> None:
         raise StartError(f"cannot use {path}: it is no directory")
 
 
-def _tell_missing_rights(proc: ProcFS) -> None:
-    """Warn of each capability that is withheld; StartError where one is without which no gate could be let run."""
+def _check_rights(proc: ProcFS) -> None:
+    """Raise StartError where a capability is withheld without which no gate could be let run."""
     missing = [RIGHTS[name] for name in parse_missing(proc.status(os.getpid()), RIGHTS)]
-    for right in missing:
-        if not right.vital:
-            log.warning("%s is missing: %s", right.name, right.without)
     vital = [right for right in missing if right.vital]
     if vital:
         names = " and ".join(right.name for right in vital)

@@ -117,6 +117,8 @@ class Namespaces(NamedTuple):
     pid: str = ""
     mnt: str = ""
     time: str = ""
+    # The file system on /dev/shm (major:minor), asked only of who has mounts of its own.
+    shm: str = ""
 
 
 class CauseKind(enum.Enum):

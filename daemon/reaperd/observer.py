@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from agent import wire
 from reaperd import kinship
 from reaperd.census import Census
-from reaperd.linux import cgroup, page
+from reaperd.linux import cgroup, page, pidfd
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import (
     ProcessGone,
@@ -37,7 +37,10 @@ class Observer:
         self.marks = MarkReader(proc)
         self.census = Census(proc, self.marks, alarm)
         self.usage = UsageMeter()
-        self._namespaces = proc.namespaces(os.getpid())
+        self._namespaces = proc.namespaces(os.getpid())._replace(shm=proc.mounted_at(os.getpid(), SHM))
+        self.realm = proc.realm()
+        # What is on record means the same in here alone: elsewhere the pids and start times are other processes'.
+        self.era = f"{self.boot_id} {self.realm} {proc.clock_offsets()}" if self.realm else self.boot_id
         self._oom_counters = cgroup.Counters()
 
     def owner(self, pid: int) -> tuple[int | None, int | None]:
@@ -68,12 +71,16 @@ class Observer:
         """Return ``session`` with what only its living leader tells; ProcessGone."""
         pid = session.leader.pid
         cgroups, namespaces = self.proc.cgroup(pid), self.proc.namespaces(pid)
+        if namespaces.mnt != self._namespaces.mnt:
+            namespaces = namespaces._replace(shm=self.proc.mounted_at(pid, SHM))
         counter = self._oom_counters.find(cgroups)
+        ancestors = kinship.ancestors(self.proc, pid)
+        init = self._init_of(namespaces.pid, ancestors)
         return session._replace(
             cgroup=wire.parse_cgroup(cgroups),
-            adopters=(adopters := kinship.ancestors(self.proc, pid)),
-            subreapers=self._supervisor_of(session, adopters),
-            init=self._init_among(adopters, namespaces.pid),
+            adopters=ancestors if init is None else ancestors | {init},
+            subreapers=self._supervisor_of(session, ancestors),
+            init=init,
             namespaces=namespaces,
             groups=parse_groups(self.proc.status(pid)),
             oom_counter=counter.path,
@@ -90,12 +97,17 @@ class Observer:
         _, parent = self.proc.parent(session.leader.pid)
         return frozenset(one for one in adopters if one.pid == parent)
 
-    def _init_among(self, adopters: frozenset[ProcessId], namespace: str) -> ProcessId | None:
-        """Return the init of a pid namespace, None where that is not among ``adopters``."""
-        for id_ in adopters if namespace != self._namespaces.pid else ():
-            with contextlib.suppress(ProcessGone):
-                if self.proc.namespaces(id_.pid).pid == namespace and self.namespaced_pid(id_.pid) == 1:
-                    return id_
+    def _init_of(self, namespace: str, ancestors: frozenset[ProcessId]) -> ProcessId | None:
+        """Return the init of another pid namespace than ours, None where it is not seen.
+
+        It is an ancestor of whoever was not put there from outside (nsenter(1), ``docker exec``).
+        """
+        if namespace in ("", self._namespaces.pid):
+            return None
+        for pid in (*(id_.pid for id_ in ancestors), *self.proc.listing()):
+            with contextlib.suppress(ProcessGone, ValueError):
+                if self.proc.pid_namespace(pid) == namespace and self.namespaced_pid(pid) == 1:
+                    return self.proc.stat(pid).id
         return None
 
     def open_page(self, leader: int, page_fd: int, uid: int) -> int:
@@ -105,6 +117,11 @@ class Observer:
         """
         task = self.proc.living_task(self.proc.stat(leader))
         if self.proc.memfd_inode(leader, task, page_fd) is None:
+            if not self.proc.may_follow_descriptor(leader, task, page_fd):
+                raise wire.WireError(
+                    "bad-page",
+                    "the daemon may not look at your descriptors: it lacks CAP_SYS_PTRACE, or you are in another user namespace",
+                )
             raise wire.WireError("bad-page", "the session page is no memfd")
         return page.open_page(self.proc.descriptor_path(leader, task, page_fd), uid=uid)
 
@@ -131,6 +148,16 @@ class Observer:
                 if stat.id == id_:
                     yield Wish(stat, self.proc.living_task(stat), argv=argv, maps=maps)
 
+    def container_of(self, pid: int, handle: int) -> str:
+        """Return the pid namespace that the process of a pidfd lives in where that is not ours, "" where it is.
+
+        The pidfd tells how many pids it has from ours down, whatever /proc hides; what is nobody's stands for what is not told.
+        """
+        pids = pidfd.pids_of(handle, self.proc)
+        if len(pids) <= 1:
+            return "" if pids != (-1,) else "gone"
+        return self.proc.pid_namespace(pid) or "unknown"
+
     def namespaced_pid(self, pid: int) -> int | None:
         """Return the pid that ``pid`` has in its own, innermost pid namespace (the last field of NSpid)."""
         if self.proc.pid_namespace(pid) == self._namespaces.pid != "":
@@ -154,7 +181,7 @@ class Observer:
         try:
             stat = self.proc.stat(leader.pid)
         except ProcessGone:
-            return True
+            return not pidfd.is_hidden(leader.pid, self.proc)
         return stat.id != leader or stat.dead
 
     def is_beside_us(self, pid: int) -> bool:
@@ -164,7 +191,32 @@ class Observer:
             self.proc.cgroup_namespace(pid) == ours != ""
         )
 
+    def named_by(self, session: Session, told: Iterable[tuple[int, int]]) -> frozenset[ProcessId]:
+        """Return whom the living or just dead leader of ``session`` means by pids and start times of its own namespaces."""
+        theirs, ours = session.namespaces, self._namespaces
+        if (theirs.pid, theirs.time) == (ours.pid, ours.time):
+            return frozenset(ProcessId(*pair) for pair in told)
+        # Its own start time is known from here and from there.
+        ahead_ticks = wire.SessionId.parse(session.id).start_ticks - session.leader.start_ticks
+        wanted = {pid: ticks - ahead_ticks for pid, ticks in told}
+        found = set()
+        for pid in self.proc.listing() if wanted else ():
+            with contextlib.suppress(ProcessGone, PermissionError, ValueError):
+                if (
+                    self.proc.pid_namespace(pid) == theirs.pid
+                    and (name := self.namespaced_pid(pid)) in wanted
+                ):
+                    id_ = self.proc.stat(pid).id
+                    if abs(id_.start_ticks - wanted[name]) <= 1:  # both were rounded
+                        found.add(id_)
+        return frozenset(found)
+
     def shares_our_namespaces(self, session: Session) -> bool:
         """Say whether the pids and paths of ``session`` mean here what they mean there."""
         ours = self._namespaces
         return session.namespaces.pid == ours.pid and session.namespaces.mnt == ours.mnt
+
+    def shares_our_shm(self, session: Session) -> bool:
+        """Say whether the pids of ``session``, and the names in /dev/shm, mean here what they mean there."""
+        theirs, ours = session.namespaces, self._namespaces
+        return theirs.pid == ours.pid and (theirs.mnt == ours.mnt or theirs.shm == ours.shm != "")

@@ -11,12 +11,12 @@ from reaperd.core import Core
 from reaperd.gate_link import Peer
 from reaperd.linux import pidfd
 from reaperd.linux.procfs import ProcessGone
-from reaperd.model import ProcessId
+from reaperd.model import Process, ProcessId
 from reaperd.orphans import Judged, Orphans
 
 _MAX_PROCESSES = 10_000  # in one request
 
-MaySee = Callable[[Peer, int | None], bool]
+MaySee = Callable[[Peer, "int | None", "int | None"], bool]
 
 
 class OrphanRequests:
@@ -40,7 +40,10 @@ class OrphanRequests:
         return {"orphans": self._records(peer, self._orphans.listing()), "leftovers": []}
 
     def _records(self, peer: Peer, found: list[Judged]) -> list[dict[str, Any]]:
-        return [self._orphans.describe(one) for one in found if self._may_act(peer, one.suspect.process.uid)]
+        return [self._orphans.describe(one) for one in found if self._may_act_on(peer, one.suspect.process)]
+
+    def _may_act_on(self, peer: Peer, process: Process) -> bool:
+        return self._may_act(peer, process.uid, process.id.pid)
 
     def _clean_up(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
         if _switch(message, "dry_run"):
@@ -49,13 +52,13 @@ class OrphanRequests:
             raise wire.WireError("not-allowed", "the daemon runs with dry_run: it signals nobody")
         wanted, last = _processes(message.get("processes")), self._core.store.last_event()
         found = self._orphans.clean_up(
-            wanted, lambda one: self._may_act(peer, one.process.uid), by_uid=peer.uid
+            wanted, lambda one: self._may_act_on(peer, one.process), by_uid=peer.uid
         )
         return {"orphans": self._records(peer, found), "leftovers": [], "after": last}
 
     def _explain(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
-        pid = wire.integer_field(message, "pid", least=1)
-        sees_all = self._may_act(peer, None)
+        pid = _pid(peer, message)
+        sees_all = self._may_act(peer, None, None)
         events = self._core.store.events_about(pid, uid=None if sees_all else peer.uid)
         try:
             told = self._orphans.explain(pid)
@@ -64,7 +67,7 @@ class OrphanRequests:
                 nothing = f"there is no process {pid}, and the history does not name it"
                 raise wire.WireError("unknown-process", nothing) from None
             return {"explain": report.explanation_of_the_gone(pid, events)}
-        if not self._may_act(peer, told.suspect.process.uid):
+        if not self._may_act_on(peer, told.suspect.process):
             raise wire.WireError("not-allowed", "that process is another user's")
         return {"explain": report.explanation(told.suspect, told.verdict, events)}
 
@@ -91,13 +94,13 @@ class OrphanRequests:
 
     def _own_process(self, peer: Peer, message: dict[str, Any]) -> tuple[ProcessId, str]:
         """Return the process that is meant, which must be one that ``peer`` may act on."""
-        pid = wire.integer_field(message, "pid", least=1)
+        pid = _pid(peer, message)
         try:
             stat = self._core.observer.proc.stat(pid)
             uid = pidfd.uid_of(pid, self._core.observer.proc)
         except ProcessGone:
             raise wire.WireError("unknown-process", f"there is no process {pid}") from None
-        if not self._may_act(peer, uid):
+        if not self._may_act(peer, uid, pid):
             raise wire.WireError("not-allowed", "that process is another user's")
         return stat.id, stat.comm
 
@@ -107,7 +110,7 @@ class OrphanRequests:
         A clean-up that somebody asked for says nothing of the rules.
         """
         events = self._core.store.events_of_kinds("orphan", "killed")
-        if not self._may_act(peer, None):
+        if not self._may_act(peer, None, None):
             events = [one for one in events if one.get("uid") == peer.uid]
         condemned = {
             _first(one): one["at"]
@@ -128,9 +131,19 @@ class OrphanRequests:
                 "max": max(exited_s, default=None),
             },
             "claimed": claimed,
-            "still_there": len([one for one in still if self._may_act(peer, one.process.uid)]),
+            "still_there": len([one for one in still if self._may_act_on(peer, one.process)]),
             "killed": sum(len(one.get("processes", ())) for one in by_rules),
         }
+
+
+def _pid(peer: Peer, message: dict[str, Any]) -> int:
+    """Return the pid that is asked about, which must be one of our namespace."""
+    if peer.container:
+        raise wire.WireError(
+            "not-allowed",
+            "in a container, a pid is another process's than outside: ask from where the daemon runs",
+        )
+    return wire.integer_field(message, "pid", least=1)
 
 
 def _first(one: dict[str, Any]) -> ProcessId | None:

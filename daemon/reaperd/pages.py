@@ -41,6 +41,7 @@ class Page(NamedTuple):
     # Seconds and percent of a core from which on workers without a pool are to be reported.
     stray: tuple[float, float] | None = None
     attempt: tuple[int, int] | None = None  # which of how many, under `reaperctl run`
+    realm: str = ""  # in which its pids and start times mean what they say (``wire.realm_of()``)
 
 
 class TornPage(WireError):
@@ -95,12 +96,18 @@ def parse_page(data: bytes, *, torn: bool = False) -> Page:
         status_file=_parse_path(record.get("status_file")),
         stray=_parse_thresholds(record.get("stray")),
         attempt=wire.attempt_field(record),
+        realm=_parse_realm(record.get("realm")),
     )
 
 
 def _parse_path(told: object) -> str:
     """Return an absolute path, "" for anything else: what only concerns its own writer must not make a page a broken one."""
     return told if isinstance(told, str) and told.startswith("/") and "\0" not in told else ""
+
+
+def _parse_realm(told: object) -> str:
+    """Return a realm, "" where none is told, and for anything else what is nobody's."""
+    return "" if told is None else told if isinstance(told, str) and told else "?"
 
 
 def _parse_thresholds(told: object) -> tuple[float, float] | None:

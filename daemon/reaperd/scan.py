@@ -19,6 +19,7 @@ from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import (
     PF_KTHREAD,
     ProcessGone,
+    ProcessHidden,
     ProcFS,
     Stat,
     parse_innermost_pid,
@@ -151,10 +152,10 @@ class Scan:
                 break
             try:
                 stat = self._proc.stat(pid)
-            except ProcessGone:
-                continue
-            except (PermissionError, ValueError):
+            except (ProcessHidden, PermissionError, ValueError):
                 self._seen[pid] = _Seen(listing.get(pid, 0), 0, False, True)
+                continue
+            except ProcessGone:
                 continue
             before = self._seen.get(pid)
             interpreted = stat.comm.startswith(PYTHONS) or self._may_bear(stat.comm)

@@ -25,6 +25,7 @@ from reaperd.listing import Listing
 from reaperd.model import TEMP_DIRS, ProcessId, Role, Session, SessionKey
 from reaperd.orphan_requests import OrphanRequests
 from reaperd.orphans import Orphans
+from reaperd.surroundings import Lack
 from reaperd.times import moment, now_utc
 from reaperd.turns import Turns
 from reaperd.waiters import Question, Waiter, Waiters
@@ -53,6 +54,7 @@ class Facts(NamedTuple):
     admins: frozenset[int]
     dry_run: bool
     isolate: bool = False
+    lacks: tuple[Lack, ...] = ()  # what it has to do without, where it runs
 
 
 class _Request(NamedTuple):
@@ -128,7 +130,7 @@ class Server:
         """Answer one request, or let its peer wait for an event."""
         peer, to, message = request
         try:
-            reply = self._perform(peer, to, message)
+            reply = self._perform(peer._replace(container=self._container_of(peer)), to, message)
         except wire.WireError as error:
             reply = wire.encode(wire.refusal(error))
         except Interrupted:
@@ -322,11 +324,30 @@ class Server:
         raise wire.WireError("unknown-session", f"there is no session {wanted!r:.80}")
 
     def _may_act(self, peer: Peer, session: Session) -> bool:
+        if peer.container:
+            return peer.uid == session.uid and peer.container == session.namespaces.pid
         return self._may_act_on(peer, session.uid)
 
-    def _may_act_on(self, peer: Peer, uid: int | None) -> bool:
-        """Say whether ``peer`` may act on what is of ``uid``; None: on what is of several, or of anybody."""
+    def _may_act_on(self, peer: Peer, uid: int | None, pid: int | None = None) -> bool:
+        """Say whether ``peer`` may act on what is of ``uid``, the process ``pid`` for one; None: of several, or of anybody.
+
+        From a container, that is what runs in the same one: its root may have the machine's uid 0, and is another's all the same.
+        """
+        if peer.container:
+            same = pid is not None and self._core.observer.proc.pid_namespace(pid) == peer.container
+            return same and peer.uid == uid
         return peer.uid in (0, uid) or peer.uid in self.facts.admins
+
+    def _container_of(self, peer: Peer) -> str:
+        """Return the pid namespace of ``peer`` where that is not ours; what is nobody's where it cannot be told."""
+        try:
+            handle = peer.open_pidfd()
+        except ProcessGone:
+            return "gone"
+        try:
+            return self._core.observer.container_of(peer.pid, handle)
+        finally:
+            os.close(handle)
 
     # -- telling -----------------------------------------------------------------------------
 
@@ -368,6 +389,7 @@ class Server:
                 "freed_bytes_total": store.total("freed_bytes"),
                 "dry_run": self.facts.dry_run,
                 "gate_restarts": self._link.lives_lost,
+                "limits": [lack._asdict() for lack in self.facts.lacks],
             }
         }
 

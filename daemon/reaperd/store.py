@@ -66,18 +66,24 @@ MAX_OF_ALL = Size(200_000, 256 * 1024 * 1024)
 
 
 class Store:
-    """The database in the state directory; when it cannot be used, one in memory, with a warning."""
+    """The database in the state directory; when it cannot be used, one in memory, with a warning.
+
+    Processes are on record for an ``era``: a boot, and the namespaces in which their pids and start times are theirs. Read in
+    others, those of the living would be taken for the dead. What is over stays over for the whole boot.
+    """
 
     def __init__(
         self,
         directory: str,
         boot_id: str,
+        era: str = "",
         *,
         most_of_one_uid: Size = MAX_OF_ONE_UID,
         most_of_all: Size = MAX_OF_ALL,
         retry_s: float = RETRY_S,
     ) -> None:
         self._boot_id = boot_id
+        self._era = era or boot_id
         self._database = Database(os.path.join(directory, "reaper.db"), _SCHEMA, retry_s)
         self._read, self._write = self._database.read, self._database.write
         # What is gone by must not depend on whether it could be written yet.
@@ -109,20 +115,20 @@ class Store:
     def sessions(self) -> list[Session]:
         """Return the sessions on record for this boot; what cannot be read is left out."""
         found = []
-        rows = self._read("SELECT record FROM sessions WHERE boot_id = ?", self._boot_id)
+        rows = self._read("SELECT record FROM sessions WHERE boot_id = ?", self._era)
         for (text,) in rows:
             try:
                 found.append(stored.parse_session(text))
             except ValueError as error:
                 log.warning("cannot read a session on record: %s", error)
-        for table in ("sessions", "settled"):
-            self._write(f"DELETE FROM {table} WHERE boot_id != ?", self._boot_id)  # noqa: S608 - a literal
+        self._write("DELETE FROM sessions WHERE boot_id != ?", self._era)
+        self._write("DELETE FROM settled WHERE boot_id != ?", self._boot_id)
         return found
 
     def save(self, session: Session) -> None:
         """Put ``session`` on record as it is now."""
         record = stored.pack_session(session)
-        self._write("REPLACE INTO sessions VALUES (?, ?, ?, ?)", *session.key, self._boot_id, record)
+        self._write("REPLACE INTO sessions VALUES (?, ?, ?, ?)", *session.key, self._era, record)
 
     def forget(self, key: SessionKey) -> None:
         """Take a session off the record."""
@@ -145,7 +151,7 @@ class Store:
     def orphans(self) -> dict[ProcessId, Record]:
         """Return what is on record of suspects for this boot; what cannot be read is left out."""
         for table in ("orphans", "spared"):
-            self._write(f"DELETE FROM {table} WHERE boot_id != ?", self._boot_id)  # noqa: S608 - a literal
+            self._write(f"DELETE FROM {table} WHERE boot_id != ?", self._era)  # noqa: S608 - a literal
         found = {}
         for pid, start_ticks, text in self._read("SELECT pid, start_ticks, record FROM orphans"):
             with contextlib.suppress(ValueError):
@@ -154,7 +160,7 @@ class Store:
 
     def save_orphan(self, id_: ProcessId, record: Record) -> None:
         """Put what is remembered of a suspect on record, its samples apart."""
-        row = (*id_, self._boot_id, stored.pack_suspect(record))
+        row = (*id_, self._era, stored.pack_suspect(record))
         self._write("REPLACE INTO orphans VALUES (?, ?, ?, ?)", *row)
 
     def forget_orphan(self, id_: ProcessId) -> None:
@@ -167,7 +173,7 @@ class Store:
 
     def _spared_on_record(self) -> frozenset[ProcessId]:
         found = set()
-        for row in self._read("SELECT pid, start_ticks FROM spared WHERE boot_id = ?", self._boot_id):
+        for row in self._read("SELECT pid, start_ticks FROM spared WHERE boot_id = ?", self._era):
             with contextlib.suppress(ValueError):
                 found.add(stored.parse_process_id(*row))
         return frozenset(found)
@@ -175,7 +181,7 @@ class Store:
     def spare(self, id_: ProcessId) -> None:
         """Put on record that a process is spared."""
         self._spared |= {id_}
-        self._write("REPLACE INTO spared VALUES (?, ?, ?)", *id_, self._boot_id)
+        self._write("REPLACE INTO spared VALUES (?, ?, ?)", *id_, self._era)
 
     def spare_no_longer(self, id_: ProcessId) -> None:
         """Take it off the record that a process is."""

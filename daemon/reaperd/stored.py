@@ -102,7 +102,8 @@ def _record(session: Session) -> dict[str, Any]:
         "adopters": sorted(session.adopters),
         "subreapers": sorted(session.subreapers),
         "init": session.init,
-        "namespaces": [session.namespaces.pid, session.namespaces.mnt, session.namespaces.time],
+        # Without what is empty at the end, which an earlier daemon does not know.
+        "namespaces": list(session.namespaces if session.namespaces.shm else session.namespaces[:3]),
         "oom_counter": session.oom_counter,
         "oom_kills": session.oom_kills,
         "spared": sorted(session.spared),

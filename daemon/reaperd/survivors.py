@@ -255,7 +255,7 @@ class Survivors:
         self._sessions.apply(key, looked)
         new = [id_ for id_ in held.members if id_ not in entry.targets]
         self._targeted.update(new)
-        if new and not self._sessions.policy.dry_run and self._observer.shares_our_namespaces(entry.session):
+        if new and not self._sessions.policy.dry_run and self._observer.shares_our_shm(entry.session):
             self._sessions.apply(key, ledger.ShmMeasured(self._reclaimer.measure(entry.session, new)))
         now_s = time.monotonic()
         due = decide.decide(self._sessions.entries[key], self._sessions.policy, now_s, still=still)

@@ -41,14 +41,14 @@ def assert_told(system: BootedSystem, name: str, since: str, priority: str) -> N
 
 def finding(system: BootedSystem) -> dict[str, str]:
     shown = system.run("reaperctl", "doctor", "--json", check=False).stdout
-    (found,) = [check for check in json.loads(shown)["checks"] if check["check"] == "daemon's rights"]
+    (found,) = [check for check in json.loads(shown)["checks"] if check["check"] == "daemon's reach"]
     return dict(found)
 
 
 def assert_doctor_knows(system: BootedSystem, name: str, level: str) -> None:
     found = finding(system)
     assert found["level"] == level
-    assert f"lacks {name}: {RIGHTS[name].without}" in found["fact"]
+    assert f"without {name} {RIGHTS[name].without}" in found["fact"]
 
 
 def test_with_all_of_them_nothing_is_said(unit: BootedSystem) -> None:

@@ -803,13 +803,14 @@ class Leader:
         names = self._names()
         if line["leader"] not in names:
             return line
-        told = {pid for found in line["pids"].values() for pid in found}
+        told = {pid for found in (*line["pids"].values(), line.get("spared", [])) for pid in found}
         end_s = time.monotonic() + UP_WITHIN_S
         # One in the middle of execve(2) shows no mark.
         while told - names.keys() and time.monotonic() < end_s:
             names |= self._names()
         pids = {role: [names.get(pid, pid) for pid in found] for role, found in line["pids"].items()}
-        return {**line, "leader": names[line["leader"]], "pids": pids}
+        spared = [names.get(pid, pid) for pid in line.get("spared", [])]
+        return {**line, "leader": names[line["leader"]], "pids": pids, "spared": spared}
 
     def _names(self) -> dict[int, int]:
         """Return the family's pids by what they are in namespaces of their own."""

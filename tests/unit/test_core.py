@@ -411,3 +411,20 @@ def test_a_session_that_a_stamp_tells_of_is_taken_on_with_the_page_that_others_h
             (entry,) = world.core.sessions.entries.values()
             assert entry.session.page_inode == os.fstat(page.fd).st_ino
             assert entry.session.name == "grid"
+
+
+def test_a_stamp_that_was_carried_out_of_another_realm_names_nobodys_dead_leader(world: World) -> None:
+    """There, its pid and its start time were another process's, which may live."""
+    proc, socket = world.observer.proc, "/nowhere/reaper.sock"
+    cgroup = world.observer.cgroup_path(os.getpid())
+    leader, ticks = 2**31 - 1, proc.stat(os.getpid()).id.start_ticks  # nobody has that pid here
+    adoption = Adoption(world.core, socket)
+    for nonce, realm in enumerate(("4026532999:4026531834", "")):
+        place = wire.place_of(socket, cgroup, os.getuid(), realm)
+        id_ = wire.format_session_id(leader, ticks, place, nonce)
+        with executed(**{wire.LINEAGE_VARIABLE: id_}) as stamped:
+            holder = Holder(proc.stat(stamped), os.getuid(), os.getgid(), ())
+            adoption._adopt_by_environment(StampedProcess(id_, holder, cgroup))
+        assert [key.id for key in world.core.sessions.entries] == (
+            [id_] if realm == world.observer.realm else []
+        )

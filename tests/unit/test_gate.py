@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agent.wire import WireError
 from reaperd import gate, gate_frames
-from reaperd.gate import Gate, Quota, be_expendable, find_user, parse_peer_address
+from reaperd.gate import CannotBeNobody, Gate, Quota, be_expendable, find_user, parse_peer_address
 
 OVERFLOW = 65534
 BURST, PER_S = int(gate._BURST), gate._REQUESTS_PER_S
@@ -191,7 +191,7 @@ def test_a_user_that_only_a_name_service_has_is_asked_for(tmp_path: Path) -> Non
 def test_there_is_no_gate_where_there_is_nobody_to_be(tmp_path: Path) -> None:
     accounts = tmp_path / "passwd"
     accounts.write_text("none\nnone:x:1\n")
-    with pytest.raises(SystemExit, match="none of the users none"):
+    with pytest.raises(CannotBeNobody, match="none of the users none"):
         find_user(("none",), str(accounts))
 
 

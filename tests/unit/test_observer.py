@@ -99,6 +99,21 @@ def test_a_session_shares_our_namespaces_only_where_both_are_the_same(observer: 
     assert not observer.shares_our_namespaces(session())
 
 
+def test_a_session_with_mounts_of_its_own_shares_our_shm_only_where_it_is_the_very_same(
+    observer: Observer,
+) -> None:
+    ours = observer._namespaces._replace(shm="0:23")
+    observer._namespaces = ours
+    theirs = ours._replace(mnt="mnt:[1]")
+    assert observer.shares_our_shm(session(namespaces=ours._replace(shm="")))
+    assert observer.shares_our_shm(session(namespaces=theirs))
+    assert not observer.shares_our_shm(session(namespaces=theirs._replace(shm="0:24")))
+    assert not observer.shares_our_shm(session(namespaces=theirs._replace(shm="")))
+    assert not observer.shares_our_shm(session(namespaces=theirs._replace(pid="pid:[1]")))
+    observer._namespaces = ours._replace(shm="")
+    assert not observer.shares_our_shm(session(namespaces=theirs._replace(shm="")))
+
+
 def test_a_holder_is_an_orphan_only_of_a_leader_that_is_dead_and_was_there_before_it(
     observer: Observer,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The systemd units: systemd itself finds nothing to say about them, and they agree with what the daemon does."""
+"""The systemd units and the image: they agree with what the daemon does, and systemd itself finds nothing to say about its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from reaperd.rights import RIGHTS
+
+GATE_USER = "reaper-gate"
 PACKAGING = Path(__file__).resolve().parents[2] / "packaging" / "systemd"
 UNITS = [
     pytest.param("reaperd.service", "--system", id="system"),
@@ -173,6 +176,28 @@ def test_the_system_unit_makes_no_mount_namespace() -> None:
         ),
     }
     assert not namespacing & {key for key, _ in settings("reaperd.service")}
+
+
+def test_the_container_has_the_capabilities_of_the_unit_and_the_daemon_knows_what_each_is_for() -> None:
+    (unit,) = [value for key, value in settings("reaperd.service") if key == "CapabilityBoundingSet"]
+    compose = (PACKAGING.parent / "docker" / "compose.yaml").read_text("utf-8")
+    (added,) = re.findall(r"^    cap_add: \[(.*)\]$", compose, re.MULTILINE)
+    names = set(unit.replace("CAP_", "").split())
+    assert set(added.split(", ")) == names == {right.removeprefix("CAP_") for right in RIGHTS}
+    assert "    cap_drop: [ALL]\n" in compose
+    for wanted in ("pid: host", "read_only: true", "no-new-privileges:true", "network_mode: none"):
+        assert wanted in compose
+
+
+def test_the_image_makes_the_gates_user_and_is_asked_for_its_health() -> None:
+    text = (PACKAGING.parent / "docker" / "Dockerfile").read_text("utf-8")
+    assert f"echo '{GATE_USER}:x:" in text
+    assert 'CMD ["reaperctl", "--system", "ping"]' in text
+    assert 'ENTRYPOINT ["reaperd"]' in text
+    ignored = (PACKAGING.parent / "docker" / "Dockerfile.dockerignore").read_text("utf-8").split()
+    for name in ("agent", "daemon", "config", "pyproject.toml", "README.md", "LICENSE"):
+        assert f"!{name}" in ignored
+        assert (PACKAGING.parents[1] / name).exists()
 
 
 def test_where_memory_runs_out_the_system_daemon_is_among_the_last_to_go() -> None:

@@ -393,3 +393,17 @@ def test_a_reaper_without_the_right_to_signal_says_so() -> None:
 
     with child(signal_the_parent) as pid:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_a_pidfd_tells_the_pids_of_its_process_until_that_was_waited_for() -> None:
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+    handle = os.pidfd_open(pid)
+    try:
+        assert pidfd.pids_of(handle, ProcFS()) == (pid,)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert pidfd.pids_of(handle, ProcFS()) == (-1,)
+    finally:
+        os.close(handle)

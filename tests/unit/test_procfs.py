@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import mmap
 import os
@@ -27,6 +28,7 @@ from reaperd.linux.procfs import (
     PF_EXITING,
     PF_FORKNOEXEC,
     ProcessGone,
+    ProcessHidden,
     ProcFS,
     environment_value,
     has_pending_sigkill,
@@ -36,6 +38,7 @@ from reaperd.linux.procfs import (
     parse_maps,
     parse_memfd_link,
     parse_mount_kinds,
+    parse_mounted_at,
     parse_parent,
     parse_pids,
     parse_stat,
@@ -809,3 +812,55 @@ def test_of_a_command_line_of_megabytes_the_beginning_is_told() -> None:
         process.communicate()
     assert argv[:3] == ("sh", "-c", "read line")
     assert sum(len(word.encode()) for word in argv) <= 1 << 16
+
+
+MOUNTINFO = b"""\
+22 1 254:0 / / rw shared:1 - ext4 /dev/vda rw
+30 22 0:25 / /dev/shm rw - tmpfs tmpfs rw
+31 22 0:26 /inner /tmp rw master:1 - tmpfs tmpfs rw
+32 22 0:27 / /mnt\\040x rw - tmpfs tmpfs rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "point", "found"),
+    [
+        (MOUNTINFO, "/dev/shm", "0:25"),
+        (MOUNTINFO, "/", "254:0"),
+        (MOUNTINFO, "/tmp", ""),  # a part of one
+        (MOUNTINFO, "/nowhere", ""),
+        (MOUNTINFO + b"33 30 0:28 / /dev/shm rw - tmpfs tmpfs rw\n", "/dev/shm", "0:28"),  # on top of it
+        (MOUNTINFO + b"33 30 0:25 /sub /dev/shm rw - tmpfs tmpfs rw\n", "/dev/shm", ""),
+        (b"", "/dev/shm", ""),
+        (b"\xff / /dev/shm\n1 2 3 4\n\n", "/dev/shm", ""),
+    ],
+)
+def test_which_file_system_is_seen_at_a_place_is_told_by_the_last_mount_there(
+    text: bytes, point: str, found: str
+) -> None:
+    assert parse_mounted_at(text, point) == found
+
+
+def test_a_process_that_may_not_be_asked_about_is_hidden_and_one_that_may_not_be_read_is_not(
+    fake: FakeProc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, expected in ((errno.EPERM, ProcessHidden), (errno.EACCES, PermissionError)):
+
+        def refuse(*_: object, number: int = number) -> int:
+            raise PermissionError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "open", refuse)
+        with pytest.raises(expected):
+            fake.proc.stat(7)
+
+
+def test_a_proc_that_does_not_know_us_is_not_of_our_pid_namespace(fake: FakeProc) -> None:
+    assert ProcFS().is_of_our_pid_namespace()
+    assert not fake.proc.is_of_our_pid_namespace()
+    for pids, ours in (
+        (f"{os.getpid()}", True),
+        (f"{os.getpid()}\t{os.getpid()}", False),
+        (f"9\t{os.getpid()}", False),
+    ):
+        fake.write("self/status", f"Name:\tx\nNSpid:\t{pids}\n".encode())
+        assert fake.proc.is_of_our_pid_namespace() == ours

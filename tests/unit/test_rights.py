@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from reaperd.ctl.check_setup import judge_rights
+from reaperd.ctl.check_setup import judge_reach
 from reaperd.ctl.findings import LIMIT, OK, PROBLEM
 from reaperd.linux.capability import parse_missing
 from reaperd.linux.procfs import ProcFS
 from reaperd.rights import RIGHTS
+from reaperd.surroundings import Lack
 
 BITS = {"CAP_DAC_READ_SEARCH": 2, "CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SYS_PTRACE": 19}
 
@@ -41,12 +42,12 @@ def test_a_text_without_capabilities_and_our_own_are_read() -> None:
     ],
 )
 def test_doctor_names_what_the_daemon_lacks_what_that_costs_and_what_to_do(missing: str, level: str) -> None:
-    found = judge_rights(status(*(BITS.keys() - {missing})))
+    lack = Lack(f"without {missing} {RIGHTS[missing].without}", f"grant {missing}")
+    found = judge_reach([lack, Lack("/dev/shm is another one", "mount it in")], "the daemon")
     assert found.level == level
-    assert found.fact == f"the daemon lacks {missing}: {RIGHTS[missing].without}"
-    assert f"grant {missing} " in found.advice
+    assert found.fact == f"of the daemon: {lack.fact}; /dev/shm is another one"
+    assert found.advice == f"grant {missing}; mount it in"
 
 
-def test_doctor_asks_nothing_of_a_daemon_that_has_all_or_that_is_a_users_own() -> None:
-    assert judge_rights(status(*BITS)).level == OK
-    assert judge_rights(status(uid=1000)).level == OK
+def test_doctor_asks_nothing_of_a_daemon_that_has_all() -> None:
+    assert judge_reach([], "the daemon").level == OK

@@ -37,7 +37,7 @@ FULL = Session(
     adopters=frozenset((ProcessId(50, 10), ProcessId(51, 11))),
     subreapers=frozenset((ProcessId(50, 10),)),
     init=ProcessId(51, 11),
-    namespaces=Namespaces("pid:[1]", "mnt:[2]", "time:[3]"),
+    namespaces=Namespaces("pid:[1]", "mnt:[2]", "time:[3]", "0:23"),
     oom_counter="/sys/fs/cgroup/memory.events",
     oom_kills=3,
     kept=frozenset((ProcessId(8, 80), ProcessId(9, 90))),
@@ -118,6 +118,21 @@ def test_sessions_of_another_boot_are_nobodys_and_are_dropped(tmp_path: Path) ->
         store.save(PLAIN)
     assert sessions_in(tmp_path, BOOT) == []
     assert sessions_in(tmp_path, OTHER_BOOT) == []
+
+
+def test_what_is_on_record_of_processes_counts_in_its_own_namespaces_alone(tmp_path: Path) -> None:
+    """In others, a pid and a start time are another process's. What is over stays over all the same."""
+    era, suspect = f"{BOOT} 4026532999:4026531834 offsets", ProcessId(5, 50)
+    with closing(Store(str(tmp_path), BOOT, era)) as one:
+        one.save(PLAIN)
+        one.settle(FULL.key)
+        one.save_orphan(suspect, Record(lost_at_s=1.0))
+        one.spare(suspect)
+    with closing(Store(str(tmp_path), BOOT, era)) as same:
+        assert (same.sessions(), set(same.orphans()), same.spared()) == ([PLAIN], {suspect}, {suspect})
+    with closing(open_store(tmp_path)) as other:
+        assert (other.sessions(), other.orphans(), other.spared()) == ([], {}, frozenset())
+        assert other.is_settled(FULL.key)
 
 
 def test_a_session_that_cannot_be_read_is_left_out_and_the_others_are_not(

@@ -329,6 +329,23 @@ def test_the_place_tells_sockets_cgroups_and_users_apart() -> None:
     wire.place_of("/a", "/\udcff", 0)  # a cgroup's name is any bytes
 
 
+def test_a_realm_is_two_namespaces_and_the_machines_own_needs_no_name() -> None:
+    pids, times = wire.PID_NAMESPACE_OF_MACHINE, wire.TIME_NAMESPACE_OF_MACHINE
+    assert wire.realm_of(pids, times) == wire.realm_of(pids, 0) == ""
+    realms = {wire.realm_of(*one) for one in ((1, times), (pids, 1), (1, 1), (0, 0), (0, times))}
+    assert (
+        len(realms) == 4
+    )  # a kernel without time namespaces, and one whose time namespace is the first, are alike
+    assert "" not in realms
+    assert len({wire.place_of("/a", "/", 0, realm) for realm in ("", *realms)}) == 5
+
+
+@pytest.mark.parametrize(("told", "realm"), [(None, ""), ("1:2", "1:2"), ("", "?"), (7, "?"), (["1:2"], "?")])
+def test_a_realm_that_makes_no_sense_is_nobodys(told: object, realm: str) -> None:
+    fields = {} if told is None else {"realm": told}
+    assert pages.parse_page(page(changed(**fields))).realm == realm
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.binary(max_size=300))
 def test_the_checksum_is_crc_32(data: bytes) -> None:

@@ -8,6 +8,8 @@ import os
 from reaperd.ctl import probes
 from reaperd.ctl.findings import Check, Finding, limit, ok, problem
 from reaperd.linux.mounts import Mount, parse_mount_table
+from reaperd.linux.procfs import ProcFS
+from reaperd.surroundings import hiding_options
 from reaperd.words import size
 
 # Below this, worker pools that share arrays run into its end (Docker gives 64 MiB).
@@ -27,6 +29,16 @@ def kernel() -> Finding:
             f"this is {system.sysname}", "Reaper needs Linux; on other systems `agent` does nothing"
         )
     return ok(f"Linux {system.release} on {system.machine}")
+
+
+def own_proc() -> Finding:
+    """Whether a pid in /proc is whom this process would signal under it."""
+    if ProcFS().is_of_our_pid_namespace():
+        return ok("/proc is of this pid namespace")
+    return problem(
+        "/proc shows another pid namespace than this one: a pid there is another process's here, so nothing can be told",
+        "run this where the processes are, or mount a /proc of this namespace (unshare --mount-proc)",
+    )
 
 
 def pidfd() -> Finding:
@@ -171,17 +183,20 @@ def _yama() -> str:
 
 def hidden_processes() -> Finding:
     """hidepid on /proc (proc(5))."""
-    options = next((m.options for m in reversed(_mounts()) if m.point == "/proc" and m.kind == "proc"), ())
-    hiding = [word for word in options if word.startswith(("hidepid=", "subset="))]
-    hiding = [word for word in hiding if word not in ("hidepid=0", "hidepid=off")]
+    hiding = hiding_options(_mounts())
     if "subset=pid" in hiding:
         return limit(
             f"/proc is mounted with {', '.join(hiding)}", "mount /proc without subset=pid for the daemon"
         )
     if not hiding:
         return ok("/proc shows every process")
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and probes.reads_environ(of_another_user=True):
         return ok(f"/proc is mounted with {hiding[0]}, which does not bind CAP_SYS_PTRACE")
+    if os.geteuid() == 0:
+        return limit(
+            f"/proc is mounted with {hiding[0]}: root here sees its own processes only",
+            "grant CAP_SYS_PTRACE",
+        )
     return limit(
         f"/proc is mounted with {hiding[0]}: you see your own processes only",
         "nothing, for your own daemon; a daemon for everybody must run as root",

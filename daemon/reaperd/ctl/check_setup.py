@@ -8,7 +8,7 @@ import sys
 from argparse import Namespace
 from importlib.machinery import ModuleSpec
 
-from reaperd import __version__
+from reaperd import __version__, surroundings
 from reaperd.ctl import CommandError, probes
 from reaperd.ctl.findings import Check, Finding, limit, ok, problem
 
@@ -160,35 +160,34 @@ def daemon(options: Namespace) -> Finding:
     return ok(said)
 
 
-def rights(options: Namespace) -> Finding:
-    """Whether the daemon has the capabilities that one for everybody needs."""
-    from reaperd.ctl.link import sockets_of
-    from reaperd.linux.procfs import ProcessGone
+def reach(options: Namespace) -> Finding:
+    """What the daemon has to do without where it runs; where none answers, what one that is started here would have to."""
+    from reaperd.ctl.link import Link, NoDaemonError
+    from reaperd.linux.procfs import ProcFS
 
     try:
-        path = next(path for path in sockets_of(options) if os.path.lexists(path))
-        status = probes.read_status(probes.listener(path))
-    except (CommandError, OSError, ProcessGone, StopIteration):
-        return limit("no daemon can be looked at", "see what is said of the daemon; one in a container hides")
-    return judge_rights(status)
+        told = Link.of(options).ask("status")["status"].get("limits", [])
+        found = [surroundings.Lack(str(one["fact"]), str(one["advice"])) for one in told]
+        who = "the daemon"
+    except (NoDaemonError, CommandError):
+        proc = ProcFS()
+        if (why := surroundings.why_unusable(proc)) is not None:
+            return problem(f"no daemon can be started here: {why}", "start it elsewhere, or as that says")
+        found, who = surroundings.lacks(proc), "a daemon that is started here"
+    return judge_reach(found, who)
 
 
-def judge_rights(status: bytes) -> Finding:
-    """Return the finding for the text of a daemon's /proc/PID/status."""
-    from reaperd.linux.capability import parse_missing
-    from reaperd.linux.procfs import parse_uids
+def judge_reach(found: list[surroundings.Lack], who: str) -> Finding:
+    """Return the finding for what ``who`` has to do without."""
     from reaperd.rights import RIGHTS
 
-    if 0 not in parse_uids(status):
-        return ok("the daemon is a user's own, and needs no capability for that user's processes")
-    missing = [RIGHTS[name] for name in parse_missing(status, RIGHTS)]
-    if not missing:
-        return ok(f"the daemon has all {len(RIGHTS)} capabilities that it needs")
-    names = ", ".join(right.name for right in missing)
-    judge = problem if any(right.vital or right.name == "CAP_KILL" for right in missing) else limit
+    if not found:
+        return ok(f"{who} can see and signal all that it has to")
+    grave = tuple(f"without {name} " for name, right in RIGHTS.items() if right.vital or name == "CAP_KILL")
+    judge = problem if any(one.fact.startswith(grave) for one in found) else limit
     return judge(
-        f"the daemon lacks {names}: {'; '.join(right.without for right in missing)}",
-        f"grant {names} (CapabilityBoundingSet= in the unit, docker run --cap-add) and restart it",
+        f"of {who}: {'; '.join(one.fact for one in found)}",
+        "; ".join(dict.fromkeys(one.advice for one in found)),
     )
 
 
@@ -254,6 +253,6 @@ def checks(options: Namespace) -> list[tuple[str, Check]]:
         ("state directory", state_directory),
         ("socket", lambda: socket_file(options)),
         ("daemon", lambda: daemon(options)),
-        ("daemon's rights", lambda: rights(options)),
+        ("daemon's reach", lambda: reach(options)),
         ("systemd", systemd),
     ]

@@ -29,12 +29,15 @@ def examine(options: Namespace) -> list[Finding]:
     kernel = run("kernel", check_kernel.kernel)
     if kernel.level == PROBLEM:
         return [kernel]
+    proc = run("pids", check_kernel.own_proc)
+    if proc.level == PROBLEM:
+        return [kernel, proc]
     module = run("agent module", check_setup.agent_module)
     if module.level == PROBLEM:
         # A stranger's module must not run because a check imports it: from here on `import agent` fails.
         sys.modules["agent"] = None  # type: ignore[assignment]
     checks = [*check_kernel.CHECKS, *check_setup.checks(options)]
-    return [kernel, module, *(run(subject, check) for subject, check in checks)]
+    return [kernel, proc, module, *(run(subject, check) for subject, check in checks)]
 
 
 def _document(finding: Finding) -> dict[str, str | None]:

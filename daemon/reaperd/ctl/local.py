@@ -28,6 +28,7 @@ from reaperd.poller import Poller
 from reaperd.reaper import Reaper
 from reaperd.scan import Scan
 from reaperd.settings import kill_policy, scan_rules
+from reaperd.surroundings import why_unusable
 from reaperd.verdicts import LEAST_SAMPLES, Record, Suspect
 
 _WINDOW_S = 1.0  # over which CPU use is measured, for somebody waits
@@ -64,6 +65,8 @@ class _Engine:
         except ConfigError as error:
             raise CommandError("; ".join(error.faults), USAGE) from None
         proc = ProcFS()
+        if (why := why_unusable(proc)) is not None:
+            raise CommandError(f"cannot look at processes from here: {why}")
         self.poller = Poller()
         self.marks = MarkReader(proc)
         self.marks.memory.keeps_helper = True

@@ -140,28 +140,6 @@ def read_text(path: str) -> str:
         return file.read()
 
 
-def read_status(pid: int) -> bytes:
-    """Return /proc/PID/status of another process; ProcessGone."""
-    return ProcFS().status(pid)
-
-
-# -- sockets --------------------------------------------------------------------------------------
-
-
-def listener(path: str) -> int:
-    """Return the pid of who listens on a Unix socket, as the kernel has it (unix(7), SO_PEERCRED); OSError for 0."""
-    import socket
-    import struct
-
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
-        caller.settimeout(1.0)
-        caller.connect(path)
-        pid, _, _ = struct.unpack("=iII", caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    if pid == 0:
-        raise OSError(errno.ESRCH, "it is in another pid namespace")
-    return int(pid)
-
-
 # -- ZeroMQ ---------------------------------------------------------------------------------------
 
 

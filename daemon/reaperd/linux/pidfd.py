@@ -14,7 +14,7 @@ import socket
 import struct
 from typing import NamedTuple
 
-from reaperd.linux.procfs import ProcessGone, ProcFS, parse_uid
+from reaperd.linux.procfs import ProcessGone, ProcessHidden, ProcFS, parse_pids, parse_uid
 from reaperd.model import ProcessId
 
 _SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
@@ -39,19 +39,40 @@ def open_pid(pid: int) -> int:
 
 
 def open_pidfd(target: ProcessId, proc: ProcFS) -> int:
-    """Return a pidfd for exactly ``target``; ProcessGone if it has exited.
+    """Return a pidfd for exactly ``target``; ProcessGone if it has exited, ProcessHidden where that cannot be told.
 
     Open first, then compare: a start time read after pidfd_open(2) that still matches means that ``target`` held the
     pid all along, so the descriptor is its.
     """
     pidfd = open_pid(target.pid)
     try:
-        if proc.stat(target.pid).id != target:
+        try:
+            found = proc.stat(target.pid).id
+        except ProcessGone:
+            if has_exited(pidfd):
+                raise ProcessGone(str(target.pid)) from None
+            raise ProcessHidden(str(target.pid)) from None
+        if found != target:
             raise ProcessGone(str(target.pid))
     except BaseException:
         os.close(pidfd)
         raise
     return pidfd
+
+
+def is_hidden(pid: int, proc: ProcFS) -> bool:
+    """Say whether there is a process ``pid`` that /proc does not show: one of hidepid's (proc(5)), which is not gone."""
+    try:
+        pidfd = open_pid(pid)
+    except ProcessGone:
+        return False
+    try:
+        proc.stat(pid)
+    except ProcessGone:
+        return not has_exited(pidfd)
+    finally:
+        os.close(pidfd)
+    return False
 
 
 def peer_pidfd(connection: socket.socket) -> int | None:
@@ -77,6 +98,20 @@ def send_signal(pidfd: int, number: int) -> None:
         signal.pidfd_send_signal(pidfd, number)
     except ProcessLookupError:
         raise ProcessGone("pidfd") from None
+
+
+def pids_of(pidfd: int, proc: ProcFS) -> tuple[int, ...]:
+    """Return the pid of the process in the namespace of ``proc`` and in each below it; (-1,) when it was waited for."""
+    return parse_pids(proc.fdinfo(pidfd))
+
+
+def try_on_ourselves() -> None:
+    """Open a pidfd of this process and send it signal 0; OSError where the kernel or a seccomp filter refuses either."""
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        send_signal(pidfd, 0)
+    finally:
+        os.close(pidfd)
 
 
 class Info(NamedTuple):

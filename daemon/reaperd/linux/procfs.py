@@ -5,11 +5,13 @@ A process that ends while it is read is an outcome (ProcessGone), and so is one 
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from agent import wire
 from reaperd.linux.exhaustion import tell_exhaustion
 from reaperd.model import Namespaces, ProcessId
 
@@ -24,6 +26,10 @@ _CHUNK_BYTES = 65536
 
 class ProcessGone(Exception):
     """The process has exited."""
+
+
+class ProcessHidden(ProcessGone):
+    """/proc does not let itself be asked about the process (hidepid=1, proc(5)); of hidepid=2, ProcessGone is all that is told."""
 
 
 class Stat(NamedTuple):
@@ -207,6 +213,16 @@ def parse_mount_kinds(mountinfo: bytes) -> dict[int, str]:
     return found
 
 
+def parse_mounted_at(mountinfo: bytes, point: str) -> str:
+    """Return which file system is mounted at ``point`` (major:minor), "" for none or only a part of one (proc_pid_mountinfo(5))."""
+    found = ""
+    for line in mountinfo.split(b"\n"):  # the last of several at one point is the one that is seen
+        fields = line.split(b" ")
+        if len(fields) > 6 and fields[4] == os.fsencode(point):
+            found = fields[2].decode("ascii", "replace") if fields[3] == b"/" else ""
+    return found
+
+
 class ProcFS:
     """One mount of /proc."""
 
@@ -316,6 +332,14 @@ class ProcFS:
         """Say whether it may be asked which descriptors ``pid`` has."""
         return os.access(f"{self.root}/{pid}/task/{task}/fd", os.R_OK, effective_ids=True)
 
+    def may_follow_descriptor(self, pid: int, task: int, number: int) -> bool:
+        """Say whether it may be asked what descriptor ``number`` of ``pid`` is; its own user may not always (ptrace(2))."""
+        try:
+            os.readlink(f"{self.root}/{pid}/task/{task}/fd/{number}")
+        except OSError as error:
+            return not isinstance(error, PermissionError)
+        return True
+
     def network_namespace(self, pid: int) -> str:
         """Return the network namespace that ``pid`` lives in; "" where that is not told."""
         try:
@@ -389,6 +413,10 @@ class ProcFS:
 
     def namespaces(self, pid: int) -> Namespaces:
         """Return where ``pid`` lives."""
+        return self.namespaces_of(str(pid))
+
+    def namespaces_of(self, pid: str) -> Namespaces:
+        """Return where ``pid`` lives, or the caller for "self"."""
 
         def link(name: str) -> str:
             try:
@@ -414,6 +442,31 @@ class ProcFS:
             tell_exhaustion(error)
             return ""
 
+    def user_namespace(self) -> str:
+        """Return the user namespace that the caller lives in; "" on a kernel that has none."""
+        try:
+            return os.readlink(f"{self.root}/self/ns/user")
+        except OSError:
+            return ""
+
+    def realm(self, pid: int | None = None) -> str:
+        """Return ``wire.realm_of()`` a process, or the caller; of one that does not let that be read, what is nobody's."""
+
+        def inode(link: str) -> int:
+            number = link.partition("[")[2].removesuffix("]")
+            return int(number) if number.isdigit() else 0
+
+        found = self.namespaces_of("self" if pid is None else str(pid))
+        return wire.realm_of(inode(found.pid), inode(found.time))
+
+    def clock_offsets(self) -> str:
+        """Return by how much the clocks of the caller's time namespace go ahead of the machine's; "" on a kernel that has none."""
+        try:
+            words = self._read("self/timens_offsets").decode("ascii").split()
+        except ProcessGone:
+            return ""
+        return " ".join(words)
+
     def own_pid_namespace(self) -> str:
         """Return the pid namespace that the caller lives in; "" where this /proc does not know the caller."""
         try:
@@ -422,12 +475,36 @@ class ProcFS:
             tell_exhaustion(error)
             return ""
 
+    def is_of_our_pid_namespace(self) -> bool:
+        """Say whether a pid in this /proc is whom pidfd_open(2) opens under it: in another pid namespace that is somebody else."""
+        try:
+            pids = parse_pids(self._read("self/status"))
+            # NSpid begins with the namespace of this /proc, and ends with the caller's own.
+            return pids == (os.getpid(),) if pids else os.readlink(f"{self.root}/self") == str(os.getpid())
+        except (ProcessGone, OSError):  # it does not know the caller
+            return False
+
+    def fdinfo(self, descriptor: int) -> bytes:
+        """Return what is told of one of the caller's open files (proc_pid_fdinfo(5))."""
+        return self._read(f"self/fdinfo/{descriptor}")
+
     def file_system(self, descriptor: int) -> str:
         """Return the kind of file system that one of the caller's open files is on; "" where that is not told."""
         try:
             mount, _ = parse_fdinfo(self._read(f"self/fdinfo/{descriptor}"))
             return parse_mount_kinds(self._read("self/mountinfo", records=True)).get(mount or 0, "")
         except ProcessGone:  # this /proc does not know the caller
+            return ""
+
+    def own_mounts(self) -> str:
+        """Return the mount table of the caller (proc_pid_mounts(5))."""
+        return self._read("self/mounts", records=True).decode("utf-8", "surrogateescape")
+
+    def mounted_at(self, pid: int, point: str) -> str:
+        """Return which file system ``pid`` has mounted at ``point`` (major:minor); "" for none, or where that is not told."""
+        try:
+            return parse_mounted_at(self._read(f"{pid}/mountinfo", records=True), point)
+        except (ProcessGone, OSError):
             return ""
 
     def boot_id(self) -> str:
@@ -449,6 +526,10 @@ class ProcFS:
             descriptor = os.open(f"{self.root}/{name}", os.O_RDONLY | os.O_CLOEXEC)
         except _GONE:
             raise ProcessGone(name) from None
+        except PermissionError as error:
+            if error.errno == errno.EPERM:  # fs/proc/base.c, proc_pid_permission(); for all else it is EACCES
+                raise ProcessHidden(name) from None
+            raise
         try:
             chunks = [os.read(descriptor, _CHUNK_BYTES)]
             size = len(chunks[0])

@@ -232,6 +232,15 @@ class Kin:
         self.popen(sleeper(self.muster.pipe))  # after the context, all is as before
         return [*worker, *self.muster.wait(1)]
 
+    def spared_bare(self) -> list[int]:
+        """Beside a worker: one that was spared, and whose environment does not say so."""
+        self.popen(sleeper(self.muster.pipe))
+        worker = self.muster.wait(1)
+        with agent.spared():
+            self.popen(sleeper(self.muster.pipe), env={"PATH": os.environ["PATH"], **MARK})
+        self.facts["spared"] = self.muster.wait(1)
+        return worker
+
     def stopped(self) -> list[int]:
         """Workers that a stop signal holds: a SIGTERM waits until they go on."""
         pids = self.subprocess()
@@ -346,6 +355,7 @@ KINDS = (
     "nested",
     "everything-left",
     "spared",
+    "spared-bare",
     "stopped",
     "hostile-names",
     "headless",

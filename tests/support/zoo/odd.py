@@ -197,6 +197,16 @@ def lead(kind: str, name: str) -> Odd:
     return odd
 
 
+def be_undumpable() -> None:
+    ctypes.CDLL(None).prctl(SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def hide(words: list[str]) -> None:
+    """Be what /proc does not show where it hides what is not the reader's to trace (hidepid)."""
+    be_undumpable()
+    stage.answer(hidden=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=[*KINDS, "inner"])
@@ -213,7 +223,7 @@ def main() -> None:
         be_inner()
         return
     if options.undumpable:
-        ctypes.CDLL(None).prctl(SET_DUMPABLE, 0, 0, 0, 0)
+        be_undumpable()
 
     def live(odd: Odd | None = None) -> None:
         odd = odd or lead(options.kind, options.kind)
@@ -222,6 +232,7 @@ def main() -> None:
                 "inner-registers": odd.have_inner_register,
                 "more": odd.start_more,
                 "exec-away": odd.exec_away,
+                "hide": hide,
                 "spawn-from": odd.spawn_from,
             }
         )
