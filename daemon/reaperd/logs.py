@@ -103,27 +103,28 @@ class PatientHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record, or count it."""
         try:
-            if self._lost and self._write(f"{self._lost} records of this log were lost: nobody took them\n"):
+            if self._lost and self._write(self.format(_lost(self._lost))):
                 self._lost = 0
-            written = not self._lost and self._write(self.format(record) + "\n")
-        except (
-            OSError,
-            MemoryError,
-            ValueError,
-            TypeError,
-        ):  # a full disk, a reader that is gone, a record that is none
+            written = not self._lost and self._write(self.format(record))
+        # A full disk, a reader that is gone, a record that is none.
+        except (OSError, MemoryError, ValueError, TypeError):
             written = False
         self._lost += not written
 
     def _write(self, text: str) -> bool:
         """Say whether ``text`` was written; of one that is longer than can be taken at once, a part may be."""
-        data = text.encode("utf-8", "backslashreplace")
+        data = text.encode("utf-8", "backslashreplace") + b"\n"
         while data:
             # poll(2) of a pipe or a socket says that it is writable while there is room for that much.
             if not self._poller.poll(0 if self._lost else _PATIENCE_S * 1000):
                 return False
             data = data[os.write(self._descriptor, data[:_AT_ONCE_BYTES]) :]
         return True
+
+
+def _lost(count: int) -> logging.LogRecord:
+    text = "%d records of this log were lost: nobody took them"
+    return logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (count,), None)
 
 
 def set_up(log_format: str) -> None:

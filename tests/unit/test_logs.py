@@ -103,6 +103,19 @@ def test_a_reader_that_does_not_read_is_not_waited_for_and_is_told_what_it_misse
     assert more == [f"{lost} records of this log were lost: nobody took them"]
 
 
+@pytest.mark.parametrize("form", FORMATTERS)
+def test_what_was_missed_is_told_in_the_form_of_all_else(form: str, pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    handler = logs.PatientHandler(writer)
+    handler.setFormatter(FORMATTERS[form]())
+    for _ in range(2000):
+        handler.emit(record("x" * 200))
+    read_all(reader)
+    handler.emit(record("again"))
+    told = read_all(reader).decode().splitlines()[0]
+    assert {"text": " WARNING ", "journal": "<4>", "json": '"level": "warning"'}[form] in told
+
+
 def test_a_record_longer_than_a_pipe_takes_at_once_comes_whole_where_somebody_reads(
     pipe: tuple[int, int],
 ) -> None:
