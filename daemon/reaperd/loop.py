@@ -79,7 +79,7 @@ class Daemon:
         self._read_config = read_config
         self._config = config
         self._signals: set[int] = set()
-        self._is_ailing = False  # something ran out in the last round
+        self._is_ailing = False  # something ran out, and what that left half done is not mended yet
         self._notifier = Notifier(os.environ, os.getpid())
 
     def check_start(self) -> None:
@@ -173,12 +173,16 @@ class Daemon:
             if self._link.hopeless:
                 raise StartError(f"cannot serve anybody: {self._link.hopeless}")
             try:
+                if self._is_ailing:
+                    self._mend()
+                    # What was due may have been taken off the list, and not been done.
+                    self._core.sessions.touch()
+                    self._is_ailing = False
                 self._go_round()
-                self._is_ailing = False
             except (OSError, MemoryError) as error:
                 if not is_exhaustion(error):
                     raise
-                self._recover(error)
+                self._catch_breath(error)
         # A leader may have died in the middle of all that: there may be no next daemon to see it.
         self._poller.wait(0)
         self._core.step()
@@ -196,14 +200,12 @@ class Daemon:
         self._link.exchange()
         self._server.take_turns()
 
-    def _recover(self, error: Exception) -> None:
-        """Memory or descriptors have run out in the middle of anything: go on from what is known, after a breath."""
-        with contextlib.suppress(OSError, MemoryError):  # nothing of this is needed to go on
-            if not self._is_ailing:
+    def _catch_breath(self, error: Exception) -> None:
+        """Memory or descriptors have run out in the middle of anything: before we go on, that is to be mended."""
+        before, self._is_ailing = self._is_ailing, True
+        if not before:
+            with contextlib.suppress(OSError, MemoryError):
                 log.warning("cannot go on: %s, trying again until that is over", reason_of(error))
-            self._is_ailing = True
-            self._mend()
-            self._core.sessions.touch()  # what was due may have been taken off the list, and not been done
         time.sleep(_BREATH_S)
 
     def _mend(self) -> None:

@@ -415,7 +415,8 @@ def run_inside(at: Assault, command: list[str]) -> None:
 def caught_up(at: Assault, leader: Leader) -> None:
     """What could not be done in a bad time must be done soon after it."""
     assert not (ended := at.siege.watch.lives()), ended
-    assert leader.wait_all_gone(15) == []
+    left = leader.wait_all_gone(15)
+    assert left == [], f"{left} of {leader.session} live on:\n{at.daemon.read_log()[-8000:]}"
     at.daemon.wait_end(leader.session)
 
 
