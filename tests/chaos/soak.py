@@ -1,7 +1,8 @@
 """Sessions that come and go by the thousand: ``soak.py [--sessions N] [--warm-up N]``.
 
-Prints what core and gate take as they do, and how that grows with each session. The exit code is 1 where descriptors or
-threads grew, or memory by more than a page of a record would explain.
+So do orphans that nobody registered, which the scan tells of; settings are read anew, good ones and such as are refused; and
+the history is full from the start, so that every event drops one. Prints what core and gate take meanwhile, and how that grows
+with each session. The exit code is 1 where descriptors or threads grew, or memory by more than a page of a record would explain.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import uuid
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "support"))
 
-from chaos.flat import Measured, come_and_go, grew, growth_per_session
+from chaos.flat import TELLING, Measured, come_and_go, fill_history, grew, growth_per_session
 from chaos.stage import Stage
 from harness import Scratch
 
@@ -36,9 +37,10 @@ def main() -> None:
     # Whoever takes part is ended on the way out.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     scratch = Scratch()
-    stage = Stage(scratch, uuid.uuid4().hex[:12])
+    stage = Stage(scratch, uuid.uuid4().hex[:12], TELLING)
     measured: list[Measured] = []
     try:
+        print(f"{fill_history(stage)} events on record before the first", flush=True)
         stage.start_daemon()
         for one in come_and_go(stage, options.warm_up + options.sessions):
             if one.sessions % TELL_EVERY == 0:
@@ -51,6 +53,8 @@ def main() -> None:
     finally:
         stage.close()
         scratch.remove()
+    for what, number in sorted(stage.counts.items()):
+        print(f"  {number:8} {what}")
     faults = judge(measured, MAX_BYTES_A_SESSION)
     for fault in faults:
         print(f"WRONG: {fault}")

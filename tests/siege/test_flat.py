@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from chaos.flat import Measured, come_and_go, grew
+from chaos.flat import TELLING, Measured, come_and_go, grew
 from chaos.stage import Stage
 from harness import Scratch
 
@@ -18,7 +18,7 @@ LEAK_BYTES = {"core": 3 * 1024, "gate": 8 * 1024}
 @pytest.fixture
 def measured(scratch: Scratch, run: str) -> Iterator[list[Measured]]:
     """What core and gate took after the warm-up, and at every batch of sessions from then on."""
-    stage = Stage(scratch, run)
+    stage = Stage(scratch, run, TELLING)
     try:
         stage.start_daemon()
         found = list(come_and_go(stage, WARM_UP + MEASURED))

@@ -31,6 +31,7 @@ class Record:
         self._promises = promises
         self._known = known
         self._seen = 0  # the number of the last event
+        self.orphans: set[int] = set()  # the pids of those whom nobody registered that were told of
         self._early: dict[
             str, list[dict[str, Any]]
         ] = {}  # of sessions whose leaders have not told yet that they began
@@ -40,6 +41,10 @@ class Record:
         """Begin anew: the daemon's state was deleted."""
         self._seen = 0
         self._early.clear()
+
+    def skip_to(self, last: int) -> None:
+        """Take in only what comes after event number ``last``."""
+        self._seen = last
 
     def go_back_to(self, last: int) -> None:
         """Take in anew what comes after event number ``last``: a full disk took back what there was after it."""
@@ -90,6 +95,8 @@ class Record:
 
     def _note_event(self, event: dict[str, Any]) -> None:
         kind, session = event["kind"], self._known.by_id.get(event["session"] or "")
+        if kind == "orphan":
+            self.orphans.update(process["pid"] for process in event["processes"])
         if kind == "stuck":
             raise Violation(f"a process outlived SIGKILL: {event}", [], [session] if session else [])
         if session is None:

@@ -18,7 +18,7 @@ from chaos.factory import Factory, Report, order
 from chaos.kin import LEADER, NOT_YET_SPARED, TRACKER, WORKER, Proc, Session, Violation
 from chaos.promises import Promises
 from chaos.record import Record
-from chaos.watched import Watched
+from chaos.watched import SETTINGS, Watched
 from harness import Cgroup, Scratch
 
 from agent import wire
@@ -32,14 +32,14 @@ _EVENTS_EVERY_S, _ASK_EVERY_S, _LOG_EVERY_S, _DEADLINES_EVERY_S = 0.5, 0.25, 0.5
 class Stage:
     """Holds everything that takes part, by pidfd."""
 
-    def __init__(self, scratch: Scratch, run: str) -> None:
+    def __init__(self, scratch: Scratch, run: str, settings: str = SETTINGS) -> None:
         self.run = run
         self.counts: dict[str, int] = {}
         self.procs: dict[str, Proc] = {}
         self.sessions: dict[str, Session] = {}
         self.by_id: dict[str, Session] = {}
         self.by_pid: dict[int, list[Proc]] = {}
-        self.watched = Watched(scratch, run, self.count)
+        self.watched = Watched(scratch, run, self.count, settings)
         self.daemon, self.life = self.watched.daemon, self.watched.life
         self.promises = Promises(self.life, self.count)
         self.record = Record(self.watched, self.promises, self)

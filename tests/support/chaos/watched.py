@@ -42,8 +42,11 @@ _BALLAST = "ballast"
 class Watched:
     """One daemon through all its lives. It may end when it is made to, and not otherwise."""
 
-    def __init__(self, scratch: Scratch, run: str, count: Callable[[str], None]) -> None:
-        self.daemon = Daemon(scratch, run, config=SETTINGS.format(interval=f"{INTERVAL_S}s"))
+    def __init__(
+        self, scratch: Scratch, run: str, count: Callable[[str], None], settings: str = SETTINGS
+    ) -> None:
+        self._settings = settings
+        self.daemon = Daemon(scratch, run, config=settings.format(interval=f"{INTERVAL_S}s"))
         self.life = Life()
         self.starting = False
         self.baseline: dict[str, int] | None = None  # what it held before the first session
@@ -204,13 +207,13 @@ class Watched:
         """Give it other settings, or such as it must refuse."""
         if self.life.ready:
             with open(self.daemon.config, "w", encoding="utf-8") as file:
-                file.write(SETTINGS.format(interval="210ms" if good else "never"))
+                file.write(self._settings.format(interval="210ms" if good else "never"))
             self.daemon.reload()
 
     def settings_are_good(self) -> None:
         """Put good settings back: no daemon starts with bad ones."""
         with open(self.daemon.config, "w", encoding="utf-8") as file:
-            file.write(SETTINGS.format(interval=f"{INTERVAL_S}s"))
+            file.write(self._settings.format(interval=f"{INTERVAL_S}s"))
 
     # -- its gate, and what it says and holds
 
