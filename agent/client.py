@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+_MAX_REASON_CHARS = 2000
+
+
 class Unreachable(Exception):
     """No daemon answered; the text says where it was looked for and why that failed."""
 
@@ -37,6 +40,12 @@ def request(path: str, message: dict[str, Any], *, timeout_s: float = 1.0) -> di
         raise wire.WireError("bad-reply", f"{path} answered nonsense: {error}") from None
     if reply.get("ok") is not True:
         raise wire.WireError(
-            str(reply.get("kind", "failed")), str(reply.get("message", "the daemon gave no reason"))
+            str(reply.get("kind", "failed")),
+            _printable(str(reply.get("message", "the daemon gave no reason"))[:_MAX_REASON_CHARS]),
         )
     return reply
+
+
+def _printable(text: str) -> str:
+    """Return ``text`` fit for a terminal: it ends up in a warning, or behind ``reaperctl:``."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -35,6 +35,16 @@ def test_a_version_cannot_move_the_cursor(daemon: Answering, capsys: pytest.Capt
     assert capsys.readouterr().out.removesuffix("\n").isprintable()
 
 
+def test_a_reason_cannot_move_the_cursor_and_is_no_novel(daemon: Answering) -> None:
+    daemon.answer = framed(
+        wire.encode({"ok": False, "kind": "quota", "message": "\033[2J\n\u202e" + "x" * 50_000})
+    )
+    with pytest.raises(wire.WireError, match=r"^\\x1b\[2J\\n\\u202ex+$") as refusal:
+        client.request(daemon.path, {"op": "ping"})
+    assert refusal.value.kind == "quota"
+    assert len(str(refusal.value)) < 2100
+
+
 @pytest.mark.parametrize("sessions", [5, None, "x", {"a": 1}, True])
 def test_sessions_that_are_no_list_are_none(
     daemon: Answering, sessions: object, capsys: pytest.CaptureFixture[str]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from fuzzing import twins
 from fuzzing.dice import Dice
-from fuzzing.target import Check, Refused, Target, outcome, stateless
+from fuzzing.target import Check, Refused, Target, assert_printable, outcome, stateless
 
 from agent import client, wire
 from reaperd import gate, gate_frames
@@ -36,6 +36,23 @@ MESSAGES = (
     b'{"v":1,"op":"release","pid":4194303}',
     b'{"v":1,"ok":true,"version":"0.1.0","pid":812}',
     b'{"v":1,"ok":false,"kind":"busy","message":"too many requests"}',
+)
+# What is none, each for another reason.
+ODD = (
+    b'{"v":1,"v":1}',
+    b'{"v":1,"a":{"b":1,"b":1}}',
+    b'{"v":1,"a":NaN}',
+    b'{"v":1,"a":1e999}',
+    b'{"v":1,"a":"\\ud800"}',
+    b'{"v":1,"a":"\xed\xa0\x80"}',
+    b'{"v":1,"a":9223372036854775808}',
+    b'{"v":2}',
+    b'{"v":true}',
+    b'{"v":1.0}',
+    b"[1]",
+    b'{"v":1} {"v":1}',
+    b'\xef\xbb\xbf{"v":1}',
+    b'{"v":1,"a":' + b"[" * 2000 + b"]" * 2000 + b"}",
 )
 _KEYS = ("op", "session", "start_ticks", "page_fd", "attempt", "pid", "after", "since")
 WORDS = (
@@ -205,6 +222,7 @@ def opened_client() -> Iterator[Check]:
             except (client.Unreachable, wire.WireError) as error:
                 found = None
                 refused = isinstance(error, wire.WireError)
+                assert_printable(str(error))
             body = twins.zmtp_message(data)
             if body is None:
                 assert found is None
@@ -232,7 +250,7 @@ def _client_seeds() -> list[bytes]:
 
 
 TARGETS = (
-    Target("message", stateless(check_message), lambda: [*MESSAGES], WORDS),
+    Target("message", stateless(check_message), lambda: [*MESSAGES, *ODD], WORDS),
     Target("id", stateless(check_id), lambda: [SESSION.encode(), f"{SESSION}:1-0-00000000-ffffffff".encode()], (b"-", b":"), 200),
     Target("peer", stateless(check_peer), lambda: [b"localhost:1000:1000:4321", b":0:0:0", b"x:65534:1:1"], (b":", b"4294967295"), 64),
     Target("frame", stateless(check_frame), lambda: [
