@@ -24,7 +24,7 @@ RUN = Path(__file__).resolve().parents[1] / "fuzz" / "run.py"
 EXAMPLES = 100  # of each target; fewer where one takes long
 
 CHANGES = st.lists(
-    st.builds(Change, st.sampled_from(KINDS), st.integers(0, 4200), st.integers(0, 255), st.binary(min_size=1, max_size=9)),
+    st.builds(Change, st.sampled_from(KINDS), st.integers(0, 12) | st.integers(0, 4200), st.integers(0, 255), st.binary(min_size=1, max_size=9)),
     max_size=6,
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -101,6 +102,12 @@ class Dice:
         if self.below(6) == 0:
             return {name: one for name, one in value.items() if name != key}
         return {**value, key: self._altered_once(value[key])}
+
+
+def noise(count: int, size: int = 160) -> list[bytes]:
+    """Return inputs that decide at random, the same each time."""
+    chance = random.Random(count)
+    return [chance.randbytes(size) for _ in range(count)]
 
 
 def sendable(value: Any) -> Any:

@@ -244,7 +244,11 @@ def _client_seeds() -> list[bytes]:
         *whole,
         whole[0][:64],
         whole[0][:80],
-        GREETING + READY + b"\1\1x\0\1y",
+        GREETING
+        + READY
+        + b"\1"
+        + framed(MESSAGES[-2])[len(GREETING + READY) + 1 :]
+        + framed(MESSAGES[-1])[len(GREETING + READY) :],
         GREETING + READY + b"\2" + b"\xff" * 8,
     ]
 

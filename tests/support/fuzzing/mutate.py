@@ -49,7 +49,7 @@ def random_changes(chance: random.Random) -> list[Change]:
     return [
         Change(
             chance.choice(KINDS),
-            chance.randrange(2**16),
+            chance.randrange(chance.choice((12, 2**16))),  # it begins with what decides about all the rest
             chance.randrange(2**16),
             chance.randbytes(chance.choice((1, 1, 2, 4, 9))),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from fuzzing import twins
-from fuzzing.dice import Dice
+from fuzzing.dice import Dice, noise
 from fuzzing.target import Refused, Target, outcome, stateless
 
 from agent import family, wire
@@ -208,6 +208,9 @@ _TABLES = (
     b"cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid 0 0\ncgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\n",
     b"low 0\nhigh 0\noom 0\noom_kill 3\n",
     b"PATH=/bin\0REAPER_LINEAGE=1-2-00000003-00000004\0A=1\0",
+    b"XREAPER_LINEAGE=not\0B=REAPER_LINEAGE=nor\0REAPER_LINEAGE=this\0REAPER_LINEAGE=late\0AA=2\0",
+    b"REAPER_LINEAGE=first\0A",
+    b"oom_kill \xc2\xb2\noom_kill_disable 0\nunder_oom 0\n",
 )
 _KERNEL = (
     *(bytes((kind, 9)) + b"foo) Z 1 (\n" * 3 + bytes(range(120)) for kind in range(6)),
@@ -224,6 +227,7 @@ TARGETS = (
            (b" - ", b"/memfd:", b" (deleted)", b"oom_kill ", b"\\040", b"\\777", b"\nino:", b"\xc2\xb2")),
     Target("cgroup", stateless(check_cgroup), lambda: [
         _read("cgroup"), b"0::/a\n", b"12:cpu,memory:/a\n1:name=systemd:/b\n0::/\n", b"0::/a:b\n0::/c\n",
+        b"0::/a\x0cb\n", b"0::/a\r1:name=systemd:/b\n", b"1:name=systemd:/a\xc2\x850::/b\n", b"0:", b"::", b"4:memory",
     ], (b"::", b":name=systemd:", b":memory:", b"\n0::/"), 600),
-    Target("kernel", stateless(check_kernel), lambda: [*_KERNEL], (b") Z ", b"\nUid:\t0", b" - ", b":/"), 800),
+    Target("kernel", stateless(check_kernel), lambda: [*_KERNEL, *noise(60)], (b") Z ", b"\nUid:\t0", b" - ", b":/", b"\x0c", b"\r", b"\xc2\x85"), 800),
 )  # fmt: skip

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from fuzzing.dice import Dice
+from fuzzing.dice import Dice, noise
 from fuzzing.target import Check, Refused, Target, outcome, stateless
 
 from agent import status
@@ -281,8 +281,9 @@ _STATUS = {
 TARGETS = (
     Target("status-file", stateless(check_status_file), lambda: [
         json.dumps(_STATUS).encode(), json.dumps({**_STATUS, "state": "failed", "error": "ValueError: x"}, indent=1).encode(),
+        *(json.dumps({**_STATUS, **odd}).encode() for odd in ({"pid": True}, {"cause": []}, {"host": 7}, {"state": "unknown"})),
     ], (b'"state": "killed"', b'"pid": ', b"NaN", b"\\ud800", b"Infinity", b'"progress": {', b"null", b"1e999")),
-    Target("store-rows", opened_rows, lambda: [bytes((n,)) + bytes(range(n, 200)) * 2 for n in range(0, 24, 3)], longest=800, cost=8),
+    Target("store-rows", opened_rows, lambda: noise(40, 400), longest=800, cost=8),
     Target("store-file", opened_file, lambda: [b"\1" + b"\0" * 9, b"\0SQLite format 3\0", b"\1" + bytes(range(1, 120))],
            longest=400, cost=40),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
 
-from fuzzing.dice import Dice, sendable
+from fuzzing.dice import Dice, noise, sendable
 from fuzzing.messages import answering, framed
 from fuzzing.records import EVENT
 from fuzzing.target import Check, Refused, Target, assert_printable, outcome, stateless
@@ -229,7 +229,11 @@ def _command_seeds() -> list[bytes]:
         {"ok": False, "kind": "not-allowed", "message": "that is another user's"},
     )
     whole = [bytes((at, 0)) + _written(one)[1:-1] for at in range(len(_COMMANDS)) for one in answers]
-    return [*whole, *(bytes((at, 1, 2)) + bytes(range(at, at + 40)) for at in range(len(_COMMANDS)))]
+    return [
+        *whole,
+        *noise(40, 300),
+        *(bytes((at, 1, 2)) + bytes(range(at, at + 40)) for at in range(len(_COMMANDS))),
+    ]
 
 
 _WORDS = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import struct
 
 from fuzzing.dice import Dice
 from fuzzing.target import Refused, Target, outcome, stateless
@@ -155,7 +156,29 @@ def _seeds() -> list[bytes]:
     record = whole[wire.RECORD_AT : wire.PROGRESS_AT].rstrip(b"\0")
     blocks = whole[wire.PROGRESS_AT :][:18], whole[wire.SPARED_AT :][:26]
     composed = b"\1" + b"\2\0\0\0\0\1" + blocks[0] + blocks[1] + b"\6fold 3" + record
-    return [b"\0" + whole, composed, composed.replace(b'"attempt":[1,4]', b'"attempt":[5,4]')]
+    odd = []
+    for numbers, message in (
+        (struct.pack("<ddH", 1.0, 2.0, 1100), b"x" * 1100),
+        (struct.pack("<ddH", float("nan"), 2.0, 1), b"x"),
+        (struct.pack("<ddH", float("-inf"), 2.0, 1), b"x"),
+        (struct.pack("<ddH", 1.0, float("inf"), 0), b""),
+    ):
+        page = bytearray(whole)
+        page[wire.PROGRESS_AT : wire.PROGRESS_AT + 18] = numbers
+        page[wire.MESSAGE_AT : wire.MESSAGE_AT + len(message)] = message
+        odd.append(b"\0" + bytes(page))
+    return [*odd, b"\0" + whole, composed, composed.replace(b'"attempt":[1,4]', b'"attempt":[5,4]')]
+
+
+def _memfd_seeds() -> list[bytes]:
+    page = b"\0" + written()
+    choices = [b"\0\0\0\0\0", *(bytes((name, 0, 0, 0, 0)) for name in (1, 2, 3))]
+    choices += [bytes((0, size, 0, 0, 1)) for size in (5, 6, 7)]
+    choices += [bytes((0, 0, seals, 0, 0)) for seals in range(1, 6)]
+    return [
+        *(choice + page for choice in (*choices, b"\0\0\0\3\0")),
+        *(choices[0] + seed for seed in _seeds()),
+    ]
 
 
 _WORDS = (
@@ -165,5 +188,5 @@ _WORDS = (
 )
 TARGETS = (
     Target("page", stateless(check_page), _seeds, _WORDS, 4200),
-    Target("memfd", stateless(check_memfd), lambda: [b"\0\0\0\0\0" + seed for seed in _seeds()], _WORDS, 4200, cost=2),
+    Target("memfd", stateless(check_memfd), _memfd_seeds, _WORDS, 4200, cost=2),
 )  # fmt: skip

@@ -63,6 +63,8 @@ def _seeds() -> list[bytes]:
         b'[alerts]\nurls = ["mailto://u:p@h"]\non = ["reaped"]\n[limits]\nworker_cpu = "2 cores"\n'
         b'session_memory = "1.5GiB"\n[metrics]\nlisten = "[::1]:9478"\n[history]\nkeep = "90d"\n'
     )
+    found.append(b'[protect]\nnames = ["a\\u0000\\u202e\\"\\\\b", "\xc2\x85"]\n')
+    found.append(b"[scan]\ninterval = nan\ncpu_threshold = inf\n[kill]\ngrace = -0.0\nx = " + b"[" * 1500)
     return found
 
 
