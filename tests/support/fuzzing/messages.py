@@ -255,7 +255,9 @@ def _client_seeds() -> list[bytes]:
 
 TARGETS = (
     Target("message", stateless(check_message), lambda: [*MESSAGES, *ODD], WORDS),
-    Target("id", stateless(check_id), lambda: [SESSION.encode(), f"{SESSION}:1-0-00000000-ffffffff".encode()], (b"-", b":"), 200),
+    Target("id", stateless(check_id), lambda: [SESSION.encode(), f"{SESSION}:1-0-00000000-ffffffff".encode(),
+        *(f"{pid}-{ticks}-00000000-00000000".encode() for pid in (0, "01", 2**31 - 1, 2**31, "\u0661") for ticks in ("7f", "8" + "0" * 15)),
+    ], (b"-", b":"), 200),
     Target("peer", stateless(check_peer), lambda: [b"localhost:1000:1000:4321", b":0:0:0", b"x:65534:1:1"], (b":", b"4294967295"), 64),
     Target("frame", stateless(check_frame), lambda: [
         gate_frames.pack_request(gate_frames.Request(1000, 1000, 77, b"\0abcd", MESSAGES[0])),

@@ -86,6 +86,8 @@ class _Rows:
             marks = ", ".join("?" * len(columns))
             with contextlib.suppress(sqlite3.Error, OverflowError, UnicodeError):  # what no column takes
                 self._database.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", columns)
+        # What is TEXT to the database need not be any.
+        self._database.execute(f"UPDATE {dice.choose([*self._records])} SET record = CAST(record AS TEXT)")
         self._database.execute("COMMIT")
 
     def _column(self, dice: Dice) -> Any:
