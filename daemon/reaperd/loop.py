@@ -171,7 +171,7 @@ class Daemon:
     def _serve(self) -> None:
         while not self._signals & {signal.SIGTERM, signal.SIGINT}:
             if self._link.hopeless:
-                raise StartError(f"cannot serve anybody: {self._link.hopeless}")
+                raise StartError(f"cannot serve anybody: {self._link.hopeless}", code=2)
             try:
                 if self._is_ailing:
                     self._mend()

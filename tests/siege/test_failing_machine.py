@@ -166,7 +166,7 @@ def test_where_memory_runs_out_the_gate_goes_before_the_core(start_daemon: Start
 def test_whomever_the_oom_killer_takes_of_the_daemon_no_session_is_lost(
     start_daemon: StartDaemon, start_leader: StartLeader, memory_cgroup: Callable[[str], Cgroup]
 ) -> None:
-    """The gate first, then a helper or the core itself, which a service manager starts again."""
+    """The gate, a helper or the core itself, which a service manager starts again."""
     group = memory_cgroup("daemon")
     enter = f'echo $$ > "{group.path}/cgroup.procs"; exec "$@"'
     daemon = start_daemon(inside=["sh", "-c", enter, "enter"])
@@ -186,8 +186,15 @@ def test_whomever_the_oom_killer_takes_of_the_daemon_no_session_is_lost(
 
     repeat_until(somebody_went, 20, "nobody was ended by the OOM killer")
     group.write(limit, "-1" if in_use == "memory.usage_in_bytes" else "max")
-    if daemon.process.poll() is not None:
-        daemon.start()
+
+    def is_back() -> bool | None:
+        if daemon.process.poll() is not None:
+            daemon.start()
+        with contextlib.suppress(client.Unreachable):
+            return client.request(daemon.socket, {"op": "ping"}, timeout_s=0.5)["ok"]
+        return None
+
+    repeat_until(is_back, 20, "the daemon does not come back")
     ends_late(daemon, early)
     reap(stays)
 
