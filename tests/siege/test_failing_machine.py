@@ -195,7 +195,8 @@ def test_whomever_the_oom_killer_takes_of_the_daemon_no_session_is_lost(
         return None
 
     repeat_until(is_back, 20, "the daemon does not come back")
-    ends_late(daemon, early)
+    assert early.wait_all_gone(NOT_WITHIN) == []
+    daemon.wait_end(early.session)  # all may have ended before the core was ended itself
     reap(stays)
 
 

@@ -340,10 +340,14 @@ def test_names_of_any_kind_forge_no_line_of_the_log_and_reach_no_terminal(
     unified_cgroup: Callable[[str], Cgroup],
 ) -> None:
     """Of a session, a process, its program, its folder, its status file and its cgroup; the kernel forbids line breaks in the last."""
-    if form == "journal":
-        monkeypatch.setenv("JOURNAL_STREAM", "8:1")
     log_format = "json" if form == "json" else "text"
-    daemon = start_daemon(config=SETTINGS.replace("[daemon]", f'[daemon]\nlog_format = "{log_format}"'))
+    settings = SETTINGS.replace("[daemon]", f'[daemon]\nlog_format = "{log_format}"')
+    daemon = start_daemon(config=settings, started=False)
+    if form == "journal":
+        with open(daemon.log, "ab") as log:
+            at = os.fstat(log.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{at.st_dev}:{at.st_ino}")
+    daemon.start()
     name = "x\n<0>2030-01-01T00:00:00Z ERROR forged\r\x1b[2J\x1b]0;owned\x07\u202e\u2028end"
     group = unified_cgroup("\x1b[2J\x1b]0;owned\x07\u202e")
     leader = start_code(
