@@ -14,6 +14,7 @@ from reaperd.linux import pidfd
 from reaperd.linux.page import OpenPage
 from reaperd.linux.procfs import ProcessGone, ProcessHidden
 from reaperd.model import TEMP_DIRS, UNKNOWN_CAUSE, ProcessId, Session, SessionKey
+from reaperd.observer import realm_of
 from reaperd.pages import Page
 from reaperd.sweep import FoundPage, StampedProcess, Sweep
 from reaperd.times import now_utc
@@ -146,7 +147,7 @@ class Adoption:
         return (
             self._observer.namespaced_pid(holder.pid) == told.pid
             and self._observer.same_ticks(holder, told.start_ticks)
-            and self._observer.proc.realm(holder.pid) == told.realm
+            and realm_of(self._observer.proc.namespaces(holder.pid)) == told.realm
         )
 
     def _adopt_by_environment(self, found: StampedProcess) -> None:

@@ -24,7 +24,7 @@ from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 from reaperd.linux import shm
-from reaperd.linux.procfs import ProcFS
+from reaperd.linux.procfs import MACHINES_PID_NAMESPACE, ProcFS
 from reaperd.model import TEMP_DIRS, Process, Role
 from reaperd.names import Entry, Removal, Use, User, find_bound, find_use, remove_as_owner
 from reaperd.signatures import FORKED, OTHER, recognise
@@ -39,7 +39,6 @@ _MAX_NAMES = 100_000  # in one folder
 _MAX_LEFTOVERS = 1000
 _MAX_ANSWER_BYTES = 48 * 1024  # a pipe that nobody reads yet holds 64 KiB
 _NOGROUP = 65534  # whose rights nobody has: an owner needs none of a group to remove what is its own
-_MACHINES_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, linux/proc_ns.h
 _LOCAL = frozenset(
     ("tmpfs", "ramfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "overlay")
 )
@@ -162,7 +161,7 @@ def survey(
     found = [one for directory in directories for one in _named(proc, directory, uid)]
     if not found:
         return Survey([], [])
-    if not alone and proc.own_pid_namespace() != _MACHINES_PID_NAMESPACE:
+    if not alone and proc.own_pid_namespace() != MACHINES_PID_NAMESPACE:
         return Survey(
             [], [f"{_count(found)} left alone: this is a container, and who outside uses them cannot be seen"]
         )

@@ -23,7 +23,7 @@ from reaperd.linux.procfs import (
 from reaperd.linux.shm import SHM
 from reaperd.marks import MarkReader
 from reaperd.memory import Wish
-from reaperd.model import ProcessId, Session
+from reaperd.model import Namespaces, ProcessId, Session
 from reaperd.usage import UsageMeter
 
 
@@ -38,7 +38,7 @@ class Observer:
         self.census = Census(proc, self.marks, alarm)
         self.usage = UsageMeter()
         self._namespaces = proc.namespaces(os.getpid())._replace(shm=proc.mounted_at(os.getpid(), SHM))
-        self.realm = proc.realm()
+        self.realm = realm_of(self._namespaces)
         # What is on record means the same in here alone: elsewhere the pids and start times are other processes'.
         self.era = f"{self.boot_id} {self.realm} {proc.clock_offsets()}" if self.realm else self.boot_id
         self._oom_counters = cgroup.Counters()
@@ -220,3 +220,13 @@ class Observer:
         """Say whether the pids of ``session``, and the names in /dev/shm, mean here what they mean there."""
         theirs, ours = session.namespaces, self._namespaces
         return theirs.pid == ours.pid and (theirs.mnt == ours.mnt or theirs.shm == ours.shm != "")
+
+
+def realm_of(namespaces: Namespaces) -> str:
+    """Return ``wire.realm_of()`` a process that lives there; of one that does not let that be read, what is nobody's."""
+
+    def inode(link: str) -> int:
+        number = link.partition("[")[2].removesuffix("]")
+        return int(number) if number.isdigit() else 0
+
+    return wire.realm_of(inode(namespaces.pid), inode(namespaces.time))

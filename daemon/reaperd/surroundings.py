@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from agent import wire
 from reaperd.linux import pidfd
 from reaperd.linux.capability import parse_missing
 from reaperd.linux.mounts import Mount, parse_mount_table
-from reaperd.linux.procfs import ProcessGone, ProcFS
+from reaperd.linux.procfs import (
+    MACHINES_PID_NAMESPACE,
+    MACHINES_USER_NAMESPACE,
+    ProcessGone,
+    ProcFS,
+)
 from reaperd.linux.shm import SHM
 from reaperd.rights import RIGHTS
 
-_USER_NAMESPACE_OF_MACHINE = 0xEFFFFFFD  # PROC_USER_INIT_INO, linux/proc_ns.h
 _WHOLE_MACHINE = "for the whole machine, start it with the machine's pid namespace (docker run --pid=host)"
 
 
@@ -68,11 +71,11 @@ def _missing_capabilities(proc: ProcFS) -> list[Lack]:
 
 def _lacks_of_proc(proc: ProcFS) -> list[Lack]:
     found = []
-    if proc.own_pid_namespace() != f"pid:[{wire.PID_NAMESPACE_OF_MACHINE}]":
+    if proc.own_pid_namespace() != MACHINES_PID_NAMESPACE:
         found.append(
             Lack("only the processes of this pid namespace are seen, and none outside of it", _WHOLE_MACHINE)
         )
-    if os.geteuid() == 0 and proc.user_namespace() not in ("", f"user:[{_USER_NAMESPACE_OF_MACHINE}]"):
+    if os.geteuid() == 0 and proc.user_namespace() not in ("", MACHINES_USER_NAMESPACE):
         found.append(
             Lack(
                 "root's capabilities reach no process outside of this user namespace",
@@ -109,7 +112,7 @@ def _mounts(proc: ProcFS) -> list[Mount]:
 
 def _foreign_folders(proc: ProcFS) -> list[Lack]:
     """Return which folders are not those of the machine: only where its init can be seen, and asked."""
-    if proc.own_pid_namespace() != f"pid:[{wire.PID_NAMESPACE_OF_MACHINE}]":
+    if proc.own_pid_namespace() != MACHINES_PID_NAMESPACE:
         return []
     found = []
     ours, theirs = proc.namespaces(os.getpid()).mnt, proc.namespaces(1).mnt

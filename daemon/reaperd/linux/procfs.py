@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from agent import wire
 from reaperd.linux.exhaustion import tell_exhaustion
 from reaperd.model import Namespaces, ProcessId
 
 PF_EXITING, PF_FORKNOEXEC, PF_KTHREAD = 0x4, 0x40, 0x200000  # linux/sched.h
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+# linux/proc_ns.h: PROC_PID_INIT_INO, PROC_USER_INIT_INO.
+MACHINES_PID_NAMESPACE, MACHINES_USER_NAMESPACE = f"pid:[{0xEFFFFFFC}]", f"user:[{0xEFFFFFFD}]"
 _GONE = (FileNotFoundError, ProcessLookupError)  # gone before open(2), or before read(2)
 _MAX_ARGV_BYTES = 64 * 1024
 _MAX_BYTES = 8 * 1024 * 1024  # beyond what execve(2) takes as arguments and environment by default
@@ -413,10 +414,6 @@ class ProcFS:
 
     def namespaces(self, pid: int) -> Namespaces:
         """Return where ``pid`` lives."""
-        return self.namespaces_of(str(pid))
-
-    def namespaces_of(self, pid: str) -> Namespaces:
-        """Return where ``pid`` lives, or the caller for "self"."""
 
         def link(name: str) -> str:
             try:
@@ -448,16 +445,6 @@ class ProcFS:
             return os.readlink(f"{self.root}/self/ns/user")
         except OSError:
             return ""
-
-    def realm(self, pid: int | None = None) -> str:
-        """Return ``wire.realm_of()`` a process, or the caller; of one that does not let that be read, what is nobody's."""
-
-        def inode(link: str) -> int:
-            number = link.partition("[")[2].removesuffix("]")
-            return int(number) if number.isdigit() else 0
-
-        found = self.namespaces_of("self" if pid is None else str(pid))
-        return wire.realm_of(inode(found.pid), inode(found.time))
 
     def clock_offsets(self) -> str:
         """Return by how much the clocks of the caller's time namespace go ahead of the machine's; "" on a kernel that has none."""
