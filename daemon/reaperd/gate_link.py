@@ -9,6 +9,7 @@ import collections
 import contextlib
 import logging
 import os
+import select
 import socket
 import stat
 import struct
@@ -79,6 +80,7 @@ class GateLink:
         self._drops = False
         self._is_ready = False
         self._was_up = False
+        self._was_away = False  # since may_have_missed() was asked the last time
         self._started_at_s = 0.0
         self._pause_s = _FIRST_PAUSE_S
         self.restart_at_s: float | None = None
@@ -137,9 +139,18 @@ class GateLink:
             child.kill()
         self.stop()
         self.lives_lost += 1
+        self._was_away = True
         self.restart_at_s = now_s + self._pause_s
         code = child.returncode if child else None
         log.warning("the gate ended code=%s lived_s=%.1f, restarting in %.2f s", code, lived_s, self._pause_s)
+
+    def may_have_missed(self) -> bool:
+        """Say whether since this was last asked somebody may have tried to register in vain: no gate takes who connects."""
+        was_away, self._was_away = self._was_away or self._channel is None, False
+        # Those who wait to be accepted keep the listening socket readable: a stranger has filled the gate, or held it.
+        poller = select.poll()
+        poller.register(self._listener, select.POLLIN)
+        return was_away or bool(poller.poll(0))
 
     # -- messages ----------------------------------------------------------------------------
 

@@ -243,7 +243,10 @@ class Daemon:
             listing = None
             try:
                 listing = self._core.observer.proc.listing()
-                if self._adoption.sweep(listing):  # what was found below them may be younger
+                # Who found no gate is known by its page, and may be somebody whom an earlier scan has seen without one.
+                if self._adoption.sweep(
+                    None if self._link.may_have_missed() else listing
+                ):  # what was found below them may be younger
                     listing = self._core.observer.proc.listing()
                 self._core.living.scan(listing)
                 self._core.strays.look()

@@ -10,6 +10,8 @@ import select
 import signal
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +38,7 @@ from harness import (
     has_ended,
     open_pidfd,
     repeat_until,
+    test_environment,
 )
 
 from agent.page import SessionPage
@@ -464,3 +467,58 @@ def test_a_gate_that_stands_still_delays_no_reap_and_its_requests_are_answered_w
     daemon.wait_end(late.session)
     assert gate_of(daemon) == gate, cmdline(gate)
     siege.check()
+
+
+# Waits for a word, then registers in vain, and goes on.
+LATE = """
+import sys, warnings
+import agent
+sys.stdin.readline()
+warnings.simplefilter("ignore")
+print(agent.register("late", timeout=0.1).id, flush=True)
+sys.stdin.readline()
+"""
+CROWD = 400  # processes: too many to be looked at again within some scans
+
+
+def test_who_registers_in_vain_is_known_at_the_next_scan_however_long_it_has_been_there(
+    daemon: Daemon,
+    start_leader: StartLeader,
+    start_process: Callable[..., subprocess.Popen[bytes]],
+    run: str,
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LATE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=test_environment(run, REAPER_SOCKET=daemon.socket),
+        text=True,
+    ) as late:
+        assert late.stdin is not None
+        assert late.stdout is not None
+        crowd = start_process(
+            [
+                "sh",
+                "-c",
+                f"for n in $(seq {CROWD}); do sleep 100 & done; echo up; trap 'kill $(jobs -p)' TERM; wait",
+            ]
+        )
+        assert crowd.stdout is not None
+        crowd.stdout.readline()
+        leader = start_leader("kin.py", "bare-environment", socket=daemon.socket)
+        daemon.wait_listed(
+            leader.pid, leader.family.workers
+        )  # as it is by a scan, which has seen all of them
+        gate = gate_of(daemon)
+        assert gate is not None
+        os.kill(gate, signal.SIGSTOP)
+        try:
+            late.stdin.write("\n")
+            late.stdin.flush()
+            session = late.stdout.readline().strip()
+            taken_on = f"adopted session={session}"
+            repeat_until(lambda: taken_on in daemon.read_log() or None, 2.0, "it is not taken on")
+        finally:
+            os.kill(gate, signal.SIGCONT)
+            crowd.terminate()
+            crowd.wait()

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness import repeat_until
 
 from reaperd import gate_frames
 from reaperd.gate_link import GateLink, Peer, Return, read_credentials
 from reaperd.poller import Poller
+
+SOON_S = 20.0
 
 
 @contextlib.contextmanager
@@ -237,3 +240,36 @@ def test_requests_are_taken_for_a_few_milliseconds_however_many_there_are(
             link.exchange()
             assert len(taken) == turn
         poller._epoll.close()
+
+
+def test_it_is_known_that_somebody_may_have_been_missed(tmp_path: Path) -> None:
+    path, poller, up = tmp_path / "ours", Poller(), []
+    with listening(path) as listener, contextlib.ExitStack() as stack:
+        link = GateLink(listener, str(path), poller, lambda peer, to, message: None)
+        link.on_up = lambda: up.append(True)
+        stack.callback(link.stop)
+        assert link.may_have_missed(), "there is no gate yet"
+
+        def start() -> int:
+            up.clear()
+            link.start(time.monotonic())
+            while not up:
+                poller.wait(SOON_S)
+                link.exchange()
+            assert link._child is not None
+            return link._child.pid
+
+        gate = start()
+        assert not link.may_have_missed()
+        os.kill(gate, signal.SIGSTOP)
+        with caller(path):
+            repeat_until(lambda: link.may_have_missed() or None, SOON_S, "nobody is seen to wait")
+            os.kill(gate, signal.SIGCONT)
+            repeat_until(lambda: not link.may_have_missed() or None, SOON_S, "the gate takes nobody")
+        os.kill(gate, signal.SIGKILL)
+        while link.restart_at_s is None:
+            poller.wait(SOON_S)
+            link.exchange()
+        start()
+        assert link.may_have_missed(), "there was none for a while"
+        assert not link.may_have_missed()
