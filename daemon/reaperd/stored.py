@@ -178,6 +178,7 @@ def _check(session: Session) -> None:
     groups = (one for one in (session.cgroup, session.scope) if one is not None)
     if not _are_texts(*texts, *session.namespaces, *groups):
         raise TypeError("an id, a name, a time, a namespace or a path is no text")
+    session.id.encode()  # it is a key: half of a surrogate pair could not be asked for
     cause = session.cause
     switches = (session.ending, *(() if cause is None else (cause.core_dumped, cause.clean)))
     if not all(isinstance(switch, bool) for switch in switches):

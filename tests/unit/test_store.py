@@ -160,6 +160,7 @@ def test_a_session_that_cannot_be_read_is_left_out_and_the_others_are_not(
         {"init": [1, "x"]},
         *({name: [[5, -2]]} for name in ("kept", "seen", "spared", "adopters", "subreapers")),
         {"name": 7},
+        {"id": "\udc80"},
         {"temp_dirs": [None]},
         {"temp_dirs": "/tmp"},
         {"groups": ["1"]},
