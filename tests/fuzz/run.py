@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ sys.path.insert(0, os.path.join(TESTS, "support"))
 from fuzzing import engine  # noqa: E402
 
 DEFAULT_RUNS = 100_000
+_SHM = "/dev/shm"
 _LAST_LINE = re.compile(r"#(\d+)\s+(?:DONE|\w+)\s+(?:cov: (\d+) ft: (\d+) corp: (\d+)\S* )?.*?exec/s: (\d+)")
 _TELLS_OF_FINDING = re.compile(r"Test unit written to (\S+)")
 
@@ -56,6 +58,8 @@ def main() -> None:
     parser.add_argument("--repeat", metavar="FILE", help="run one kept input, and nothing else")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    # Whoever takes part is ended on the way out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     if options.work:
         return _work(json.loads(options.work))
     if options.repeat:
@@ -108,7 +112,8 @@ def _engine() -> str:
 
 def _fuzz(work: engine.Work, which: str) -> Done:
     """Run one target in a process of its own, with a folder for temporary files that goes with it."""
-    scratch = tempfile.mkdtemp(prefix="reaper-fuzz-")
+    # Whatever a target makes goes with it: libFuzzer ends the process past all that would tidy up.
+    scratch = tempfile.mkdtemp(prefix="reaper-fuzz-", dir=_SHM if os.access(_SHM, os.W_OK) else None)
     try:
         work = work._replace(corpus=os.path.join(scratch, "corpus"))
         began_s = time.monotonic()

@@ -185,7 +185,7 @@ def assert_type(value: Any, hint: Any, where: str) -> None:
 @contextlib.contextmanager
 def opened_rows() -> Iterator[Check]:
     """Rows that make no sense stop nothing."""
-    with tempfile.TemporaryDirectory(prefix="reaper-fuzz-", dir="/dev/shm") as directory, _quietly():
+    with tempfile.TemporaryDirectory(prefix="reaper-fuzz-") as directory, _quietly():
         rows = _Rows(directory)
 
         def check(data: bytes) -> None:
@@ -201,7 +201,7 @@ def opened_rows() -> Iterator[Check]:
 @contextlib.contextmanager
 def opened_file() -> Iterator[Check]:
     """A file that is no database, or a broken one, is kept aside or done without, and what is saved then is there."""
-    with tempfile.TemporaryDirectory(prefix="reaper-fuzz-", dir="/dev/shm") as directory, _quietly():
+    with tempfile.TemporaryDirectory(prefix="reaper-fuzz-") as directory, _quietly():
 
         def check(data: bytes) -> None:
             for name in os.listdir(directory):
@@ -242,7 +242,7 @@ _made: list[bytes] = []
 
 def _database() -> bytes:
     if not _made:
-        with tempfile.TemporaryDirectory(prefix="reaper-fuzz-", dir="/dev/shm") as directory:
+        with tempfile.TemporaryDirectory(prefix="reaper-fuzz-") as directory:
             store = Store(directory, BOOT)
             store.save(SESSION)
             store.add_event(EVENT, 1.0)
@@ -258,7 +258,7 @@ def _database() -> bytes:
 def check_status_file(data: bytes) -> None:
     """What is read of a status file has the types that it is said to have, and written anew it says the same."""
     found = outcome(status.parse_status, data, raises=(StatusError,))
-    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+    with tempfile.TemporaryFile() as file:
         file.write(data)
         file.flush()
         read = outcome(status.read_status, f"/proc/self/fd/{file.fileno()}", raises=(StatusError,))

@@ -87,7 +87,7 @@ def opened_world() -> Iterator[World]:
     """Open a server that a stranger asks."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="reaper-fuzz-", dir="/dev/shm") as directory:
+    with tempfile.TemporaryDirectory(prefix="reaper-fuzz-") as directory:
         world = World(directory)
         try:
             yield world
