@@ -478,7 +478,13 @@ warnings.simplefilter("ignore")
 print(agent.register("late", timeout=0.1).id, flush=True)
 sys.stdin.readline()
 """
-CROWD = 400  # processes: too many to be looked at again within some scans
+# So many that they are not looked at again within some scans.
+CROWDED = """
+for number in $(seq 400); do sleep 100 & pids="$pids $!"; done
+trap 'kill $pids; wait; exit' TERM
+echo up
+wait
+"""
 
 
 def test_who_registers_in_vain_is_known_at_the_next_scan_however_long_it_has_been_there(
@@ -496,13 +502,7 @@ def test_who_registers_in_vain_is_known_at_the_next_scan_however_long_it_has_bee
     ) as late:
         assert late.stdin is not None
         assert late.stdout is not None
-        crowd = start_process(
-            [
-                "sh",
-                "-c",
-                f"for n in $(seq {CROWD}); do sleep 100 & done; echo up; trap 'kill $(jobs -p)' TERM; wait",
-            ]
-        )
+        crowd = start_process(["sh", "-c", CROWDED])
         assert crowd.stdout is not None
         crowd.stdout.readline()
         leader = start_leader("kin.py", "bare-environment", socket=daemon.socket)
