@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -53,6 +54,23 @@ def test_a_wheel_and_a_source_distribution_are_made_and_nothing_else(
 def test_the_tree_and_the_source_distribution_give_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
     # `make dist` builds the wheel out of the source distribution.
     build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, ROOT]
+    subprocess.run(build, stdout=subprocess.DEVNULL, check=True)
+    assert (tmp_path / wheel.name).read_bytes() == wheel.read_bytes()
+
+
+def test_what_the_image_is_built_of_gives_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    let_in = re.findall(
+        r"^!(.*)$", (ROOT / "packaging/docker/Dockerfile.dockerignore").read_text(), re.MULTILINE
+    )
+    context = tmp_path / "context"
+    for name in let_in:
+        copy, source = context / name, ROOT / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():  # wheels are there where no index is asked
+            shutil.copy(source, copy)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, context]
     subprocess.run(build, stdout=subprocess.DEVNULL, check=True)
     assert (tmp_path / wheel.name).read_bytes() == wheel.read_bytes()
 
