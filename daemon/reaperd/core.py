@@ -23,7 +23,7 @@ from reaperd.kept import Kept
 from reaperd.leaders import Leaders
 from reaperd.ledger import Entry, Phase
 from reaperd.linux.alarm import Alarm
-from reaperd.linux.cgroup import Counter
+from reaperd.linux.oom import Counter
 from reaperd.linux.page import OpenPage
 from reaperd.linux.procfs import ProcessGone
 from reaperd.living import Living

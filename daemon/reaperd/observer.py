@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from agent import wire
 from reaperd import kinship
 from reaperd.census import Census
-from reaperd.linux import cgroup, page, pidfd
+from reaperd.linux import oom, page, pidfd
 from reaperd.linux.alarm import Alarm
 from reaperd.linux.procfs import (
     ProcessGone,
@@ -41,7 +41,7 @@ class Observer:
         self.realm = realm_of(self._namespaces)
         # What is on record means the same in here alone: elsewhere the pids and start times are other processes'.
         self.era = f"{self.boot_id} {self.realm} {proc.clock_offsets()}" if self.realm else self.boot_id
-        self._oom_counters = cgroup.Counters()
+        self._oom_counters = oom.Counters()
 
     def owner(self, pid: int) -> tuple[int | None, int | None]:
         """Return uid and gid of ``pid``, None where its ids are mixed."""
@@ -54,9 +54,9 @@ class Observer:
 
     def oom_kills_in(self, session: Session) -> int | None:
         """Return the OOM kills counted in the memory cgroup that ``session``'s leader was in when it registered."""
-        return cgroup.oom_kills(session.oom_counter) if session.oom_counter else None
+        return oom.read_kills(session.oom_counter) if session.oom_counter else None
 
-    def oom_counter(self, pid: int) -> cgroup.Counter:
+    def oom_counter(self, pid: int) -> oom.Counter:
         """Return what counts OOM kills where ``pid`` runs, and how many it has counted; ProcessGone."""
         return self._oom_counters.find(self.proc.cgroup(pid))
 

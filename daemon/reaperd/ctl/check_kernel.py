@@ -143,9 +143,9 @@ def cgroup_layout(mounts: list[Mount]) -> str:
 
 def oom_counter() -> Finding:
     """The memory cgroup's count, the only thing that tells an OOM kill from a kill -9."""
-    from reaperd.linux.cgroup import counter_file, oom_kills
+    from reaperd.linux.oom import counter_file, read_kills
 
-    count = oom_kills(counter_file(probes.read_text("/proc/self/cgroup")))
+    count = read_kills(counter_file(probes.read_text("/proc/self/cgroup")))
     if count is not None:
         return ok(f"the memory cgroup counts OOM kills ({count} so far in yours)")
     return limit(

@@ -21,7 +21,7 @@ from reaperd.ctl.link import Link, next_after, sockets_of
 from reaperd.ctl.restarts import Ended, Rules
 from reaperd.ctl.terminal import tell
 from reaperd.ctl.units import list_of, plural, text_of
-from reaperd.linux import cgroup, prctl
+from reaperd.linux import oom, prctl
 from reaperd.linux.page import open_page, read_page
 from reaperd.linux.procfs import ProcFS
 from reaperd.pages import Page
@@ -108,7 +108,7 @@ class _Run:
         # One that is ignored (nohup) would be queued for us all the same.
         self._signals = [one for one in (*_ENDING, *_OTHERS) if signal.getsignal(one) != signal.SIG_IGN]
         self._apart = False  # the command has a process group of its own
-        self._oom_counter = cgroup.counter_file(ProcFS().cgroup(os.getpid()))
+        self._oom_counter = oom.counter_file(ProcFS().cgroup(os.getpid()))
 
     def until_over(self) -> Ended:
         """Run the command until nothing more is to be done; return how that came to its end."""
@@ -298,7 +298,7 @@ class _Run:
             self._tell(f"cannot end pid {', '.join(left)}")
 
     def _count_oom_kills(self) -> int:
-        return (cgroup.oom_kills(self._oom_counter) if self._oom_counter else None) or 0
+        return (oom.read_kills(self._oom_counter) if self._oom_counter else None) or 0
 
     def _wait_for_daemon(self, started: _Started) -> dict[str, Any]:
         """Return the event that tells how the session ended, and tell of it; an empty one where the daemon does not get there."""

@@ -38,8 +38,7 @@ class CGroups:
     def _hierarchies(self) -> dict[str, str]:
         """Return the mount points by controller, "" for the unified hierarchy."""
         if self._mounted is None or "" not in self._mounted:  # it may be mounted by now
-            with open(self._mounts, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-                self._mounted = parse_hierarchies(file.read())
+            self._mounted = read_hierarchies(self._mounts)
         return self._mounted
 
     def directory(self, cgroup: str) -> str:
@@ -136,6 +135,12 @@ class CGroups:
         """Remove an empty group, and the empty ones below; OSError where somebody is in it still."""
         for folder, _, _ in os.walk(self.directory(cgroup), topdown=False):
             os.rmdir(folder)
+
+
+def read_hierarchies(mounts: str) -> dict[str, str]:
+    """Return what ``parse_hierarchies()`` finds in a file like /proc/self/mounts."""
+    with open(mounts, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        return parse_hierarchies(file.read())
 
 
 def parse_hierarchies(text: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from fuzzing.dice import Dice, noise
 from fuzzing.target import Refused, Target, outcome, stateless
 
 from agent import family, wire
-from reaperd.linux import cgroup, mounts, procfs
+from reaperd.linux import cgroups, mounts, oom, procfs
 from reaperd.linux.procfs import PAGE_BYTES, ProcessId
 
 # Everything in /proc/PID/status that is read, and what its parser returns for a text that has nothing.
@@ -72,7 +72,7 @@ def check_tables(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     for mount in mounts.parse_mount_table(text):
         assert "\n" not in mount.kind
-    assert cgroup.parse_oom_kills(text) is None or re.search(r"(?m)^oom_kill \d+$", text)
+    assert oom.parse_oom_kills(text) is None or re.search(r"(?m)^oom_kill \d+$", text)
     name = procfs.parse_memfd_link(text)
     assert not name or text in (f"/memfd:{name}", f"/memfd:{name} (deleted)")
     for variable in (wire.LINEAGE_VARIABLE, "A"):
@@ -83,7 +83,7 @@ def check_cgroup(data: bytes) -> None:
     """Three readings of /proc/PID/cgroup agree with a fourth."""
     text = data.decode("utf-8", "surrogateescape")
     paths = twins.cgroup_paths(text)
-    unified, memory = cgroup.parse_memory_path(text)
+    unified, memory = oom.parse_memory_path(text)
     assert unified == paths.get("", "")
     by_memory = [
         path for controllers, path in paths.items() if controllers and "memory" in controllers.split(",")
@@ -91,7 +91,7 @@ def check_cgroup(data: bytes) -> None:
     assert memory in by_memory or (not memory and not by_memory)
     known = paths.get("", "/")
     assert wire.parse_cgroup(text) == (known if known != "/" else paths.get("name=systemd", "/"))
-    cgroup.parse_mounts(text)
+    cgroups.parse_hierarchies(text)
 
 
 # -- what a kernel writes, around names that an enemy has chosen ------------------------------------
@@ -178,7 +178,7 @@ def _cgroup_lines(dice: Dice) -> None:
     paths = [b"/" + dice.name(60, without=b"\0\n") for _ in range(3)]
     unified, named, memory = (path.decode("utf-8", "surrogateescape") for path in paths)
     text = f"12:cpu,memory:{memory}\n1:name=systemd:{named}\n0::{unified}\n"
-    assert cgroup.parse_memory_path(text) == (unified, memory)
+    assert oom.parse_memory_path(text) == (unified, memory)
     assert wire.parse_cgroup(text) == (unified if unified != "/" else named)
 
 
@@ -190,7 +190,8 @@ def _mount_line(dice: Dice) -> None:
     (found,) = mounts.parse_mount_table(text)
     assert found == (point, kind, ("rw", "memory"))
     expected = {"cgroup2": (point, ""), "cgroup": ("", point)}
-    assert cgroup.parse_mounts(text) == expected.get(kind, ("", ""))
+    mounted = cgroups.parse_hierarchies(text)
+    assert (mounted.get("", ""), mounted.get("memory", "")) == expected.get(kind, ("", ""))
     line = f"31 1 0:26 / {written} rw shared:4 - {kind} none rw\n"
     assert procfs.parse_mount_kinds(line.encode("utf-8", "surrogateescape")) == {31: kind}
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reaperd.linux import cgroup
-from reaperd.linux.cgroup import (
+from reaperd.linux import oom
+from reaperd.linux.cgroups import parse_hierarchies
+from reaperd.linux.mounts import Mount, parse_mount_table
+from reaperd.linux.oom import (
     Counter,
     Counters,
     counter_file,
     parse_memory_path,
-    parse_mounts,
     parse_oom_kills,
 )
-from reaperd.linux.mounts import Mount, parse_mount_table
 
 V2 = "cgroup2 {root}/unified cgroup2 rw,nosuid,nsdelegate 0 0\n"
 V1 = (
@@ -41,17 +41,23 @@ class Hierarchies:
         return Counters(self.mounts).find(cgroup_text).path
 
 
+def mounted(table: str) -> tuple[str, str]:
+    """Return where the unified hierarchy and version 1's memory controller are mounted."""
+    found = parse_hierarchies(table)
+    return found.get("", ""), found.get("memory", "")
+
+
 # -- parsing ----------------------------------------------------------------------------------------
 
 
 def test_the_mounts_of_both_versions_are_found() -> None:
-    assert parse_mounts(V2.format(root="/c")) == ("/c/unified", "")
-    assert parse_mounts(V1.format(root="/c")) == ("", "/c/memory")
-    assert parse_mounts((V1 + V2).format(root="/c")) == ("/c/unified", "/c/memory")
+    assert mounted(V2.format(root="/c")) == ("/c/unified", "")
+    assert mounted(V1.format(root="/c")) == ("", "/c/memory")
+    assert mounted((V1 + V2).format(root="/c")) == ("/c/unified", "/c/memory")
 
 
 def test_the_first_of_several_mounts_counts() -> None:
-    assert parse_mounts("a /1 cgroup2 rw 0 0\nb /2 cgroup2 rw 0 0\n") == ("/1", "")
+    assert mounted("a /1 cgroup2 rw 0 0\nb /2 cgroup2 rw 0 0\n") == ("/1", "")
 
 
 def test_a_mount_that_only_looks_like_a_cgroup_is_none() -> None:
@@ -63,22 +69,22 @@ def test_a_mount_that_only_looks_like_a_cgroup_is_none() -> None:
         "junk\n"
         "cgroup2 /c cgroup2\n"
     )
-    assert parse_mounts(hostile) == ("", "")
+    assert mounted(hostile) == ("", "")
 
 
 def test_what_the_kernel_writes_in_octal_is_read_back() -> None:
-    assert parse_mounts("c /with\\040blank\\011\\134\\012\\043 cgroup2 rw 0 0\n") == (
+    assert mounted("c /with\\040blank\\011\\134\\012\\043 cgroup2 rw 0 0\n") == (
         "/with blank\t\\\n#",
         "",
     )
-    assert parse_mounts("c /no\\089octal\\ cgroup2 rw 0 0\n") == ("/no\\089octal\\", "")
+    assert mounted("c /no\\089octal\\ cgroup2 rw 0 0\n") == ("/no\\089octal\\", "")
 
 
 def test_only_a_line_feed_ends_a_line_of_the_mount_table() -> None:
     for odd in ("\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\r"):
         table = f"x{odd}c /c cgroup2 rw 0 0 /home/u/mnt fuse.x rw 0 0\n"
-        assert parse_mounts(table) == ("/c", ""), ascii(odd)
-        assert parse_mounts(f"source /home/u/a{odd}c /c cgroup2 rw 0 0\n") == ("", ""), ascii(odd)
+        assert mounted(table) == ("/c", ""), ascii(odd)
+        assert mounted(f"source /home/u/a{odd}c /c cgroup2 rw 0 0\n") == ("", ""), ascii(odd)
 
 
 def test_every_mount_is_told_with_its_kind_and_options() -> None:
@@ -122,7 +128,7 @@ def test_on_a_unified_host_the_counter_is_the_local_one_where_the_kernel_has_it(
     assert host.counter("0::/user.slice\n") == summed
     local = host.write("unified/user.slice/memory.events.local", "oom_kill 1\n")
     assert host.counter("0::/user.slice\n") == local
-    assert cgroup.oom_kills(local) == 1
+    assert oom.read_kills(local) == 1
 
 
 def test_where_version_1_holds_the_controller_its_count_is_the_one(tmp_path: Path) -> None:
@@ -171,10 +177,10 @@ def test_the_root_cgroup_has_the_counter_that_lies_there(tmp_path: Path) -> None
 
 
 def test_a_counter_that_is_gone_tells_nothing(tmp_path: Path) -> None:
-    assert cgroup.oom_kills(str(tmp_path / "gone")) is None
-    assert cgroup.oom_kills(str(tmp_path)) is None
+    assert oom.read_kills(str(tmp_path / "gone")) is None
+    assert oom.read_kills(str(tmp_path)) is None
 
 
 def test_the_counter_of_this_process_counts_or_there_is_none() -> None:
     path = counter_file(Path("/proc/self/cgroup").read_text())
-    assert path == "" or isinstance(cgroup.oom_kills(path), int)
+    assert path == "" or isinstance(oom.read_kills(path), int)

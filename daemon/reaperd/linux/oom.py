@@ -5,28 +5,16 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from reaperd.linux.mounts import parse_mount_table
-
-
-def parse_mounts(text: str) -> tuple[str, str]:
-    """Return the mount points of cgroup v2 and of v1's memory controller in /proc/self/mounts; "" where there is none."""
-    unified = memory = ""
-    for mount in parse_mount_table(text):
-        if mount.kind == "cgroup2":
-            unified = unified or mount.point
-        elif mount.kind == "cgroup" and "memory" in mount.options:
-            memory = memory or mount.point
-    return unified, memory
+from reaperd.linux.cgroups import parse_memberships, read_hierarchies
 
 
 def parse_memory_path(text: str) -> tuple[str, str]:
     """Return the v2 path and the v1 memory path in the text of /proc/PID/cgroup; "" where there is none."""
     unified = memory = ""
-    for line in text.split("\n"):
-        controllers, colon, path = line.partition(":")[2].partition(":")
-        if colon and controllers == "":
+    for controllers, path in parse_memberships(text):
+        if controllers == "":
             unified = path
-        elif colon and "memory" in controllers.split(","):
+        elif "memory" in controllers.split(","):
             memory = path
     return unified, memory
 
@@ -52,17 +40,17 @@ class Counters:
 
     def __init__(self, mounts: str = "/proc/self/mounts") -> None:
         self._mounts = mounts
-        self._mounted: tuple[str, str] | None = None
+        self._mounted: dict[str, str] | None = None
 
     def find(self, cgroup_text: str) -> Counter:
         """Return the counter of the memory cgroup that the text of /proc/PID/cgroup names."""
         if self._mounted is not None:
-            found = _first_that_counts(cgroup_text, *self._mounted)
+            found = _first_that_counts(cgroup_text, self._mounted)
             if found.path:
                 return found
         # They may be mounted elsewhere by now.
-        self._mounted = read_mounts(self._mounts)
-        return _first_that_counts(cgroup_text, *self._mounted)
+        self._mounted = read_hierarchies(self._mounts)
+        return _first_that_counts(cgroup_text, self._mounted)
 
 
 def counter_file(cgroup_text: str) -> str:
@@ -70,29 +58,21 @@ def counter_file(cgroup_text: str) -> str:
     return Counters().find(cgroup_text).path
 
 
-def read_mounts(path: str) -> tuple[str, str]:
-    """Return what ``parse_mounts()`` finds in a mount table."""
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        return parse_mounts(file.read())
-
-
-def _first_that_counts(cgroup_text: str, unified_mount: str, memory_mount: str) -> Counter:
+def _first_that_counts(cgroup_text: str, mounted: dict[str, str]) -> Counter:
     unified, memory = parse_memory_path(cgroup_text)
     candidates = []
-    if memory and memory_mount:  # where v1 holds the controller, v2 has no files for it
-        candidates.append(f"{memory_mount}{memory}/memory.oom_control")
-    if unified and unified_mount:
-        candidates += [
-            f"{unified_mount}{unified}/memory.events.local",
-            f"{unified_mount}{unified}/memory.events",
-        ]
+    if memory and "memory" in mounted:  # where v1 holds the controller, v2 has no files for it
+        candidates.append(f"{mounted['memory']}{memory}/memory.oom_control")
+    if unified and "" in mounted:
+        folder = f"{mounted['']}{unified}"
+        candidates += [f"{folder}/memory.events.local", f"{folder}/memory.events"]
     for path in map(os.path.normpath, candidates):
-        if (kills := oom_kills(path)) is not None:
+        if (kills := read_kills(path)) is not None:
             return Counter(path, kills)
     return Counter()
 
 
-def oom_kills(path: str) -> int | None:
+def read_kills(path: str) -> int | None:
     """Return how many processes the OOM killer has ended, None where the file is gone or does not count."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
