@@ -122,14 +122,6 @@ def has_adopted(seen: Seen) -> bool:
     return len(parents) == 5 and sorted(parents.count(pid) for pid in set(parents)) == [2, 3]
 
 
-def has_grandchildren(count: int) -> Claim:
-    def claim(seen: Seen) -> bool:
-        parents = [seen.enclosure.parent_of(pid) for pid in seen.workers]
-        return sum(parent in seen.workers for parent in parents) == count
-
-    return claim
-
-
 def program(name: str) -> Callable[[], str]:
     return lambda: "" if shutil.which(name) else f"{name} is not installed"
 

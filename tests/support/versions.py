@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tarfile
-from typing import Any
 
 from harness import ROOT, SITE_PACKAGES, Daemon, Scratch
 
@@ -32,10 +30,6 @@ class Version:
         """Return a file of the fixture."""
         with open(os.path.join(self.folder, name), "rb") as file:
             return file.read()
-
-    def read_json(self, name: str) -> Any:
-        """Return what a file of the fixture holds."""
-        return json.loads(self.read(name))
 
 
 def _environment(root: str, import_path: str) -> str:

@@ -424,12 +424,17 @@ def test_measuring_ends_however_much_a_user_has(monkeypatch: pytest.MonkeyPatch)
 # -- when they were made ----------------------------------------------------------------------------
 
 
+def made_at_epoch_s(directory: int, name: str) -> float | None:
+    found = shm.stat_here(directory, name)
+    return found and found.born_epoch_s
+
+
 def test_the_birth_of_an_entry_is_told_whatever_its_owner_sets_its_times_to(tmp_path: Path) -> None:
     before_s = time.time()
     (tmp_path / "entry").touch()
     os.utime(tmp_path / "entry", (0, 0))
     with opened(tmp_path) as directory:
-        made_s = shm.made_at_epoch_s(directory, "entry")
+        made_s = made_at_epoch_s(directory, "entry")
     assert made_s is not None
     assert before_s - 0.1 < made_s < time.time() + 0.1
 
@@ -437,14 +442,14 @@ def test_the_birth_of_an_entry_is_told_whatever_its_owner_sets_its_times_to(tmp_
 def test_the_birth_of_a_link_is_its_own(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/nowhere")
     with opened(tmp_path) as directory:
-        assert (shm.made_at_epoch_s(directory, "link") or 0) > time.time() - 2
+        assert (made_at_epoch_s(directory, "link") or 0) > time.time() - 2
 
 
 def test_what_is_gone_or_on_a_file_system_without_birth_times_was_made_at_no_time(tmp_path: Path) -> None:
     with opened(tmp_path) as directory:
-        assert shm.made_at_epoch_s(directory, "gone") is None
+        assert made_at_epoch_s(directory, "gone") is None
     with opened(Path("/proc")) as directory:
-        assert shm.made_at_epoch_s(directory, "version") is None
+        assert made_at_epoch_s(directory, "version") is None
 
 
 def test_a_process_started_a_second_after_what_is_said_at_the_most() -> None:

@@ -234,12 +234,6 @@ def device_of(descriptor: int) -> str:
     return f"{os.major(device):02x}:{os.minor(device):02x}"
 
 
-def made_at_epoch_s(directory: int, name: str) -> float | None:
-    """Return when an entry was made, in seconds since 1970; None where the file system can't tell."""
-    found = stat_here(directory, name)
-    return None if found is None else found.born_epoch_s
-
-
 def remove(directory: int, name: str, uid: int, *, until_s: float = math.inf) -> int:
     """Remove one entry, a folder with all that is in it, and return the bytes freed.
 
