@@ -7,6 +7,7 @@ import os
 
 from reaperd.ctl import probes
 from reaperd.ctl.findings import Check, Finding, limit, ok, problem
+from reaperd.linux import transient
 from reaperd.linux.mounts import Mount, parse_mount_table
 from reaperd.linux.procfs import ProcFS
 from reaperd.surroundings import hiding_options
@@ -15,8 +16,6 @@ from reaperd.words import size
 # Below this, worker pools that share arrays run into its end (Docker gives 64 MiB).
 _SHM_BYTES = 256 * 1024 * 1024
 _SHM = "/dev/shm"  # noqa: S108
-_SYSTEMD = "/run/systemd/system"
-_SYSTEM_BUS = "/run/dbus/system_bus_socket"
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _SECCOMP = "a container's seccomp profile may forbid it: allow pidfd_open and pidfd_send_signal"
 
@@ -115,14 +114,15 @@ def isolation() -> Finding:
         return limit(
             "no session can have a control group of its own: the unified hierarchy is not mounted", nothing
         )
-    if not os.path.isdir(_SYSTEMD):
+    if not transient.is_running():
         return limit(
             "no systemd runs here: sessions can have control groups of their own below that of the daemon alone",
             f"{nothing}; then start the daemon in one that is made for it",
         )
-    if not os.path.exists(_SYSTEM_BUS):
+    bus = transient.SYSTEM_BUS.partition("=")[2]
+    if not os.path.exists(bus):
         return limit(
-            f"systemd runs here, but there is no {_SYSTEM_BUS}, by which it could be asked for control groups",
+            f"systemd runs here, but there is no {bus}, by which it could be asked for control groups",
             f"{nothing}; then install dbus",
         )
     return ok("systemd gives sessions that ask for it a control group of their own")

@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from reaperd import __version__, surroundings
 from reaperd.ctl import CommandError, probes
 from reaperd.ctl.findings import Check, Finding, limit, ok, problem
+from reaperd.linux import transient
 
 _UNIT = "reaperd.service"
 
@@ -213,7 +214,7 @@ def state_directory() -> Finding:
 
 def systemd() -> Finding:
     """The unit, where systemd runs the machine."""
-    if not os.path.isdir("/run/systemd/system"):
+    if not transient.is_running():
         return limit(
             "systemd does not run here",
             "start reaperd from whatever starts the other daemons of this machine",

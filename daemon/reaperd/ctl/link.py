@@ -13,6 +13,7 @@ from typing import Any
 from agent import client, sockets, wire
 from reaperd.ctl import FAILED, NO_DAEMON, NOT_ALLOWED, USAGE, CommandError
 from reaperd.ctl.units import list_of, number_of
+from reaperd.linux import transient
 
 _CODES = {"not-allowed": NOT_ALLOWED, "bad-request": USAGE, "ambiguous-session": USAGE}
 _POLL_S = 5  # how long one question about events stays open: a daemon that died is noticed no later
@@ -100,8 +101,8 @@ def how_to_start(socket: str) -> str:
     """Return the command that starts a daemon on ``socket``."""
     if socket == sockets.SYSTEM_SOCKET:
         if os.geteuid() == 0:
-            systemd = os.path.isdir("/run/systemd/system")
-            return "Start one with `systemctl start reaperd`" if systemd else "Start one with `reaperd`"
+            by = "systemctl start reaperd" if transient.is_running() else "reaperd"
+            return f"Start one with `{by}`"
         return "Start your own with `reaperd`, or have an administrator start the system's"
     if socket == os.path.realpath(sockets.user_socket()) and os.geteuid() != 0:
         return "Start your own with `reaperd`"

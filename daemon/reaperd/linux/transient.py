@@ -76,7 +76,7 @@ def start_scope(wanted: Wanted, address: str, *, within_s: float) -> None:
         raise ScopeRefused(_reason(error.data)) from None
     except TimeoutError:
         raise ScopeRefused(f"no answer within {within_s:g} s") from None
-    except (OSError, EOFError, ConnectionError) as error:
+    except (OSError, EOFError) as error:
         raise ScopeRefused(f"no bus at {address}: {getattr(error, 'strerror', None) or error}") from None
 
 
