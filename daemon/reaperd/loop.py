@@ -170,8 +170,6 @@ class Daemon:
 
     def _serve(self) -> None:
         while not self._signals & {signal.SIGTERM, signal.SIGINT}:
-            if self._link.hopeless:
-                raise StartError(f"cannot serve anybody: {self._link.hopeless}", code=2)
             try:
                 if self._is_ailing:
                     self._mend()
@@ -198,6 +196,8 @@ class Daemon:
         self._see_to_orphans(self._orphans.step)
         # What strangers ask goes last, and never for long.
         self._link.exchange()
+        if self._link.hopeless:
+            raise StartError(f"cannot serve anybody: {self._link.hopeless}", code=2)
         self._server.take_turns()
 
     def _catch_breath(self, error: Exception) -> None:
