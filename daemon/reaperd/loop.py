@@ -26,7 +26,6 @@ from reaperd.gate_link import GateLink, Peer, Return
 from reaperd.gpu import GpuMeter
 from reaperd.hunt import Hunt
 from reaperd.linux.alarm import Alarm
-from reaperd.linux.capability import parse_missing
 from reaperd.linux.exhaustion import is_exhaustion, reason_of
 from reaperd.linux.procfs import ProcFS
 from reaperd.linux.systemd import Notifier
@@ -35,7 +34,6 @@ from reaperd.orphans import Orphans
 from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.reaper import Reaper
-from reaperd.rights import RIGHTS
 from reaperd.scan import Scan
 from reaperd.server import Facts, Server
 from reaperd.settings import kill_policy, scan_rules, uids_of
@@ -433,8 +431,7 @@ def _make_directory(path: str, *, private: bool = True) -> None:
 
 def _check_rights(proc: ProcFS) -> None:
     """Raise StartError where a capability is withheld without which no gate could be let run."""
-    missing = [RIGHTS[name] for name in parse_missing(proc.status(os.getpid()), RIGHTS)]
-    vital = [right for right in missing if right.vital]
+    vital = [right for right in surroundings.missing_rights(proc) if right.vital]
     if vital:
         names = " and ".join(right.name for right in vital)
         # 2: it does not get better by trying again.

@@ -18,7 +18,7 @@ from reaperd.linux.procfs import (
     ProcFS,
 )
 from reaperd.linux.shm import SHM
-from reaperd.rights import RIGHTS
+from reaperd.rights import RIGHTS, Right
 
 _WHOLE_MACHINE = "for the whole machine, start it with the machine's pid namespace (docker run --pid=host)"
 
@@ -55,18 +55,20 @@ def lacks(proc: ProcFS) -> list[Lack]:
     """Return what a daemon that runs here, as this user, has to do without."""
     found = _lacks_of_proc(proc)
     if os.geteuid() == 0:
-        found += _missing_capabilities(proc) + _foreign_folders(proc)
+        found += [*map(_lack_of, missing_rights(proc)), *_foreign_folders(proc)]
     return found
 
 
-def _missing_capabilities(proc: ProcFS) -> list[Lack]:
-    return [
-        Lack(
-            f"without {name} {RIGHTS[name].without}",
-            f"grant it (docker run --cap-add {name.removeprefix('CAP_')}, CapabilityBoundingSet= in a unit)",
-        )
-        for name in parse_missing(proc.status(os.getpid()), RIGHTS)
-    ]
+def missing_rights(proc: ProcFS) -> list[Right]:
+    """Return which of the capabilities that a daemon for everybody needs this process has not."""
+    return [RIGHTS[name] for name in parse_missing(proc.status(os.getpid()), RIGHTS)]
+
+
+def _lack_of(right: Right) -> Lack:
+    return Lack(
+        f"without {right.name} {right.without}",
+        f"grant it (docker run --cap-add {right.name.removeprefix('CAP_')}, CapabilityBoundingSet= in a unit)",
+    )
 
 
 def _lacks_of_proc(proc: ProcFS) -> list[Lack]:
