@@ -54,6 +54,21 @@ demo: $(STAMP) ## kill a real grid search with SIGKILL, and watch Reaper clean u
 example: $(STAMP) ## train the risk models of examples/risk_model.py; end it whenever you like, and run it again
 	@$(BIN)/python examples/risk_model.py --model-dir build/risk
 
+# On paths of its own, so that it meets neither an installed daemon nor its state. Root's daemon is in system mode
+# here too: the mode follows the user, not the paths.
+RUN ?= $(CURDIR)/build/run
+CONFIG ?= config/reaper.toml
+
+.PHONY: run
+run: $(STAMP) ## run the daemon here, in the foreground, beside any that is installed
+	@[ $$(printf %s '$(RUN)/reaper.sock' | wc -c) -le 100 ] || { \
+	    echo 'a socket path may have 107 characters: make run RUN=/tmp/reaper-run' >&2; exit 2; }
+	@mkdir -p '$(RUN)' && chmod 0700 '$(RUN)'
+	@echo "to use it from another terminal:  export REAPER_SOCKET='$(RUN)/reaper.sock'"
+	@exec $(BIN)/python -m reaperd --config '$(CONFIG)' --socket '$(RUN)/reaper.sock' --state-dir '$(RUN)/state'
+
+# -- tests ----------------------------------------------------------------------------------------
+
 # A /dev/shm of its own, where that may be had: pools come and go in there, which tests of others' leftovers would see.
 MAY_UNSHARE = $(if $(ROOT),$(shell unshare --mount sh -c 'mount -t tmpfs tmpfs /dev/shm' 2>/dev/null && echo yes))
 APART = $(if $(MAY_UNSHARE),unshare --mount sh -c 'mount -t tmpfs tmpfs /dev/shm && exec "$$0" "$$@"')
@@ -70,41 +85,91 @@ check: suite training ## every test, without lint; PYTEST_ARGS="-k name" chooses
 suite: $(STAMP)
 	$(BIN)/python -m pytest $(SUITE) $(PYTEST_ARGS)
 
-.PHONY: test-systemd
-test-systemd: $(STAMP) ## those of them that boot a systemd, as root: the service, its sandbox, its journal, and an installation
-	$(BIN)/python -m pytest tests/root tests/unit/test_packaging.py $(PYTEST_ARGS)
-
 # In a process of its own: with scikit-learn in it, one is too large for tests that look at themselves. Those of installing
 # measure no time either.
 .PHONY: training
 training: $(STAMP)
 	$(APART) $(BIN)/python -m pytest tests/train tests/install $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
-# An environment of its own: what Reaper is measured against is none of its dependencies.
-BENCH := build/bench
-BENCH_STAMP := $(BENCH)/.installed
-BENCH_ARGS ?=
+.PHONY: lint
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/python -m ruff check $(CODE)
+	$(BIN)/python -m ruff format --check $(CODE)
+	$(BIN)/python -m mypy --strict
+	$(BIN)/python -m mypy --strict examples tests/support/bootedsystem.py tests/support/installed.py tests/support/staged.py
+	$(BIN)/python -m mypy --strict packaging/pages/generate.py packaging/pages/hatch_build.py
 
-$(BENCH_STAMP): tests/bench/requirements.txt pyproject.toml | $(STAMP)
-	@echo 'preparing $(BENCH) (once, and after a change of its requirements)'
-	@$(BIN)/python -m venv --clear $(BENCH)
-	@# Reaper for its dependencies alone: what is measured is the tree.
-	@$(BENCH)/bin/python -m pip install -qq --disable-pip-version-check '.[train]' -r $<
-	@$(BENCH)/bin/python -m pip uninstall -qq --yes reaperd
+.PHONY: format
+format: $(STAMP) ## put the code into the form that lint asks for
+	$(BIN)/python -m ruff check --fix-only --exit-zero $(CODE)
+	$(BIN)/python -m ruff format $(CODE)
+
+.PHONY: matrix
+matrix: ## every test on every Python from 3.10 to 3.14 that is found, each in a .venv-3.X
+	@failed=; tested=; \
+	$(foreach v,$(VERSIONS),python=$$($(call first_python,$(call pythons,$v))); \
+	    if [ -z "$$python" ]; then echo '== Python $v was not found'; else \
+	        echo "== Python $v: $$python"; \
+	        $(MAKE) --no-print-directory check VENV=.venv-$v PYTHON="$$python" \
+	            && tested="$$tested $v" || failed="$$failed $v"; fi; \
+	) \
+	echo "== passed on:$${tested:- none}$${failed:+; failed on:$$failed}"; [ -z "$$failed" ]
+
+.PHONY: test-systemd
+test-systemd: $(STAMP) ## the tests that boot a systemd, as root: the service, its sandbox, its journal, and an installation
+	$(BIN)/python -m pytest tests/root tests/unit/test_packaging.py $(PYTEST_ARGS)
+
+.PHONY: test-deb
+test-deb: $(STAMP) ## build the Debian package and try it in booted systems, as root; make test does so where debhelper is
+	@sh packaging/build-deb check
+	$(APART) $(BIN)/python -m pytest tests/install/test_deb.py $(PYTEST_ARGS)
+
+# In mounts of its own: the socket is at its usual place in there, and nothing of Podman's stays behind.
+DOCKER = mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs /run && mkdir /run/reaper /run/lock && exec "$$0" "$$@"
+
+.PHONY: test-docker
+test-docker: $(STAMP) ## build the image with Podman, as root, and have it reap trainings in and outside of containers
+	$(if $(ROOT),unshare --mount --propagation private sh -c '$(DOCKER)') \
+	    $(BIN)/python -m pytest tests/docker -v -rs $(PYTEST_ARGS)
+
+# An environment of its own: some gigabytes.
+FRAMEWORKS := build/frameworks
+FRAMEWORKS_STAMP := $(FRAMEWORKS)/.installed
+
+$(FRAMEWORKS_STAMP): tests/support/frameworks.txt pyproject.toml | $(STAMP)
+	@echo 'preparing $(FRAMEWORKS) (once, and after a change of its requirements)'
+	@$(BIN)/python -m venv --clear $(FRAMEWORKS)
+	@$(FRAMEWORKS)/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -r $<
 	@touch $@
 
-.PHONY: bench
-bench: $(STAMP) $(BENCH_STAMP) ## measure every promised figure beside others'; BENCH_ARGS="--quick": in three minutes
-	@printf '%s\n' '$(CURDIR)' '$(CURDIR)/daemon' \
-	    >"$$($(BENCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tree.pth"
-	@$(BENCH)/bin/python tests/bench/run.py $(BENCH_ARGS)
+.PHONY: frameworks
+frameworks: $(FRAMEWORKS_STAMP) ## the tests of orphans, as root, with PyTorch, celery, gunicorn, Jupyter and loky for real
+	$(FRAMEWORKS)/bin/python -m pytest tests/system/test_orphans.py tests/system/test_orphan_zoo.py $(PYTEST_ARGS)
 
-REF ?= HEAD
+.PHONY: joblib
+joblib: $(STAMP) ## joblib's own tests of parallel loops, with the backend "reaper" among those that they are about
+	@mkdir -p build/joblib
+	REAPER_SOCKET=/nonexistent $(BIN)/python -W ignore tests/support/joblib_suite.py build/joblib -q -k reaper
 
-.PHONY: fixtures
-fixtures: $(STAMP) ## at a release, record what it says for the tests of those after it; VERSION=0.2.0, REF=commit
-	@[ -n '$(VERSION)' ] || { echo 'say which: make fixtures VERSION=0.2.0' >&2; exit 2; }
-	@$(BIN)/python tests/fixtures/record.py '$(VERSION)' --ref '$(REF)'
+.PHONY: sklearn
+sklearn: $(STAMP) ## scikit-learn's own tests of callbacks, with Reaper's beside each of theirs and its joblib backend
+	@mkdir -p build/sklearn
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check rich
+	REAPER_SOCKET=/nonexistent $(BIN)/python -W ignore tests/support/sklearn_suite.py build/sklearn -q
+
+# -- long runs ------------------------------------------------------------------------------------
+
+EXAMPLES ?= 1000
+
+.PHONY: interleavings
+interleavings: $(STAMP) ## random lives of pools against the scan and its verdicts, more of them than in make test; EXAMPLES=n
+	REAPER_TEST_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/unit/test_interleavings.py
+
+MOMENTS ?= 20
+
+.PHONY: moments
+moments: $(STAMP) ## end a real grid search at random moments in nine ways, and resume it; MOMENTS=n take n minutes
+	REAPER_TEST_MOMENTS=$(MOMENTS) $(BIN)/python -m pytest tests/system/test_moments.py $(PYTEST_ARGS)
 
 # An environment of its own: a fuzzer is no dependency of anything. Where there is no wheel of it (another processor, a
 # Python that is too new), inputs are made by chance, and the run says so.
@@ -122,53 +187,8 @@ $(FUZZ_STAMP): pyproject.toml | $(STAMP)
 	@touch $@
 
 .PHONY: fuzz
-fuzz: $(FUZZ_STAMP) ## hostile text for every parser (two minutes); FUZZ_RUNS=1000000, FUZZ_ARGS="--seed n --target page"
+fuzz: $(FUZZ_STAMP) ## feed hostile text to every parser (two minutes); FUZZ_RUNS=1000000, FUZZ_ARGS="--seed n --target page"
 	@$(FUZZ)/bin/python tests/fuzz/run.py --runs $(FUZZ_RUNS) $(FUZZ_ARGS)
-
-# An environment of its own: some gigabytes.
-FRAMEWORKS := build/frameworks
-FRAMEWORKS_STAMP := $(FRAMEWORKS)/.installed
-
-$(FRAMEWORKS_STAMP): tests/support/frameworks.txt pyproject.toml | $(STAMP)
-	@echo 'preparing $(FRAMEWORKS) (once, and after a change of its requirements)'
-	@$(BIN)/python -m venv --clear $(FRAMEWORKS)
-	@$(FRAMEWORKS)/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -r $<
-	@touch $@
-
-.PHONY: frameworks
-frameworks: $(FRAMEWORKS_STAMP) ## the tests of orphans, as root, with PyTorch, celery, gunicorn, Jupyter and loky for real
-	$(FRAMEWORKS)/bin/python -m pytest tests/system/test_orphans.py tests/system/test_orphan_zoo.py $(PYTEST_ARGS)
-
-EXAMPLES ?= 1000
-
-.PHONY: interleavings
-interleavings: $(STAMP) ## random lives of pools against the scan and its verdicts, more of them than in make test; EXAMPLES=n
-	REAPER_TEST_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/unit/test_interleavings.py
-
-MOMENTS ?= 20
-
-.PHONY: moments
-moments: $(STAMP) ## end a real grid search at random moments in nine ways, and resume it; MOMENTS=n take n minutes
-	REAPER_TEST_MOMENTS=$(MOMENTS) $(BIN)/python -m pytest tests/system/test_moments.py $(PYTEST_ARGS)
-
-.PHONY: joblib
-joblib: $(STAMP) ## joblib's own tests of parallel loops, with the backend "reaper" among those that they are about
-	@mkdir -p build/joblib
-	REAPER_SOCKET=/nonexistent $(BIN)/python -W ignore tests/support/joblib_suite.py build/joblib -q -k reaper
-
-.PHONY: sklearn
-sklearn: $(STAMP) ## scikit-learn's own tests of callbacks, with Reaper's beside each of theirs and its joblib backend
-	@mkdir -p build/sklearn
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check rich
-	REAPER_SOCKET=/nonexistent $(BIN)/python -W ignore tests/support/sklearn_suite.py build/sklearn -q
-
-# In mounts of its own: the socket is at its usual place in there, and nothing of Podman's stays behind.
-DOCKER = mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs /run && mkdir /run/reaper /run/lock && exec "$$0" "$$@"
-
-.PHONY: test-docker
-test-docker: $(STAMP) ## build the image of packaging/docker with Podman, as root, and have it reap trainings in and outside of containers
-	$(if $(ROOT),unshare --mount --propagation private sh -c '$(DOCKER)') \
-	    $(BIN)/python -m pytest tests/docker -v -rs $(PYTEST_ARGS)
 
 STEPS ?= 300
 SEED ?=
@@ -192,18 +212,26 @@ SCALE_ARGS ?=
 scale: $(STAMP) ## measure 5,000 workers, 2,000 sessions and what forks itself each millisecond; SCALE_ARGS="--quick"
 	@$(BIN)/python tests/scale/run.py $(SCALE_ARGS)
 
-.PHONY: lint
-lint: $(STAMP) ## ruff and mypy
-	$(BIN)/python -m ruff check $(CODE)
-	$(BIN)/python -m ruff format --check $(CODE)
-	$(BIN)/python -m mypy --strict
-	$(BIN)/python -m mypy --strict examples tests/support/bootedsystem.py tests/support/installed.py tests/support/staged.py
-	$(BIN)/python -m mypy --strict packaging/pages/generate.py packaging/pages/hatch_build.py
+# An environment of its own: what Reaper is measured against is none of its dependencies.
+BENCH := build/bench
+BENCH_STAMP := $(BENCH)/.installed
+BENCH_ARGS ?=
 
-.PHONY: format
-format: $(STAMP) ## put the code into the form that lint asks for
-	$(BIN)/python -m ruff check --fix-only --exit-zero $(CODE)
-	$(BIN)/python -m ruff format $(CODE)
+$(BENCH_STAMP): tests/bench/requirements.txt pyproject.toml | $(STAMP)
+	@echo 'preparing $(BENCH) (once, and after a change of its requirements)'
+	@$(BIN)/python -m venv --clear $(BENCH)
+	@# Reaper for its dependencies alone: what is measured is the tree.
+	@$(BENCH)/bin/python -m pip install -qq --disable-pip-version-check '.[train]' -r $<
+	@$(BENCH)/bin/python -m pip uninstall -qq --yes reaperd
+	@touch $@
+
+.PHONY: bench
+bench: $(STAMP) $(BENCH_STAMP) ## measure every promised figure beside others'; BENCH_ARGS="--quick": in three minutes
+	@printf '%s\n' '$(CURDIR)' '$(CURDIR)/daemon' \
+	    >"$$($(BENCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tree.pth"
+	@$(BENCH)/bin/python tests/bench/run.py $(BENCH_ARGS)
+
+# -- what is published ----------------------------------------------------------------------------
 
 DIST ?= dist
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' daemon/reaperd/__init__.py)
@@ -221,34 +249,12 @@ deb: $(STAMP) ## build a Debian package, in dist/, for the Debian or Ubuntu that
 	    $(BIN)/python -m build --no-isolation --sdist --outdir '$(DIST)' . >/dev/null
 	@sh packaging/build-deb '$(DIST)/reaperd-$(VERSION).tar.gz' '$(DEB_REVISION)' '$(DIST)'
 
-.PHONY: test-deb
-test-deb: $(STAMP) ## as root: build the Debian package and try it in booted systems; make test does so where debhelper is
-	@sh packaging/build-deb check
-	$(APART) $(BIN)/python -m pytest tests/install/test_deb.py $(PYTEST_ARGS)
+REF ?= HEAD
 
-# On paths of its own, so that it meets neither an installed daemon nor its state. Root's daemon is in system mode
-# here too: the mode follows the user, not the paths.
-RUN ?= $(CURDIR)/build/run
-CONFIG ?= config/reaper.toml
-
-.PHONY: run
-run: $(STAMP) ## run the daemon here, in the foreground, beside any that is installed
-	@[ $$(printf %s '$(RUN)/reaper.sock' | wc -c) -le 100 ] || { \
-	    echo 'a socket path may have 107 characters: make run RUN=/tmp/reaper-run' >&2; exit 2; }
-	@mkdir -p '$(RUN)' && chmod 0700 '$(RUN)'
-	@echo "to use it from another terminal:  export REAPER_SOCKET='$(RUN)/reaper.sock'"
-	@exec $(BIN)/python -m reaperd --config '$(CONFIG)' --socket '$(RUN)/reaper.sock' --state-dir '$(RUN)/state'
-
-.PHONY: matrix
-matrix: ## every test on every Python from 3.10 to 3.14 that is found, each in a .venv-3.X
-	@failed=; tested=; \
-	$(foreach v,$(VERSIONS),python=$$($(call first_python,$(call pythons,$v))); \
-	    if [ -z "$$python" ]; then echo '== Python $v was not found'; else \
-	        echo "== Python $v: $$python"; \
-	        $(MAKE) --no-print-directory check VENV=.venv-$v PYTHON="$$python" \
-	            && tested="$$tested $v" || failed="$$failed $v"; fi; \
-	) \
-	echo "== passed on:$${tested:- none}$${failed:+; failed on:$$failed}"; [ -z "$$failed" ]
+.PHONY: fixtures
+fixtures: $(STAMP) ## at a release, record what it says for the tests of those after it; VERSION=0.2.0, REF=commit
+	@[ -n '$(VERSION)' ] || { echo 'say which: make fixtures VERSION=0.2.0' >&2; exit 2; }
+	@$(BIN)/python tests/fixtures/record.py '$(VERSION)' --ref '$(REF)'
 
 .PHONY: clean
 clean: ## remove all that make made here
