@@ -234,11 +234,11 @@ bench: $(STAMP) $(BENCH_STAMP) ## measure every promised figure beside others'; 
 # -- what is published ----------------------------------------------------------------------------
 
 DIST ?= dist
-VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' daemon/reaperd/__init__.py)
+THIS_VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' daemon/reaperd/__init__.py)
 
 .PHONY: dist
 dist: $(STAMP) ## build the sdist and, from it, the wheel, in dist/
-	@$(BIN)/python -m build --no-isolation --outdir '$(DIST)' . >/dev/null && ls -1 '$(DIST)'/reaperd-$(VERSION)*
+	@$(BIN)/python -m build --no-isolation --outdir '$(DIST)' . >/dev/null && ls -1 '$(DIST)'/reaperd-$(THIS_VERSION)*
 
 DEB_REVISION ?= 1
 
@@ -247,7 +247,7 @@ deb: $(STAMP) ## build a Debian package, in dist/, for the Debian or Ubuntu that
 	@sh packaging/build-deb check
 	@SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || date +%s)} \
 	    $(BIN)/python -m build --no-isolation --sdist --outdir '$(DIST)' . >/dev/null
-	@sh packaging/build-deb '$(DIST)/reaperd-$(VERSION).tar.gz' '$(DEB_REVISION)' '$(DIST)'
+	@sh packaging/build-deb '$(DIST)/reaperd-$(THIS_VERSION).tar.gz' '$(DEB_REVISION)' '$(DIST)'
 
 REF ?= HEAD
 
