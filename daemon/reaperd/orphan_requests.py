@@ -16,7 +16,7 @@ from reaperd.orphans import Judged, Orphans
 
 _MAX_PROCESSES = 10_000  # in one request
 
-MaySee = Callable[[Peer, "int | None", "int | None"], bool]
+MaySee = Callable[[Peer, int | None, int | None], bool]
 
 
 class OrphanRequests:
