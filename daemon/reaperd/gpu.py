@@ -14,16 +14,12 @@ from typing import Any
 
 from reaperd.linux import helper, nvml
 from reaperd.linux.alarm import Alarm
-from reaperd.linux.procfs import ProcFS
+from reaperd.linux.procfs import MACHINES_PID_NAMESPACE, ProcFS
 from reaperd.pauses import Pauses
 
 log = logging.getLogger(__name__)
 
 CONTROL_DEVICE = "/dev/nvidiactl"
-# The first one (PROC_PID_INIT_INO, include/linux/proc_ns.h). In another one many drivers tell pids of the first all the
-# same: somebody else's here.
-_NAMESPACE = f"pid:[{0xEFFFFFFC}]"
-
 _DRIVER = -1  # who is asked: all that they have in common, or one GPU by its number
 _STALL_S = 0.25
 _MAX_S = 0.5  # in one reading: then what is left is left
@@ -58,7 +54,9 @@ class GpuMeter:
             self._answerer.close()
 
     def _is_here(self) -> bool:
-        return os.path.exists(self._control_device) and self._proc.pid_namespace(os.getpid()) == _NAMESPACE
+        # In another pid namespace many drivers tell pids of the machine's all the same: somebody else's here.
+        ours = self._proc.pid_namespace(os.getpid())
+        return os.path.exists(self._control_device) and ours == MACHINES_PID_NAMESPACE
 
     def _read(self, until_s: float, alarm: Alarm | None) -> dict[int, int]:
         held: dict[int, int] = {}

@@ -28,7 +28,7 @@ from reaperd import gpu, pauses
 from reaperd.gpu import GpuMeter
 from reaperd.linux import helper
 from reaperd.linux.alarm import Alarm
-from reaperd.linux.procfs import ProcFS
+from reaperd.linux.procfs import MACHINES_PID_NAMESPACE, ProcFS
 
 SOURCE = Path(__file__).parents[1] / "support" / "nvml_standin.c"
 COMPUTE = "nvmlDeviceGetComputeRunningProcesses_v2"
@@ -77,7 +77,7 @@ def library(folder: Path) -> Iterator[None]:
 class World(ProcFS):
     """A /proc of a process that lives in the first pid namespace, or in another one."""
 
-    def __init__(self, namespace: str = gpu._NAMESPACE) -> None:
+    def __init__(self, namespace: str = MACHINES_PID_NAMESPACE) -> None:
         super().__init__()
         self.namespace = namespace
 
@@ -407,11 +407,11 @@ def test_the_library_is_loaded_by_its_name_in_a_helper_that_ends_and_the_core_st
 import json, os, sys
 sys.path[:0] = {[path for path in sys.path if path]!r}
 from reaperd import gpu
-from reaperd.linux.procfs import ProcFS
+from reaperd.linux.procfs import MACHINES_PID_NAMESPACE, ProcFS
 
 class World(ProcFS):
     def pid_namespace(self, pid):
-        return gpu._NAMESPACE
+        return MACHINES_PID_NAMESPACE
 
 before = set(sys.modules)
 held = gpu.GpuMeter(World(), os.devnull).read()

@@ -11,14 +11,15 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from agent import wire
 from reaperd.linux.exhaustion import tell_exhaustion
 from reaperd.model import Namespaces, ProcessId
 
 PF_EXITING, PF_FORKNOEXEC, PF_KTHREAD = 0x4, 0x40, 0x200000  # linux/sched.h
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-# linux/proc_ns.h: PROC_PID_INIT_INO, PROC_USER_INIT_INO.
-MACHINES_PID_NAMESPACE, MACHINES_USER_NAMESPACE = f"pid:[{0xEFFFFFFC}]", f"user:[{0xEFFFFFFD}]"
+MACHINES_PID_NAMESPACE = f"pid:[{wire.PID_NAMESPACE_OF_MACHINE}]"
+MACHINES_USER_NAMESPACE = f"user:[{0xEFFFFFFD}]"  # linux/proc_ns.h: PROC_USER_INIT_INO
 _GONE = (FileNotFoundError, ProcessLookupError)  # gone before open(2), or before read(2)
 _MAX_ARGV_BYTES = 64 * 1024
 _MAX_BYTES = 8 * 1024 * 1024  # beyond what execve(2) takes as arguments and environment by default
@@ -343,11 +344,7 @@ class ProcFS:
 
     def network_namespace(self, pid: int) -> str:
         """Return the network namespace that ``pid`` lives in; "" where that is not told."""
-        try:
-            return os.readlink(f"{self.root}/{pid}/ns/net")
-        except OSError as error:
-            tell_exhaustion(error)
-            return ""
+        return self._namespace(pid, "net")
 
     def unix_sockets(self, pid: int) -> bytes | None:
         """Return the text of /proc/PID/net/unix, the sockets in its network namespace; None where there is too much."""
@@ -414,37 +411,19 @@ class ProcFS:
 
     def namespaces(self, pid: int) -> Namespaces:
         """Return where ``pid`` lives."""
-
-        def link(name: str) -> str:
-            try:
-                return os.readlink(f"{self.root}/{pid}/ns/{name}")
-            except OSError as error:
-                tell_exhaustion(error)
-                return ""
-
-        return Namespaces(link("pid"), link("mnt"), link("time"))
+        return Namespaces(*(self._namespace(pid, kind) for kind in ("pid", "mnt", "time")))
 
     def cgroup_namespace(self, pid: int) -> str:
         """Return the cgroup namespace that ``pid`` lives in; "" where that is not told."""
-        try:
-            return os.readlink(f"{self.root}/{pid}/ns/cgroup")
-        except OSError:
-            return ""
+        return self._namespace(pid, "cgroup")
 
     def pid_namespace(self, pid: int) -> str:
         """Return the pid namespace that ``pid`` lives in; "" where that is not told."""
-        try:
-            return os.readlink(f"{self.root}/{pid}/ns/pid")
-        except OSError as error:
-            tell_exhaustion(error)
-            return ""
+        return self._namespace(pid, "pid")
 
     def user_namespace(self) -> str:
         """Return the user namespace that the caller lives in; "" on a kernel that has none."""
-        try:
-            return os.readlink(f"{self.root}/self/ns/user")
-        except OSError:
-            return ""
+        return self._namespace("self", "user")
 
     def clock_offsets(self) -> str:
         """Return by how much the clocks of the caller's time namespace go ahead of the machine's; "" on a kernel that has none."""
@@ -456,8 +435,12 @@ class ProcFS:
 
     def own_pid_namespace(self) -> str:
         """Return the pid namespace that the caller lives in; "" where this /proc does not know the caller."""
+        return self._namespace("self", "pid")
+
+    def _namespace(self, pid: int | str, kind: str) -> str:
+        """Return a namespace that ``pid`` lives in (namespaces(7)); "" where that is not told."""
         try:
-            return os.readlink(f"{self.root}/self/ns/pid")
+            return os.readlink(f"{self.root}/{pid}/ns/{kind}")
         except OSError as error:
             tell_exhaustion(error)
             return ""
