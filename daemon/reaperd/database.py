@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 log = logging.getLogger(__name__)
 
-RETRY_S = (
-    0.5  # after a failure: waiting for a lock costs 20 ms each time, and nobody's reap is to wait for it
-)
+# After a failure: waiting for a lock costs 20 ms each time, and nobody's reap is to wait for it.
+RETRY_S = 0.5
 _LOCK_S = 0.02
 _CACHE_KIB = 256
 _MOST_BYTES = 8 * 1024 * 1024  # of what could not be written; then the oldest of it is lost

@@ -1,7 +1,7 @@
 """The daemon's log on stderr: for people, for programs as JSON, for the journal with priorities.
 
-One line a record, whatever is quoted in it, and nobody who reads it can make the daemon wait. What processes and users call themselves is in it: a line break of theirs must not begin a line of ours, nor a sequence of
-theirs reach a terminal.
+One line a record, whatever is quoted in it, and nobody who reads it can make the daemon wait. What processes and users
+call themselves is in it: a line break of theirs must not begin a line of ours, nor a sequence of theirs reach a terminal.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ log = logging.getLogger(__name__)
 
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))  # sd-daemon(3)
 
-_AT_ONCE_BYTES = (
-    4096  # PIPE_BUF: where a pipe or a socket is writable at all, so much of it is taken without a wait
-)
+# PIPE_BUF: where a pipe or a socket is writable at all, so much of it is taken without a wait.
+_AT_ONCE_BYTES = 4096
 _PATIENCE_S = 0.01  # with a reader that did not keep up; none with one that still does not
 
 

@@ -168,11 +168,10 @@ def parse_memberships(text: str) -> list[tuple[str, str]]:
 
 def _members(folder: str) -> set[int]:
     try:
-        return {int(pid) for pid in _read(f"{folder}/cgroup.procs").split()} - {
-            0
-        }  # is in another pid namespace
+        pids = {int(pid) for pid in _read(f"{folder}/cgroup.procs").split()}
     except FileNotFoundError:
         return set()
+    return pids - {0}  # who is in a pid namespace that is not seen from here
 
 
 def _read(path: str) -> str:
