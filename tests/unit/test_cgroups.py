@@ -144,16 +144,16 @@ class Group:
         self.path = path
         self.name = f"/{path.relative_to(mounted)}"
         self.cgroups = CGroups()
+        self.started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, command: str = "exec sleep 600") -> ProcessId:
-        enter = f'echo $$ >"{self.path}/cgroup.procs"; {command}'
+    def start(self, command: str = "exec sleep 600", *, before: str = ":") -> ProcessId:
+        """Run ``before``, and then, in the group, ``command``; return when it is in there."""
+        enter = f'{before}; echo $$ >"{self.path}/cgroup.procs"; {command}'
         process = subprocess.Popen(["sh", "-c", enter], stdin=subprocess.DEVNULL)
         self.started.append(process)
         while process.pid not in self.cgroups.residents(self.name):
             select.select((), (), (), 0.001)
         return ProcFS().stat(process.pid).id
-
-    started: list[subprocess.Popen[bytes]]
 
 
 @pytest.fixture
@@ -167,11 +167,11 @@ def group() -> Iterator[Group]:
     path = mounted / f"reaper-test-{os.getpid()}"
     path.mkdir()
     one = Group(path, mounted)
-    one.started = []
     try:
         yield one
     finally:
-        end_group(path) if path.exists() else None
+        if path.exists():
+            end_group(path)
         for process in one.started:
             process.wait(5)
 
@@ -189,7 +189,8 @@ def has_ended(process: ProcessId, within_s: float = 5.0) -> bool:
 
 
 def test_who_is_frozen_holds_still_until_it_is_thawed(group: Group) -> None:
-    one = group.start("trap 'exit 3' TERM; while :; do sleep 0.01; done")  # what ends nobody at once
+    # What ends somebody at once ends who is frozen, too: it is caught before that.
+    one = group.start("while :; do sleep 0.01; done", before="trap 'exit 3' TERM")
     group.cgroups.freeze(group.name)
     assert group.cgroups.wait_frozen(group.name, time.monotonic() + 5)
     os.kill(one.pid, signal.SIGTERM)
