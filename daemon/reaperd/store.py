@@ -43,6 +43,7 @@ _ADDED = """
 _SCHEMA = Schema(_NEW, _ADDED, _SCHEMA_VERSION)
 _BATCH, _MAX_BATCHES = 200, 4  # of events dropped, each time that one is added
 _MAX_REPLY_BYTES = 4 * 1024 * 1024
+_MOST_OF_ONE_PID = 20  # events that name it
 
 
 class Size(NamedTuple):
@@ -198,13 +199,13 @@ class Store:
                 found.append(stored.parse_event(record))
         return found
 
-    def events_about(self, pid: int, *, uid: int | None, limit: int = 20) -> list[dict[str, Any]]:
+    def events_about(self, pid: int, *, uid: int | None) -> list[dict[str, Any]]:
         """Return the newest events that name the process ``pid``, oldest first; of one uid, where asked for."""
         like = f'%"pid": {pid},%'
         found = []
         for seq, record in self._read(
             "SELECT seq, record FROM events WHERE record LIKE ? AND (? IS NULL OR uid = ?) ORDER BY seq DESC LIMIT ?",
-            *(like, uid, uid, 4 * limit),
+            *(like, uid, uid, 4 * _MOST_OF_ONE_PID),
         ):
             with contextlib.suppress(ValueError):
                 event = stored.parse_event(record)
@@ -212,7 +213,7 @@ class Store:
                     one.get("pid") == pid for one in (*event.get("processes", ()), event.get("leader") or {})
                 ):
                     found.append({"seq": seq, **event})
-        return found[:limit][::-1]
+        return found[:_MOST_OF_ONE_PID][::-1]
 
     # -- events ------------------------------------------------------------------------------
 
