@@ -404,15 +404,23 @@ def _virtual_environment(home: str, name: str) -> str:
     """Make an environment that everyone can read, with this tree and this interpreter's packages in it."""
     root = tempfile.mkdtemp(prefix="rp-python-", dir="/tmp")
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    packages = os.path.join(root, "lib", name, "site-packages")
-    binaries = os.path.join(root, "bin")
     os.chmod(root, 0o755)
+    return make_environment(root, os.path.join(home, name), IMPORT_PATH)
+
+
+def make_environment(root: str, interpreter: str, import_path: str) -> str:
+    """Make a virtual environment in ``root``, with ``import_path`` and this interpreter's packages; return its Python.
+
+    For what is started with -I, as the gate is: it takes no PYTHONPATH.
+    """
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages, binaries = os.path.join(root, "lib", name, "site-packages"), os.path.join(root, "bin")
     os.makedirs(packages)
     os.mkdir(binaries)
-    os.symlink(os.path.join(home, name), os.path.join(binaries, "python"))
+    os.symlink(interpreter, os.path.join(binaries, "python"))
     for path, text in (
-        (os.path.join(root, "pyvenv.cfg"), f"home = {home}\n"),
-        (os.path.join(packages, "tree.pth"), "\n".join([*IMPORT_PATH.split(os.pathsep), *SITE_PACKAGES])),
+        (os.path.join(root, "pyvenv.cfg"), f"home = {os.path.dirname(interpreter)}\n"),
+        (os.path.join(packages, "tree.pth"), "\n".join([*import_path.split(os.pathsep), *SITE_PACKAGES])),
     ):
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)

@@ -6,7 +6,7 @@ import os
 import sys
 import tarfile
 
-from harness import ROOT, SITE_PACKAGES, Daemon, Scratch
+from harness import ROOT, Daemon, Scratch, make_environment
 
 FIXTURES = os.path.join(ROOT, "tests", "fixtures")
 PACKAGE = "package.tar.xz"
@@ -24,29 +24,14 @@ class Version:
             # Not in each patch release of the Pythons before 3.12; the archive is our own.
             package.extractall(root, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         self.import_path = os.pathsep.join([root, os.path.join(root, "daemon")])
-        self.python = _environment(os.path.join(root, "python"), self.import_path)
+        self.python = make_environment(
+            os.path.join(root, "python"), os.path.realpath(sys.executable), self.import_path
+        )
 
     def read(self, name: str) -> bytes:
         """Return a file of the fixture."""
         with open(os.path.join(self.folder, name), "rb") as file:
             return file.read()
-
-
-def _environment(root: str, import_path: str) -> str:
-    """Make a virtual environment: the daemon starts its gate with -I, which takes no PYTHONPATH."""
-    home = os.path.dirname(os.path.realpath(sys.executable))
-    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    packages, binaries = os.path.join(root, "lib", name, "site-packages"), os.path.join(root, "bin")
-    os.makedirs(packages)
-    os.mkdir(binaries)
-    os.symlink(os.path.realpath(sys.executable), os.path.join(binaries, "python"))
-    for path, text in (
-        (os.path.join(root, "pyvenv.cfg"), f"home = {home}\n"),
-        (os.path.join(packages, "tree.pth"), "\n".join([*import_path.split(os.pathsep), *SITE_PACKAGES])),
-    ):
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-    return os.path.join(binaries, "python")
 
 
 class AgedDaemon(Daemon):
