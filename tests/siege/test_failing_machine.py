@@ -95,8 +95,14 @@ def test_where_few_files_may_be_open_only_so_many_sessions_are_taken_on_as_can_b
     leaders = {leader.pid: leader for leader in victims(daemon, start_leader, 9)}
     refused = "".join(leader.read_log() for leader in leaders.values())
     with the_same_core(daemon):
-        while leaders:  # who was refused is found by the page as soon as there is room
-            watched = [one["leader"]["pid"] for one in daemon.sessions() if one["leader"]["pid"] in leaders]
+        while leaders:
+            watched = repeat_until(
+                lambda: (
+                    [pid for one in daemon.sessions() if (pid := one["leader"]["pid"]) in leaders] or None
+                ),
+                60,
+                "who was refused is not found by the page though there is room",
+            )
             assert len(watched) <= 7
             for pid in watched:
                 leaders[pid].signal(signal.SIGKILL)
