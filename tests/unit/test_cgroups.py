@@ -152,6 +152,7 @@ class Group:
         process = subprocess.Popen(["sh", "-c", enter], stdin=subprocess.DEVNULL)
         self.started.append(process)
         while process.pid not in self.cgroups.residents(self.name):
+            assert process.poll() is None, "it cannot enter the group"
             select.select((), (), (), 0.001)
         return ProcFS().stat(process.pid).id
 
