@@ -125,8 +125,7 @@ class Adoption:
             if self._core.sessions.led_by(holder.stat.id):
                 return
             session = self._observer.describe_leader(session)
-            scope = path_of_scope(session.key, session.cgroup or "/", self._socket_path)
-            session = session._replace(scope=scope)
+            session = session._replace(scope=self._core.scope_in(session.key, session.cgroup or "/"))
             leader_pidfd = pidfd.open_pidfd(holder.stat.id, self._observer.proc)
             self._note(session, "its leader lives")
             self._core.take_on(session, leader_pidfd, OpenPage(os.dup(found.descriptor)))
@@ -174,7 +173,7 @@ class Adoption:
     def _adopt_dead(self, session: Session, cgroup: str, page_fd: int | None) -> None:
         session = session._replace(
             cgroup=cgroup if self._is_in_place(session.key, cgroup) else None,
-            scope=path_of_scope(session.key, cgroup, self._socket_path),
+            scope=self._core.scope_in(session.key, cgroup),
             namespaces=self._observer.proc.namespaces(os.getpid()),  # could_be_orphan() has seen to that
         )
         self._note(session, "its leader died unseen")

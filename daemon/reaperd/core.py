@@ -130,6 +130,10 @@ class Core:
         """Say whether a session is over for good: whoever carries its marks still was left alone, or told of."""
         return key in self._told or self.store.is_settled(key)
 
+    def scope_in(self, key: SessionKey, cgroup: str) -> str | None:
+        """Return the control group that was made for a session where ``cgroup`` is that, or below it."""
+        return self._isolator.scope_in(key, cgroup)
+
     def isolate(self, key: SessionKey, done: Done) -> None:
         """Give a session a control group of its own, and call ``done`` with that, or with why not, once it is decided."""
         session, handle = self.sessions.entries[key].session, self.leaders.handle(key)
@@ -152,7 +156,7 @@ class Core:
             log.info("isolated session=%s uid=%d cgroup=%r", key.id, key.uid, scope)
             session = self.sessions.entries[key].session
             counter = Counter(session.oom_counter, session.oom_kills)
-            with contextlib.suppress(ProcessGone):
+            with contextlib.suppress(ProcessGone, OSError):
                 counter = self.observer.oom_counter(session.leader.pid)
             self.sessions.apply(key, ledger.Isolated(scope, *counter))
             self.sessions.put_on_record(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -15,7 +16,7 @@ from reaperd.linux import helper, pidfd, transient
 from reaperd.linux.cgroups import CGroups
 from reaperd.linux.exhaustion import reason_of
 from reaperd.linux.procfs import ProcessGone
-from reaperd.model import Session
+from reaperd.model import Session, SessionKey
 from reaperd.observer import Observer
 from reaperd.poller import Poller
 
@@ -82,6 +83,14 @@ class Isolator:
             self._running = None
             self._finish(run.wish, told, late=late)
             self._start_next()
+
+    def scope_in(self, key: SessionKey, cgroup: str) -> str | None:
+        """Return the session's own control group where ``cgroup`` is that or below it, None where it is not, or is not ours.
+
+        Users name the groups that are theirs as they like, and what is theirs they thaw, and move others into.
+        """
+        scope = path_of_scope(key, cgroup, self._socket)
+        return scope if scope is not None and self._cgroups.owner(scope) == os.geteuid() else None
 
     def let_go(self, session: Session) -> None:
         """The session is over: remove its group, where systemd does not do so."""
@@ -162,10 +171,9 @@ class Isolator:
             # Who got its pid may be in there now.
             self._end(wish, None, "it has ended")
             return
-        try:
-            scope = path_of_scope(session.key, self._observer.cgroup_path(session.leader.pid), self._socket)
-        except ProcessGone:
-            scope = None
+        scope = None
+        with contextlib.suppress(ProcessGone, OSError):  # OSError: descriptors have run out; its marks must do
+            scope = self.scope_in(session.key, self._observer.cgroup_path(session.leader.pid))
         if scope is not None:
             self._end(wish, scope, "")
         elif isinstance(told, str) and told:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,9 @@ from harness import (
     repeat_until,
     test_environment,
 )
+
+from reaperd.isolation import scope_name
+from reaperd.model import SessionKey
 
 pytestmark = [
     pytest.mark.needs_root,
@@ -135,6 +139,30 @@ def test_a_daemon_that_was_killed_goes_on_by_the_group_and_leaves_nobody_frozen(
     daemon.wait_end(leader.session)
     assert all(map(alive, leader.spared))
     assert Path(home.path, scope, "cgroup.freeze").read_text() == "0\n"
+
+
+def test_a_group_that_a_user_named_like_ours_is_his_own_affair(
+    start_daemon: StartDaemon, start_leader: StartLeader, unified_cgroup: Callable[[str], Cgroup]
+) -> None:
+    """The daemon has what its unit gives it: into the files of a group that is not root's it cannot write."""
+    rights = "-all,+kill,+sys_ptrace,+dac_read_search,+setuid,+setgid"
+    daemon = start_daemon(inside=["setpriv", f"--bounding-set={rights}"])
+    leader = start_leader("kin.py", "subprocess", socket=daemon.socket, uid=SOMEBODY)
+    forged = unified_cgroup("users").path
+    name = scope_name(SessionKey(SOMEBODY, leader.session), daemon.socket)
+    os.mkdir(f"{forged}/{name}")
+    for entry in ("", "cgroup.procs", "cgroup.freeze", "cgroup.kill"):
+        os.chown(f"{forged}/{name}/{entry}", SOMEBODY, SOMEBODY)
+    daemon.kill9()
+    shutil.rmtree(daemon.state)
+    for pid in (leader.pid, *leader.family.workers):
+        Path(forged, name, "cgroup.procs").write_text(str(pid))
+    daemon.start()
+    assert not is_isolated(daemon, leader)
+    leader.kill9()
+    daemon.wait_end(leader.session)
+    assert broken_promise(leader) == ""
+    assert daemon.process.poll() is None
 
 
 def test_nobody_is_moved_into_a_group_that_others_are_in(
