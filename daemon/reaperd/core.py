@@ -222,6 +222,7 @@ class Core:
         while (self._do_due() or self._reclaimer.step()) and not self._alarm.rings():
             pass
         self._isolator.step()
+        self._reaper.thaw_late(time.monotonic())
         idle_s = self.observer.marks.memory.idle_deadline_s
         if idle_s is not None and idle_s <= time.monotonic():
             self.observer.marks.memory.close()
@@ -257,6 +258,7 @@ class Core:
             self.sessions.next_deadline(),
             self._reclaimer.deadline_s,
             self._isolator.deadline_s,
+            self._reaper.thaw_due_s,
             self._survivors.exits_due_s,
             self.observer.marks.memory.idle_deadline_s,
         )

@@ -14,13 +14,15 @@ import time
 from collections.abc import Collection
 
 from reaperd.linux import pidfd
-from reaperd.linux.cgroups import CGroups
+from reaperd.linux.cgroups import CGroups, is_gone
+from reaperd.linux.exhaustion import is_exhaustion
 from reaperd.linux.procfs import ProcessGone, ProcFS
 from reaperd.model import ProcessId
 
 log = logging.getLogger(__name__)
 
 _FREEZES_WITHIN_S = 0.01  # all groups of one look together
+_THAW_AGAIN_S = 0.05
 
 
 class Outcome(enum.Enum):
@@ -40,6 +42,8 @@ class Reaper:
         self._untouchable = untouchable
         self._pidfds: dict[ProcessId, int] = {}
         self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        self._frozen: set[str] = set()  # the control groups that are to be thawed yet
+        self.thaw_due_s: float | None = None  # when ``thaw_late()`` is to be called
 
     def take(self, target: ProcessId, handle: int | None) -> int | None:
         """Own a pidfd of ``target`` (``handle``, or one opened here) and return it; None when it is gone already."""
@@ -97,6 +101,7 @@ class Reaper:
         for one in cgroups:
             try:
                 self._cgroups.freeze(one)
+                self._frozen.add(one)
                 frozen.append(one)
             except OSError as error:  # it is gone with the last in it
                 log.debug("cannot freeze cgroup %r: %s", one, error.strerror)
@@ -107,9 +112,27 @@ class Reaper:
                     log.debug("not all of cgroup %r hold still", one)
 
     def let_go_on(self, cgroup: str) -> None:
-        """Thaw all in a control group."""
-        with contextlib.suppress(FileNotFoundError):  # it is gone with the last in it
+        """Thaw all in a control group; where that fails, whoever we have frozen there is thawed later."""
+        try:
             self._cgroups.thaw(cgroup)
+        except OSError as error:  # it is gone with the last in it, or is not ours, or descriptors have run out
+            if not is_gone(error) and (cgroup in self._frozen or is_exhaustion(error)):
+                if self.thaw_due_s is None:
+                    log.warning("cannot thaw cgroup %r: %s, trying again", cgroup, error.strerror)
+                self._frozen.add(cgroup)
+                self.thaw_due_s = time.monotonic() + _THAW_AGAIN_S
+                return
+            log.debug("cannot thaw cgroup %r: %s", cgroup, error.strerror)
+        self._frozen.discard(cgroup)
+
+    def thaw_late(self, now_s: float) -> None:
+        """Thaw who could not be thawed when it was due: whoever was spared in there must not hold still for ever."""
+        if self.thaw_due_s is None or now_s < self.thaw_due_s:
+            return
+        for one in tuple(self._frozen):
+            self.let_go_on(one)
+        if not self._frozen:
+            self.thaw_due_s = None
 
     def kill_all(self, cgroup: str, targets: Collection[ProcessId]) -> bool:
         """Send SIGKILL to all in a control group at once, and say whether that was done: none but ``targets`` may be in it.

@@ -116,10 +116,9 @@ class Survivors:
             for key in depths:
                 self._sessions.apply(key, ledger.LookFailed(time.monotonic()))
         finally:
-            for key in still:
-                with self._sessions.trying(key, "let the members go on"):
-                    self._reaper.let_go_on(still[key])
-            self._observer.census.handles.release()
+            self._observer.census.handles.release()  # first: to thaw takes a descriptor
+            for scope in still.values():
+                self._reaper.let_go_on(scope)
 
     def _hold_still(self, keys: Iterable[SessionKey]) -> dict[SessionKey, str]:
         """Have those hold still, by their control groups, of whom some are to be killed; return whom that is to be undone for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from bootedsystem import BootError, end_group, unified_hierarchy
 
-from reaperd.linux.cgroups import CGroups, parse_hierarchies, parse_memberships
+from reaperd.linux.cgroups import CGroups, is_gone, parse_hierarchies, parse_memberships
 from reaperd.linux.procfs import ProcFS
 from reaperd.model import ProcessId
 from reaperd.reaper import Reaper
@@ -122,8 +123,8 @@ def test_as_many_processes_may_be_had_in_the_new_group_as_in_the_old(files: File
 def test_all_in_a_group_and_below_it_are_its_residents_but_those_of_other_namespaces(files: Files) -> None:
     files.write("unified/s.scope/cgroup.procs", "7\n0\n8\n")
     files.write("unified/s.scope/below/cgroup.procs", "9\n")
-    assert files.cgroups.residents("/s.scope") == {7, 8, 9}
-    assert files.cgroups.residents_of_one("/s.scope") == {7, 8}
+    assert files.cgroups.residents("/s.scope") == {0, 7, 8, 9}
+    assert files.cgroups.residents_of_one("/s.scope") == {0, 7, 8}
     assert files.cgroups.residents("/gone.scope") == set()
 
 
@@ -214,6 +215,79 @@ def test_all_in_a_group_are_killed_as_one_where_none_but_the_targets_is_in_it(gr
     reaper.let_go_on(group.name)
     for one in targets:
         reaper.drop(one)
+
+
+class Obstinate(CGroups):
+    """Control groups that cannot be thawed as long as there is ``error``."""
+
+    error: int | None = None
+    thawed = 0
+
+    def freeze(self, cgroup: str) -> None:
+        pass
+
+    def thaw(self, cgroup: str) -> None:
+        if self.error is not None:
+            raise OSError(self.error, os.strerror(self.error))
+        self.thawed += 1
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.EACCES])
+def test_who_cannot_be_thawed_when_it_is_due_is_thawed_later(
+    error: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    cgroups = Obstinate("/nowhere")
+    reaper = Reaper(ProcFS(), frozenset(), cgroups)
+    reaper.hold_still(["/x.scope"])
+    cgroups.error = error
+    for _ in range(3):
+        reaper.let_go_on("/x.scope")
+    assert reaper.thaw_due_s is not None
+    reaper.thaw_late(reaper.thaw_due_s)
+    reaper.thaw_late(reaper.thaw_due_s - 1)
+    assert len(caplog.records) == 1
+    cgroups.error = None
+    reaper.thaw_late(reaper.thaw_due_s)
+    assert (cgroups.thawed, reaper.thaw_due_s) == (1, None)
+    reaper.thaw_late(time.monotonic())
+    assert cgroups.thawed == 1
+
+
+@pytest.mark.parametrize("error", [errno.ENOENT, errno.ENODEV, errno.EACCES, errno.ENAMETOOLONG])
+def test_a_group_that_is_gone_or_was_never_frozen_by_us_stops_nothing(error: int) -> None:
+    cgroups = Obstinate("/nowhere")
+    reaper = Reaper(ProcFS(), frozenset(), cgroups)
+    cgroups.error = error
+    reaper.let_go_on("/x.scope")
+    assert reaper.thaw_due_s is None
+
+
+def test_a_group_that_goes_while_it_is_written_to_is_gone(group: Group) -> None:
+    below = group.path / "below"
+    below.mkdir()
+    with open(below / "cgroup.freeze", "wb", buffering=0) as file:
+        below.rmdir()
+        with pytest.raises(OSError, match="No such device") as raised:
+            file.write(b"0")
+    assert is_gone(raised.value)
+
+
+def test_who_is_in_another_pid_namespace_is_no_target(files: Files) -> None:
+    """The kernel shows him as 0, and would kill him with all others."""
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        one = ProcFS().stat(process.pid).id
+        reaper = Reaper(ProcFS(), frozenset(), files.cgroups)
+        reaper.take(one, None)
+        files.write("unified/s.scope/cgroup.kill", "")
+        files.write("unified/s.scope/cgroup.procs", f"0\n{one.pid}\n")
+        assert not reaper.kill_all("/s.scope", [one])
+        files.write("unified/s.scope/cgroup.procs", f"{one.pid}\n")
+        assert reaper.kill_all("/s.scope", [one])
+        reaper.drop(one)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_nobody_is_killed_with_a_group_in_the_place_of_a_dead_target_or_of_the_untouchable(

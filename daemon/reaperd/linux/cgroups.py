@@ -6,6 +6,7 @@ Paths of groups are as /proc/PID/cgroup has them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import time
@@ -49,13 +50,16 @@ class CGroups:
         return os.path.normpath(where + cgroup)
 
     def residents(self, cgroup: str) -> set[int]:
-        """Return the pids of all in a group and below it; none where it is gone, or cannot be read."""
+        """Return the pids of all in a group and below it; none where it is gone, or cannot be read.
+
+        0 stands for whoever is in another pid namespace, and is nobody's pid here.
+        """
         with contextlib.suppress(OSError):
             return set().union(*(_members(folder) for folder, _, _ in os.walk(self.directory(cgroup))))
         return set()
 
     def residents_of_one(self, cgroup: str) -> set[int]:
-        """Return the pids of all in a group itself; OSError."""
+        """Return the pids of all in a group itself, 0 as ``residents()`` has it; OSError."""
         return _members(self.directory(cgroup))
 
     def limits_left(self, cgroups_text: str, above: str) -> str:
@@ -166,12 +170,18 @@ def parse_memberships(text: str) -> list[tuple[str, str]]:
     return found
 
 
+def is_gone(error: OSError) -> bool:
+    """Say whether a group is gone: before its file was opened, or before that was read or written."""
+    return error.errno in (errno.ENOENT, errno.ENODEV)
+
+
 def _members(folder: str) -> set[int]:
     try:
-        pids = {int(pid) for pid in _read(f"{folder}/cgroup.procs").split()}
-    except FileNotFoundError:
+        return {int(pid) for pid in _read(f"{folder}/cgroup.procs").split()}
+    except OSError as error:
+        if not is_gone(error):
+            raise
         return set()
-    return pids - {0}  # who is in a pid namespace that is not seen from here
 
 
 def _read(path: str) -> str:
