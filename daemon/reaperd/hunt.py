@@ -19,6 +19,7 @@ class Hunt(NamedTuple):
     began_s: float  # monotonic
     targets: dict[ProcessId, Target]
     asked_by_uid: int | None = None
+    container: str = ""  # in which somebody asked for it; then all of them are in that
     told_stuck: bool = False
     gpu_bytes: Mapping[ProcessId, int] = MappingProxyType({})  # that they held, where that was asked for
 

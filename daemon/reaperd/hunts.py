@@ -52,7 +52,12 @@ class Hunts:
         return min(due, default=None)
 
     def begin(
-        self, condemned: Iterable[tuple[Suspect, Verdict]], *, waived: bool, asked_by_uid: int | None = None
+        self,
+        condemned: Iterable[tuple[Suspect, Verdict]],
+        *,
+        waived: bool,
+        asked_by_uid: int | None = None,
+        container: str = "",
     ) -> None:
         """Begin to end ``condemned``; those of one user and one dead pool parent are one hunt."""
         now_s, known = time.monotonic(), self.targets()
@@ -65,7 +70,7 @@ class Hunts:
             for one, verdict in members:
                 member = Member(one.process, one.role, one.framework, verdict.evidence, marked=False)
                 targets[one.id] = Target(member, Stage.FOUND, now_s, now_s)
-            hunt = Hunt(uid, members[0][1].rule, waived, now_s, targets, asked_by_uid)
+            hunt = Hunt(uid, members[0][1].rule, waived, now_s, targets, asked_by_uid, container)
             self._hunts.append(hunt._replace(gpu_bytes={one.id: one.gpu_bytes for one, _ in members}))
         self.step()
 

@@ -13,6 +13,7 @@ from reaperd.linux import pidfd
 from reaperd.linux.procfs import ProcessGone
 from reaperd.model import Process, ProcessId
 from reaperd.orphans import Judged, Orphans
+from reaperd.waiters import is_of
 
 _MAX_PROCESSES = 10_000  # in one request
 
@@ -52,7 +53,10 @@ class OrphanRequests:
             raise wire.WireError("not-allowed", "the daemon runs with dry_run: it signals nobody")
         wanted, last = _processes(message.get("processes")), self._core.store.last_event()
         found = self._orphans.clean_up(
-            wanted, lambda one: self._may_act_on(peer, one.process), by_uid=peer.uid
+            wanted,
+            lambda one: self._may_act_on(peer, one.process),
+            by_uid=peer.uid,
+            container=peer.container,
         )
         return {"orphans": self._records(peer, found), "leftovers": [], "after": last}
 
@@ -111,7 +115,7 @@ class OrphanRequests:
         """
         events = self._core.store.events_of_kinds("orphan", "killed")
         if not self._may_act(peer, None, None):
-            events = [one for one in events if one.get("uid") == peer.uid]
+            events = [one for one in events if one.get("uid") == peer.uid and is_of(peer.container, one)]
         condemned = {
             _first(one): one["at"]
             for one in events

@@ -381,14 +381,14 @@ class Orphans:
         return list(self._judge(lost, waived=True).values())
 
     def clean_up(
-        self, wanted: Iterable[ProcessId], may: Callable[[Suspect], bool], by_uid: int
+        self, wanted: Iterable[ProcessId], may: Callable[[Suspect], bool], by_uid: int, container: str = ""
     ) -> list[Judged]:
         """Begin to end those of ``wanted`` that a clean-up ends; return what was found about each."""
         wanted = set(wanted)
         found = [one for one in self.cleanable() if one.suspect.id in wanted and may(one.suspect)]
         condemned = [(one.suspect, one.verdict) for one in found if one.verdict.fate is Fate.KILL]
         if condemned and not self._policy.dry_run:
-            self.hunts.begin(condemned, waived=True, asked_by_uid=by_uid)
+            self.hunts.begin(condemned, waived=True, asked_by_uid=by_uid, container=container)
         return found
 
     def explain(self, pid: int) -> Judged:

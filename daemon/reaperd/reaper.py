@@ -115,7 +115,8 @@ class Reaper:
         """Thaw all in a control group; where that fails, whoever we have frozen there is thawed later."""
         try:
             self._cgroups.thaw(cgroup)
-        except OSError as error:  # it is gone with the last in it, or is not ours, or descriptors have run out
+        except OSError as error:
+            # It is gone with the last in it, or is not ours: that is all the same. Descriptors may have run out, too.
             if not is_gone(error) and (cgroup in self._frozen or is_exhaustion(error)):
                 if self.thaw_due_s is None:
                     log.warning("cannot thaw cgroup %r: %s, trying again", cgroup, error.strerror)

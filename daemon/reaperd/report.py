@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from agent import wire
 from reaperd import pages
 from reaperd.escalation import Stage
 from reaperd.hunt import Hunt
@@ -52,9 +53,16 @@ def session_event(kind: str, session: Session, **fields: Any) -> dict[str, Any]:
         name=session.name,
         uid=session.uid,
         leader={"pid": session.leader.pid, "start_ticks": session.leader.start_ticks},
+        **_container_field(session.namespaces.pid),
         **({"attempt": _attempt_record(session)} if session.attempt else {}),
         **{"cause": cause_record(session.cause), **fields},
     )
+
+
+def _container_field(pid_namespace: str) -> dict[str, str]:
+    """Return where a session was, if not on the machine itself: whoever is of its uid elsewhere is somebody else."""
+    on_machine = pid_namespace in ("", f"pid:[{wire.PID_NAMESPACE_OF_MACHINE}]")
+    return {} if on_machine else {"container": pid_namespace}
 
 
 def end_event(entry: Entry, *, dry_run: bool) -> dict[str, Any]:
@@ -150,6 +158,7 @@ def hunt_event(kind: str, hunt: Hunt) -> dict[str, Any]:
         uid=hunt.uid,
         rule=hunt.rule,
         asked_by_uid=hunt.asked_by_uid,
+        **_container_field(hunt.container),
         processes=[
             {**process_record(target), "start_ticks": target.member.process.id.start_ticks}
             for target in touched

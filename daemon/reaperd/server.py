@@ -408,6 +408,7 @@ class Server:
             since_epoch_s=question.since_epoch_s,
             session=question.session,
             uid=question.uid,
+            container=question.container,
             limit=_MAX_EVENTS,
         )
         if events or not wait_s or not self._waiters.may_wait(peer.uid):
@@ -428,7 +429,7 @@ class Server:
         )
         sees_all = self._may_act_on(peer, None)
         after = wire.integer_field(message, "after", default=0)
-        return Question(after, since_epoch_s, session, None if sees_all else peer.uid)
+        return Question(after, since_epoch_s, session, None if sees_all else peer.uid, peer.container)
 
     def _told(self, events: list[dict[str, Any]]) -> bytes:
         last = events[-1]["seq"] if events else self._core.store.last_event()

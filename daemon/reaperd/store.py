@@ -16,6 +16,7 @@ from reaperd import stored
 from reaperd.database import RETRY_S, Database, Schema
 from reaperd.model import ProcessId, Session, SessionKey
 from reaperd.verdicts import Record
+from reaperd.waiters import is_of
 
 log = logging.getLogger(__name__)
 
@@ -261,9 +262,10 @@ class Store:
         since_epoch_s: float = 0.0,
         session: str | None = None,
         uid: int | None = None,
+        container: str = "",
         limit: int = 500,
     ) -> list[dict[str, Any]]:
-        """Return events after number ``after``, oldest first; of one session, or of one uid and the daemon, where asked for.
+        """Return events after number ``after``, oldest first; of one session, or of one uid (in one container) and the daemon, where asked for.
 
         Not all of them where they are very large: who wants more asks again after the last.
         """
@@ -274,15 +276,19 @@ class Store:
             values.append(session)
         select = "SELECT seq, record FROM events WHERE"
         # Each half by its index, in order and no further than the limit: OR would read all there is of both.
-        whose = ["uid IS NULL", "uid = ?"] if uid is not None else []
+        theirs = "uid = ?" + (" AND record LIKE ?" if container else "")
+        whose = ["uid IS NULL", theirs] if uid is not None else []
         halves = [f"SELECT * FROM ({select} {where} AND {one} ORDER BY seq LIMIT ?)" for one in whose]  # noqa: S608
         statement = " UNION ALL ".join(halves) or f"{select} {where}"
         if uid is not None:
-            values = [*values, limit, *values, uid, limit]
+            named = [f'%"container": {json.dumps(container)}%'] if container else []
+            values = [*values, limit, *values, uid, *named, limit]
         found = []
         for seq, record in self._read_some(f"{statement} ORDER BY seq LIMIT ?", *values, limit):
             with contextlib.suppress(ValueError):  # a row that somebody has damaged
-                found.append({"seq": seq, **stored.parse_event(record)})
+                event = {"seq": seq, **stored.parse_event(record)}
+                if is_of(container, event):
+                    found.append(event)
         return found
 
     def _read_some(self, statement: str, *values: Any) -> list[tuple[int, str]]:

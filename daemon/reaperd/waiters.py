@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -18,6 +18,7 @@ class Question(NamedTuple):
     since_epoch_s: float
     session: str | None  # None: of any
     uid: int | None  # whose, beside the daemon's own; None: everybody's
+    container: str = ""  # of whose ``uid``, for that is another's in each; "": of any
 
     def covers(self, news: News) -> bool:
         """Say whether an event is one of those asked for."""
@@ -26,7 +27,13 @@ class Question(NamedTuple):
             and news.at_epoch_s >= self.since_epoch_s
             and self.session in (None, news.event["session"])
             and (self.uid is None or news.event["uid"] in (None, self.uid))
+            and is_of(self.container, news.event)
         )
+
+
+def is_of(container: str, event: Mapping[str, Any]) -> bool:
+    """Say whether an event may be told to one of ``uid`` in a container: it is of the same one, or the daemon's own."""
+    return not container or event.get("uid") is None or event.get("container") == container
 
 
 class News(NamedTuple):

@@ -537,6 +537,8 @@ def test_root_of_a_container_is_no_root_of_the_machine(
         shown = {one["id"]: one["leader"]["cmdline"] for one in json.loads(ctl("ps", "--json").stdout)}
         assert shown[outside.session] is None
         assert shown[own.session]
+        told = {one["session"] for one in map(json.loads, ctl("events", "--json").stdout.splitlines())}
+        assert (outside.session in told, own.session in told) == (False, True)
         assert ctl("stop", own.session).returncode == 0
         assert own.wait_all_gone(WORKERS_GONE_S, besides=own.container) == []
     assert daemon.ctl("stop", outside.session).returncode == 0
