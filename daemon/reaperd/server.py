@@ -42,6 +42,7 @@ _ISOLATING_S = 0.02
 _MAX_EVENTS = 500
 _MAX_FOLDERS = 4
 _NOBODY = ProcessId(0, 0)
+_ROOT_OF_CONTAINERS = -1  # whose turn it is where root of some container asks: that is not the machine's
 
 
 class Facts(NamedTuple):
@@ -93,7 +94,12 @@ class Server:
 
     def admit(self, peer: Peer, to: Return, message: dict[str, Any]) -> None:
         """Let a request wait for its turn."""
-        if not self._turns.add(peer.uid, _Request(peer, to, message)):
+        if self._turns.is_generous(peer.uid):
+            container = "unknown"
+            with contextlib.suppress(OSError, MemoryError):  # they may have run out
+                container = self._container_of(peer)
+            peer = peer._replace(container=container)
+        if not self._turns.add(self._account_of(peer), _Request(peer, to, message)):
             peer.connection.close()
             busy = wire.WireError("busy", "too many of your requests wait already: try again in a second")
             self._link.reply(to, wire.encode(wire.refusal(busy)))
@@ -109,8 +115,12 @@ class Server:
             began_s = _spent_s()
             self._answer(request)
             now_s = time.monotonic()
-            self._turns.charge(request.peer.uid, _spent_s() - began_s, now_s)
+            self._turns.charge(self._account_of(request.peer), _spent_s() - began_s, now_s)
         self._answer_waiters(now_s)
+
+    def _account_of(self, peer: Peer) -> int:
+        """Return who takes the turns of ``peer``, and pays for them: root of a container is not the machine's."""
+        return _ROOT_OF_CONTAINERS if peer.container and self._turns.is_generous(peer.uid) else peer.uid
 
     def next_deadline(self) -> float | None:
         """Return when there is something to do: a request has its turn, or somebody has waited long enough for an event."""
@@ -176,7 +186,7 @@ class Server:
         told = self._register(peer, message)
         if not (asked or self.facts.isolate):
             return wire.encode(wire.ok(**told))
-        self._turns.charge(peer.uid, _ISOLATING_S, time.monotonic())
+        self._turns.charge(self._account_of(peer), _ISOLATING_S, time.monotonic())
 
         def answer(scope: str | None, why: str) -> None:
             self._link.reply(to, wire.encode(wire.ok(**told, isolated=scope is not None, not_isolated=why)))
@@ -212,7 +222,7 @@ class Server:
                 session = self._core.observer.describe_leader(self._supervised(session))
                 if pidfd.has_exited(handle):  # what was read may be the next owner's of the pid
                     raise ProcessGone(str(peer.pid))
-                self._supersede(session)
+                self._supersede(peer, session)
                 log.info("registered session=%s name=%r pid=%d uid=%d", session_id, name, peer.pid, peer.uid)
                 self._core.sessions.record(report.session_event("registered", session))
                 ours.pop_all()  # the core's from here on, whatever take_on() does
@@ -276,11 +286,11 @@ class Server:
             raise
         return opened
 
-    def _supersede(self, session: Session) -> None:
+    def _supersede(self, peer: Peer, session: Session) -> None:
         """End an older session of the same leader, whose end it could not tell us."""
         for entry in self._core.sessions.led_by(session.leader):
             if entry.died_at_s is None:
-                self._turns.charge(session.uid, _SUPERSEDING_S, time.monotonic())
+                self._turns.charge(self._account_of(peer), _SUPERSEDING_S, time.monotonic())
                 self._core.unregister(entry.session.key)
 
     def _unregister(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:

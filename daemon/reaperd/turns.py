@@ -58,6 +58,10 @@ class Turns(Generic[T]):
         self._count += 1
         return True
 
+    def is_generous(self, uid: int) -> bool:
+        """Say whether ``uid`` may take more than others."""
+        return uid in self._generous
+
     def take(self, now_s: float) -> T | None:
         """Return the request whose turn it is, None where nobody who waits has anything left."""
         for uid, queue in self._waiting.items():

@@ -260,6 +260,22 @@ def test_a_session_that_is_to_be_isolated_is_answered_when_that_is_decided(world
     assert world.link.replies[-1]["isolated"]
 
 
+def test_root_of_a_container_takes_no_turns_of_the_machine_s(world: World) -> None:
+    """However many of its requests wait: each of them is uid 0's, as the kernel says."""
+    world.server.admit(Peer(os.getuid(), 0, ME, socket.socket()), Return(1, b"", 0), {"op": "ping"})
+    world.server._container_of = lambda peer: "pid:[7]"  # type: ignore[method-assign]
+    with contextlib.ExitStack() as ours:
+        peers = [ours.enter_context(socket.socket()) for _ in range(3000)]
+        for one in peers:
+            world.server.admit(Peer(os.getuid(), 0, ME, one), Return(1, b"", 0), {"op": "ping"})
+        assert {reply["kind"] for reply in world.link.replies} == {"busy"}
+        world.server._container_of = lambda peer: ""  # type: ignore[method-assign]
+        before = len(world.link.replies)
+        world.server.admit(Peer(os.getuid(), 0, ME, socket.socket()), Return(1, b"", 0), {"op": "ping"})
+        assert len(world.link.replies) == before
+        world.server.close()
+
+
 def test_nobody_is_isolated_who_did_not_ask_unless_the_settings_say_so(world: World) -> None:
     asked: list[Any] = []
     world.core.isolate = lambda key, done: (asked.append(key), done("/s.scope", ""))  # type: ignore[method-assign]
