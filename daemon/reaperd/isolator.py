@@ -118,7 +118,7 @@ class Isolator:
             wish = self._waiting.popleft()
             try:
                 work = self._work_for(wish.session)
-                started = helper.start_helper(work)
+                started = helper.start_helper(work, keep=(wish.handle,))
             except NotIsolated as reason:
                 self._end(wish, None, str(reason))
             except ProcessGone:
@@ -130,7 +130,7 @@ class Isolator:
                 self._poller.watch(started.pidfd, lambda: None)
 
     def _work_for(self, session: Session) -> Callable[[], Any]:
-        """Return what a helper is to do; NotIsolated, ProcessGone, OSError."""
+        """Return what a helper is to do, which keeps a pidfd of the leader; NotIsolated, ProcessGone, OSError."""
         pid = session.leader.pid
         if not self._observer.is_beside_us(pid):
             raise NotIsolated("it runs in a container, whose control group it would leave")
@@ -193,7 +193,7 @@ class Isolator:
 def _start_scope(wanted: transient.Wanted, address: str) -> str:
     """Return why there is no scope, "" where there is."""
     try:
-        transient.start_scope(wanted, address, within_s=WITHIN_S)
+        transient.start_scope(wanted, address, helper.FIRST_KEPT, within_s=WITHIN_S)
     except transient.ScopeRefused as reason:
         return f"systemd does not do it: {reason}"
     except ImportError as error:
@@ -202,8 +202,12 @@ def _start_scope(wanted: transient.Wanted, address: str) -> str:
 
 
 def _make_group(cgroups: CGroups, path: str, pid: int) -> str:
+    if pidfd.has_exited(helper.FIRST_KEPT):
+        return "it has ended"  # and its pid may be another's
     try:
         cgroups.make(path, pid)
+        if pidfd.has_exited(helper.FIRST_KEPT):  # nobody would remove the group
+            cgroups.remove(path)
     except OSError as error:
         return f"cannot make {path}: {error.strerror}"
     return ""

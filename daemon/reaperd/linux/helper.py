@@ -21,6 +21,7 @@ from reaperd.linux.alarm import Alarm
 _END_S = 0.1
 _CHUNK_BYTES = 65536
 _WRITER, _QUESTIONS, _DONE = 3, 4, 5  # descriptors in a helper
+FIRST_KEPT = _WRITER + 1
 _PIPE_BYTES = 1024 * 1024  # for answers; with less, a helper waits until we read
 _OUR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _MAX_RESULT_BYTES = 1024 * 1024
@@ -34,12 +35,12 @@ class Helper(NamedTuple):
     reader: int
 
 
-def start_helper(work: Callable[[], Any]) -> Helper:
-    """Run ``work`` in a child that keeps none of our descriptors; its result must be fit for JSON.
+def start_helper(work: Callable[[], Any], *, keep: tuple[int, ...] = ()) -> Helper:
+    """Run ``work`` in a child that keeps none of our descriptors but ``keep``; its result must be fit for JSON.
 
-    OSError where processes or descriptors have run out.
+    They are ``FIRST_KEPT`` and what follows there. OSError where processes or descriptors have run out.
     """
-    return _start(lambda writer: _write(writer, json.dumps(work()).encode()))
+    return _start(lambda writer: _write(writer, json.dumps(work()).encode()), keep=keep)
 
 
 def _start(work: Callable[[int], None], *, keep: tuple[int, ...] = ()) -> Helper:

@@ -7,7 +7,14 @@ import os
 import time
 from typing import NamedTuple
 
+from reaperd.linux import pidfd
+
 SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
+# What a systemd that knows no PIDFDs= answers (before 253).
+_UNKNOWN_PROPERTY = (
+    "org.freedesktop.DBus.Error.PropertyReadOnly",
+    "org.freedesktop.DBus.Error.UnknownProperty",
+)
 _ANY_NUMBER = 2**64 - 1
 
 
@@ -36,8 +43,12 @@ def user_bus(uid: int) -> str:
     return os.environ.get("DBUS_SESSION_BUS_ADDRESS") or f"unix:path=/run/user/{uid}/bus"
 
 
-def start_scope(wanted: Wanted, address: str, *, within_s: float) -> None:
-    """Have the systemd at the bus ``address`` make a scope, and return when it is there; ScopeRefused."""
+def start_scope(wanted: Wanted, address: str, handle: int, *, within_s: float) -> None:
+    """Have the systemd at the bus ``address`` make a scope, and return when it is there; ScopeRefused.
+
+    ``handle`` is a pidfd of who is to be put into it. An older systemd takes a bare pid alone, which is another's once
+    that one has ended and was waited for: nothing is asked of it then, but it may end a moment later.
+    """
     # Loaded by the helper alone.
     from jeepney import DBusAddress, DBusErrorResponse, HeaderFields, MatchRule, message_bus, new_method_call
     from jeepney.io.blocking import Proxy, open_dbus_connection
@@ -52,16 +63,21 @@ def start_scope(wanted: Wanted, address: str, *, within_s: float) -> None:
     )
     until_s = time.monotonic() + within_s
     try:
-        with contextlib.closing(open_dbus_connection(address)) as bus:
+        with contextlib.closing(open_dbus_connection(address, enable_fds=True)) as bus:
             Proxy(message_bus, bus, timeout=within_s).AddMatch(done)
             with bus.filter(done, bufsize=64) as jobs:
-                call = new_method_call(
-                    manager,
-                    "StartTransientUnit",
-                    "ssa(sv)a(sa(sv))",
-                    (wanted.name, "fail", _properties(wanted), []),
-                )
-                reply = bus.send_and_get_reply(call, timeout=within_s)
+                for who in (("PIDFDs", ("ah", [handle])), ("PIDs", ("au", [wanted.pid]))):
+                    if pidfd.has_exited(handle):
+                        raise ScopeRefused("it has ended")
+                    call = new_method_call(
+                        manager,
+                        "StartTransientUnit",
+                        "ssa(sv)a(sa(sv))",
+                        (wanted.name, "fail", [*_properties(wanted), who], []),
+                    )
+                    reply = bus.send_and_get_reply(call, timeout=within_s)
+                    if reply.header.fields.get(HeaderFields.error_name) not in _UNKNOWN_PROPERTY:
+                        break
                 if reply.header.message_type.name == "error":
                     raise ScopeRefused(_reason(reply.body))
                 by = reply.header.fields.get(HeaderFields.sender)
@@ -85,7 +101,6 @@ def _properties(wanted: Wanted) -> list[tuple[str, tuple[str, object]]]:
         ("Description", ("s", wanted.description)),
         ("Slice", ("s", wanted.slice)),
         ("PartOf", ("as", [wanted.part_of])),
-        ("PIDs", ("au", [wanted.pid])),
         # What is in it is ours to freeze and to kill: systemd keeps out.
         ("Delegate", ("b", True)),
         ("CollectMode", ("s", "inactive-or-failed")),
