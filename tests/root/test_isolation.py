@@ -36,6 +36,9 @@ said, how, *rest = sys.argv[1:]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     session = agent.register(name=how, required=True, isolate=how != "by-config")
+    if how == "again":
+        agent.unregister()
+        session = agent.register(name=how, required=True, isolate=True)
 told = [str(one.message) for one in caught]
 
 def start(script, **options):
@@ -195,6 +198,14 @@ def test_a_leader_is_moved_into_a_scope_of_its_users_slice(unit: BootedSystem) -
         assert one.note["session"] in shown["Description"]
         told = json.loads(unit.run("reaperctl", "ps", "--json").stdout)
         assert [session["isolated"] for session in told if session["id"] == one.note["session"]] == [True]
+
+
+def test_a_later_session_of_a_leader_is_stopped_with_its_login_too(unit: BootedSystem) -> None:
+    with training(unit, "again") as one:
+        parts = unit.show(Path(one.scope).name, "PartOf")["PartOf"].split()
+        assert sorted(part.partition("-")[0] for part in parts) == ["reaper", "session"]
+        unit.run("systemctl", "stop", *(part for part in parts if part.startswith("session-")))
+        assert one.has_ended(one.note["leader"], GONE_WITHIN_S)
 
 
 def test_whom_no_mark_tells_ends_with_the_leader_and_the_tracker_last(unit: BootedSystem) -> None:

@@ -33,6 +33,7 @@ class Bus:
         self._listener.bind(str(path))
         self._listener.listen()
         self.asked: list[dict[str, Any]] = []  # properties of each scope; the pid for a pidfd
+        self.parts_of: list[str] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -72,6 +73,9 @@ class Bus:
 
     def _answers(self, message: Message) -> list[Message]:
         member = message.header.fields[HeaderFields.member]
+        if member == "Get":
+            self.parts_of.append(message.header.fields[HeaderFields.path].rpartition("/")[2])
+            return [new_method_return(message, "v", (("as", ["session-1.scope"]),))]
         if member != "StartTransientUnit":
             return [
                 new_method_return(message, "s", (":1.5",))
@@ -105,7 +109,7 @@ def leader() -> Iterator[subprocess.Popen[bytes]]:
 
 def ask(bus: Bus, leader: subprocess.Popen[bytes], handle: int) -> None:
     with contextlib.closing(bus):
-        wanted = Wanted("r.scope", "user-1.slice", "session-1.scope", "Reaper's", leader.pid)
+        wanted = Wanted("r.scope", "user-1.slice", "reaper-1-x.scope", "Reaper's", leader.pid)
         start_scope(wanted, bus.address, handle, within_s=5)
 
 
@@ -115,6 +119,17 @@ def test_who_is_moved_is_named_by_a_pidfd(tmp_path: Path, leader: subprocess.Pop
         ask(bus, leader, handle.fd)
     (asked,) = bus.asked
     assert (asked["PIDFDs"], "PIDs" in asked) == (leader.pid, False)
+
+
+def test_a_scope_is_stopped_with_whatever_the_one_before_was_stopped_with(
+    tmp_path: Path, leader: subprocess.Popen[bytes]
+) -> None:
+    """The one before is that of an earlier session of the leader's, which is gone once nobody is in it."""
+    bus = Bus(tmp_path / "bus", frozenset())
+    with contextlib.closing(_Handle(leader.pid)) as handle:
+        ask(bus, leader, handle.fd)
+    assert bus.parts_of == ["reaper_2d1_2dx_2escope"]
+    assert bus.asked[0]["PartOf"] == ["reaper-1-x.scope", "session-1.scope"]
 
 
 def test_a_systemd_that_knows_no_pidfds_is_told_the_pid(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from reaperd.linux import pidfd
+
+if TYPE_CHECKING:
+    from jeepney.io.blocking import DBusConnection
 
 SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
 # What a systemd that knows no PIDFDs= answers (before 253).
@@ -66,6 +69,7 @@ def start_scope(wanted: Wanted, address: str, handle: int, *, within_s: float) -
         with contextlib.closing(open_dbus_connection(address, enable_fds=True)) as bus:
             Proxy(message_bus, bus, timeout=within_s).AddMatch(done)
             with bus.filter(done, bufsize=64) as jobs:
+                part_of = [wanted.part_of, *_parts(bus, wanted.part_of, within_s)]
                 for who in (("PIDFDs", ("ah", [handle])), ("PIDs", ("au", [wanted.pid]))):
                     if pidfd.has_exited(handle):
                         raise ScopeRefused("it has ended")
@@ -73,7 +77,7 @@ def start_scope(wanted: Wanted, address: str, handle: int, *, within_s: float) -
                         manager,
                         "StartTransientUnit",
                         "ssa(sv)a(sa(sv))",
-                        (wanted.name, "fail", [*_properties(wanted), who], []),
+                        (wanted.name, "fail", [*_properties(wanted, part_of), who], []),
                     )
                     reply = bus.send_and_get_reply(call, timeout=within_s)
                     if reply.header.fields.get(HeaderFields.error_name) not in _UNKNOWN_PROPERTY:
@@ -96,11 +100,28 @@ def start_scope(wanted: Wanted, address: str, handle: int, *, within_s: float) -
         raise ScopeRefused(f"no bus at {address}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _properties(wanted: Wanted) -> list[tuple[str, tuple[str, object]]]:
+def _parts(bus: DBusConnection, unit: str, within_s: float) -> list[str]:
+    """Return with which units ``unit`` is stopped itself: it may be gone before them, as the scope of an earlier session is."""
+    from jeepney import DBusAddress, Properties
+
+    # sd_bus_path_encode(3)
+    label = "".join(one if one.isascii() and one.isalnum() else f"_{ord(one):02x}" for one in unit)
+    at = DBusAddress(
+        f"/org/freedesktop/systemd1/unit/{label}",
+        bus_name="org.freedesktop.systemd1",
+        interface="org.freedesktop.systemd1.Unit",
+    )
+    reply = bus.send_and_get_reply(Properties(at).get("PartOf"), timeout=within_s)
+    if reply.header.message_type.name == "error":
+        raise ScopeRefused(_reason(reply.body))
+    return [str(one) for one in reply.body[0][1]]
+
+
+def _properties(wanted: Wanted, part_of: list[str]) -> list[tuple[str, tuple[str, object]]]:
     return [
         ("Description", ("s", wanted.description)),
         ("Slice", ("s", wanted.slice)),
-        ("PartOf", ("as", [wanted.part_of])),
+        ("PartOf", ("as", part_of)),
         # What is in it is ours to freeze and to kill: systemd keeps out.
         ("Delegate", ("b", True)),
         ("CollectMode", ("s", "inactive-or-failed")),
