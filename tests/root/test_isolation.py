@@ -200,6 +200,16 @@ def test_a_leader_is_moved_into_a_scope_of_its_users_slice(unit: BootedSystem) -
         assert [session["isolated"] for session in told if session["id"] == one.note["session"]] == [True]
 
 
+@pytest.mark.parametrize("held_to", ["IPAddressDeny=any", "RuntimeMaxSec=600", "DevicePolicy=closed"])
+def test_nobody_is_moved_out_of_what_a_scope_is_held_to(unit: BootedSystem, held_to: str) -> None:
+    """No file of the scope's control group tells of it."""
+    name = f"session-{time.monotonic_ns()}.scope"
+    where = ("--scope", f"--slice=user-{UID}.slice", f"--unit={name}", f"--property={held_to}")
+    with training(unit, "plain", where=where) as one:
+        assert one.scope == f"{SLICE}/{name}"
+        assert held_to.partition("=")[0].removesuffix("Sec") in one.note["why"]
+
+
 def test_a_later_session_of_a_leader_is_stopped_with_its_login_too(unit: BootedSystem) -> None:
     with training(unit, "again") as one:
         parts = unit.show(Path(one.scope).name, "PartOf")["PartOf"].split()

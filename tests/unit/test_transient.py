@@ -34,6 +34,12 @@ class Bus:
         self._listener.listen()
         self.asked: list[dict[str, Any]] = []  # properties of each scope; the pid for a pidfd
         self.parts_of: list[str] = []
+        self.holds_to: dict[str, tuple[str, Any]] = {
+            "RuntimeMaxUSec": ("t", 2**64 - 1),
+            "DevicePolicy": ("s", "auto"),
+            "IPAddressDeny": ("a(iayu)", []),
+            "RestrictNetworkInterfaces": ("(bas)", (False, [])),
+        }
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -46,10 +52,10 @@ class Bus:
         with contextlib.suppress(OSError):
             caller, _ = self._listener.accept()
             with caller:
-                self._authenticate(caller)
-                self._converse(caller)
+                self._converse(caller, self._authenticate(caller))
 
-    def _authenticate(self, caller: socket.socket) -> None:
+    def _authenticate(self, caller: socket.socket) -> bytes:
+        """Return what has come of messages already."""
         data = b""
         while b"BEGIN\r\n" not in data:
             data += (more := caller.recv(4096))
@@ -57,9 +63,11 @@ class Bus:
                 caller.sendall(b"OK 0123456789abcdef0123456789abcdef\r\n")
             elif b"NEGOTIATE" in more:
                 caller.sendall(b"AGREE_UNIX_FD\r\n")
+        return data.partition(b"BEGIN\r\n")[2]
 
-    def _converse(self, caller: socket.socket) -> None:
+    def _converse(self, caller: socket.socket, begun: bytes) -> None:
         parser, serial = Parser(), 0
+        parser.add_data(begun)
         while True:
             while (message := parser.get_next_message()) is None:
                 data, descriptors, _, _ = socket.recv_fds(caller, 65536, 8)
@@ -73,6 +81,8 @@ class Bus:
 
     def _answers(self, message: Message) -> list[Message]:
         member = message.header.fields[HeaderFields.member]
+        if member == "GetAll":
+            return [new_method_return(message, "a{sv}", (self.holds_to,))]
         if member == "Get":
             self.parts_of.append(message.header.fields[HeaderFields.path].rpartition("/")[2])
             return [new_method_return(message, "v", (("as", ["session-1.scope"]),))]
@@ -119,6 +129,28 @@ def test_who_is_moved_is_named_by_a_pidfd(tmp_path: Path, leader: subprocess.Pop
         ask(bus, leader, handle.fd)
     (asked,) = bus.asked
     assert (asked["PIDFDs"], "PIDs" in asked) == (leader.pid, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RuntimeMaxUSec", ("t", 600_000_000)),
+        ("IPAddressDeny", ("a(iayu)", [(2, [0, 0, 0, 0], 0)])),
+        ("DevicePolicy", ("s", "closed")),
+        ("RestrictNetworkInterfaces", ("(bas)", (True, ["lo"]))),
+    ],
+)
+def test_nobody_is_moved_out_of_what_systemd_holds_its_unit_to(
+    name: str, value: tuple[str, Any], tmp_path: Path, leader: subprocess.Popen[bytes]
+) -> None:
+    bus = Bus(tmp_path / "bus", frozenset())
+    bus.holds_to[name] = value
+    with (
+        contextlib.closing(_Handle(leader.pid)) as handle,
+        pytest.raises(ScopeRefused, match=f"held to: {name}"),
+    ):
+        ask(bus, leader, handle.fd)
+    assert bus.asked == []
 
 
 def test_a_scope_is_stopped_with_whatever_the_one_before_was_stopped_with(

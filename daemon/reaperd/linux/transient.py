@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from reaperd.linux import pidfd
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from jeepney import DBusAddress
     from jeepney.io.blocking import DBusConnection
 
 SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
@@ -19,6 +22,21 @@ _UNKNOWN_PROPERTY = (
     "org.freedesktop.DBus.Error.UnknownProperty",
 )
 _ANY_NUMBER = 2**64 - 1
+# What systemd itself, or a program of its in the kernel, holds a unit to, and what it says where there is nothing
+# (org.freedesktop.systemd1(5)).
+_UNRESTRICTED = {
+    "RuntimeMaxUSec": _ANY_NUMBER,
+    "IPAddressAllow": [],
+    "IPAddressDeny": [],
+    "IPIngressFilterPath": [],
+    "IPEgressFilterPath": [],
+    "BPFProgram": [],
+    "SocketBindAllow": [],
+    "SocketBindDeny": [],
+    "RestrictNetworkInterfaces": (False, []),
+    "DevicePolicy": "auto",
+    "DeviceAllow": [],
+}
 
 
 class ScopeRefused(Exception):
@@ -69,6 +87,8 @@ def start_scope(wanted: Wanted, address: str, handle: int, *, within_s: float) -
         with contextlib.closing(open_dbus_connection(address, enable_fds=True)) as bus:
             Proxy(message_bus, bus, timeout=within_s).AddMatch(done)
             with bus.filter(done, bufsize=64) as jobs:
+                if left := restrictions_of(_properties_of(bus, wanted.part_of, within_s)):
+                    raise ScopeRefused(f"it would leave what {wanted.part_of} is held to: {', '.join(left)}")
                 part_of = [wanted.part_of, *_parts(bus, wanted.part_of, within_s)]
                 for who in (("PIDFDs", ("ah", [handle])), ("PIDs", ("au", [wanted.pid]))):
                     if pidfd.has_exited(handle):
@@ -100,21 +120,42 @@ def start_scope(wanted: Wanted, address: str, handle: int, *, within_s: float) -
         raise ScopeRefused(f"no bus at {address}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def restrictions_of(properties: Mapping[str, object]) -> list[str]:
+    """Return which properties of a unit hold its processes to something of which no file of a control group tells."""
+    return sorted(name for name, none in _UNRESTRICTED.items() if properties.get(name, none) != none)
+
+
+def _properties_of(bus: DBusConnection, unit: str, within_s: float) -> dict[str, object]:
+    """Return the properties of a scope or a service; ScopeRefused."""
+    from jeepney import Properties
+
+    kind = "Scope" if unit.endswith(".scope") else "Service"
+    reply = bus.send_and_get_reply(Properties(_address_of(unit, kind)).get_all(), timeout=within_s)
+    if reply.header.message_type.name == "error":
+        raise ScopeRefused(_reason(reply.body))
+    return {name: value for name, (_, value) in reply.body[0].items()}
+
+
 def _parts(bus: DBusConnection, unit: str, within_s: float) -> list[str]:
     """Return with which units ``unit`` is stopped itself: it may be gone before them, as the scope of an earlier session is."""
-    from jeepney import DBusAddress, Properties
+    from jeepney import Properties
 
-    # sd_bus_path_encode(3)
-    label = "".join(one if one.isascii() and one.isalnum() else f"_{ord(one):02x}" for one in unit)
-    at = DBusAddress(
-        f"/org/freedesktop/systemd1/unit/{label}",
-        bus_name="org.freedesktop.systemd1",
-        interface="org.freedesktop.systemd1.Unit",
-    )
-    reply = bus.send_and_get_reply(Properties(at).get("PartOf"), timeout=within_s)
+    reply = bus.send_and_get_reply(Properties(_address_of(unit, "Unit")).get("PartOf"), timeout=within_s)
     if reply.header.message_type.name == "error":
         raise ScopeRefused(_reason(reply.body))
     return [str(one) for one in reply.body[0][1]]
+
+
+def _address_of(unit: str, kind: str) -> DBusAddress:
+    from jeepney import DBusAddress
+
+    # sd_bus_path_encode(3)
+    label = "".join(one if one.isascii() and one.isalnum() else f"_{ord(one):02x}" for one in unit)
+    return DBusAddress(
+        f"/org/freedesktop/systemd1/unit/{label}",
+        bus_name="org.freedesktop.systemd1",
+        interface=f"org.freedesktop.systemd1.{kind}",
+    )
 
 
 def _properties(wanted: Wanted, part_of: list[str]) -> list[tuple[str, tuple[str, object]]]:
