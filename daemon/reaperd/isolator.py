@@ -74,7 +74,8 @@ class Isolator:
     def step(self) -> None:
         """Go on where a helper is done, or has taken too long."""
         run = self._running
-        if run is None:
+        if run is None:  # what ran out in the middle of a step has kept the next one from being begun
+            self._start_next()
             return
         late = time.monotonic() >= run.wish.asked_at_s + WITHIN_S
         if pidfd.has_exited(run.helper.pidfd) or late:
@@ -154,7 +155,7 @@ class Isolator:
             place.part_of,
             f"Reaper's session {session.id}",  # no text of the user's: systemd writes it into a file
             session.leader.pid,
-            self._cgroups.most_tasks(memberships),
+            self._cgroups.most_tasks(memberships, place.above),
         )
 
     def _own_subtree(self, cgroup: str) -> str:

@@ -110,11 +110,19 @@ def test_limits_between_count_and_those_that_stay_in_force_do_not(files: Files) 
 
 
 def test_as_many_processes_may_be_had_in_the_new_group_as_in_the_old(files: Files) -> None:
-    assert files.cgroups.most_tasks(f"0::{LOGIN}\n") is None
+    assert files.cgroups.most_tasks(f"0::{LOGIN}\n", SLICE) is None
     files.write(f"unified{LOGIN}/pids.max", "max\n")
-    assert files.cgroups.most_tasks(f"0::{LOGIN}\n") is None
+    assert files.cgroups.most_tasks(f"0::{LOGIN}\n", SLICE) is None
     files.write(f"pids{LOGIN}/pids.max", "4915\n")
-    assert files.cgroups.most_tasks(f"5:pids:{LOGIN}\n0::{LOGIN}\n") == 4915
+    assert files.cgroups.most_tasks(f"5:pids:{LOGIN}\n0::{LOGIN}\n", SLICE) == 4915
+
+
+def test_nor_more_than_any_group_allows_that_the_new_one_is_not_below(files: Files) -> None:
+    service = f"{SLICE}/user@1000.service"
+    files.write(f"unified{SLICE}/pids.max", "3\n")  # the new one is below that
+    files.write(f"unified{service}/pids.max", "50\n")
+    files.write(f"unified{service}/app.slice/x.scope/pids.max", "60\n")
+    assert files.cgroups.most_tasks(f"0::{service}/app.slice/x.scope\n", SLICE) == 50
 
 
 # -- who is in one ----------------------------------------------------------------------------------

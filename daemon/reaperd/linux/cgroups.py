@@ -80,14 +80,18 @@ class CGroups:
                 at = at.rpartition("/")[0]
         return ""
 
-    def most_tasks(self, cgroups_text: str) -> int | None:
-        """Return the most processes and threads that the group of a process may have, None for any number."""
+    def most_tasks(self, cgroups_text: str, above: str) -> int | None:
+        """Return the most processes and threads that a process may have below ``above``, None for any number."""
         mounted = self._hierarchies()
+        found = []
         for controllers, path in parse_memberships(cgroups_text):
-            for where in (mounted[one] for one in controllers.split(",") if one in mounted):
+            where = next((mounted[one] for one in controllers.split(",") if one in mounted), None)
+            at = path.rstrip("/")
+            while where is not None and at and at != above and not above.startswith(f"{at}/"):
                 with contextlib.suppress(OSError, ValueError):
-                    return int(_read(f"{where}{path}/pids.max"))
-        return None
+                    found.append(int(_read(f"{where}{at}/pids.max")))
+                at = at.rpartition("/")[0]
+        return min(found, default=None)
 
     # -- doing something to all of them ------------------------------------------------------
 
