@@ -60,7 +60,9 @@ class Isolator:
     @property
     def deadline_s(self) -> float | None:
         """When there is something to do though no helper has ended, None for never."""
-        return None if self._running is None else self._running.wish.asked_at_s + WITHIN_S
+        if self._running is None:
+            return 0.0 if self._waiting else None
+        return self._running.wish.asked_at_s + WITHIN_S
 
     def ask(self, session: Session, handle: int, done: Done) -> None:
         """Give ``session`` a scope of its own, and call ``done`` when that is over; ``handle`` is a pidfd of its leader."""

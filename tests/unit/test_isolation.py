@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any, cast
+
 import pytest
 
 from reaperd.isolation import (
@@ -14,7 +19,11 @@ from reaperd.isolation import (
     place_by_systemd,
     scope_name,
 )
-from reaperd.model import SessionKey
+from reaperd.isolator import Isolator
+from reaperd.linux.procfs import ProcFS
+from reaperd.model import Session, SessionKey
+from reaperd.observer import Observer
+from reaperd.poller import Poller
 
 UID = 1000
 KEY = SessionKey(UID, "100-3e8-0000000a-0000000b")
@@ -153,3 +162,35 @@ def test_without_systemd_nobody_leaves_limits_and_no_group_of_others_is_used(
 ) -> None:
     with pytest.raises(NotIsolated, match=why):
         place_below(own, cgroup, residents, {7, 8, 9})
+
+
+def test_where_memory_runs_out_while_one_is_told_the_next_one_has_its_turn_all_the_same() -> None:
+    observer = Observer(ProcFS())
+    isolator = Isolator(Poller(), observer, SOCKET, system=True)
+    observer.is_beside_us = lambda pid: False  # type: ignore[method-assign]
+    leader = observer.proc.stat(os.getpid()).id
+    session = Session(KEY.id, "", KEY.uid, 0, leader, "")
+    told: list[str] = []
+
+    def fail(scope: str | None, why: str) -> None:
+        raise MemoryError
+
+    isolator._running = cast(Any, "somebody's")
+    for done in (fail, lambda _, why: told.append(why)):
+        with open_pidfd() as handle:
+            isolator.ask(session, handle, done)
+    isolator._running = None
+    with pytest.raises(MemoryError):
+        isolator.step()
+    assert isolator.deadline_s == 0
+    isolator.step()
+    assert (len(told), isolator.deadline_s) == (1, None)
+
+
+@contextlib.contextmanager
+def open_pidfd() -> Iterator[int]:
+    handle = os.pidfd_open(os.getpid())
+    try:
+        yield handle
+    finally:
+        os.close(handle)
