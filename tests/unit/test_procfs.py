@@ -864,3 +864,17 @@ def test_a_proc_that_does_not_know_us_is_not_of_our_pid_namespace(fake: FakeProc
     ):
         fake.write("self/status", f"Name:\tx\nNSpid:\t{pids}\n".encode())
         assert fake.proc.is_of_our_pid_namespace() == ours
+
+
+class Deep(ProcFS):
+    """Where somebody is in a control group whose path the kernel does not tell."""
+
+    def _read(self, name: str, *, records: bool = False) -> bytes:
+        if name.endswith("/cgroup"):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        return super()._read(name, records=records)
+
+
+def test_who_is_in_too_deep_a_control_group_to_be_told_is_hidden() -> None:
+    with pytest.raises(ProcessHidden):
+        Deep().cgroup(os.getpid())

@@ -275,8 +275,16 @@ class ProcFS:
         )
 
     def cgroup(self, pid: int) -> str:
-        """Return the text of /proc/PID/cgroup."""
-        return self._read(f"{pid}/cgroup").decode("utf-8", "surrogateescape")
+        """Return the text of /proc/PID/cgroup.
+
+        Who has put himself so deep that the kernel cannot write that (cgroup.c, proc_cgroup_show()) is hidden, and nobody's fault.
+        """
+        try:
+            return self._read(f"{pid}/cgroup").decode("utf-8", "surrogateescape")
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise ProcessHidden(f"{pid}/cgroup") from None
 
     def children(self, pid: int) -> list[int]:
         """Return the pids of the children of every thread of ``pid`` (needs CONFIG_PROC_CHILDREN)."""
