@@ -36,9 +36,11 @@ class Outcome(enum.Enum):
 class Reaper:
     """Holds a pidfd for every process that is to be ended until it is gone."""
 
-    def __init__(self, proc: ProcFS, untouchable: frozenset[ProcessId]) -> None:
+    def __init__(
+        self, proc: ProcFS, untouchable: frozenset[ProcessId], cgroups: CGroups | None = None
+    ) -> None:
         self._proc = proc
-        self._cgroups = CGroups()
+        self._cgroups = cgroups or CGroups()
         self._untouchable = untouchable
         self._pidfds: dict[ProcessId, int] = {}
         self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
