@@ -46,6 +46,7 @@ _PRUNE_EVERY_S = 6 * 3600.0
 _BACKLOG = 1024
 _FEW_DESCRIPTORS = 1024
 _BREATH_S = 0.02  # where something has run out
+_BETWEEN_RELOADS_S = 0.2
 _LONGEST_WAIT_S = 86400.0  # epoll_wait(2) counts milliseconds in an int
 
 
@@ -77,6 +78,7 @@ class Daemon:
         self._read_config = read_config
         self._config = config
         self._signals: set[int] = set()
+        self._reload_from_s = 0.0  # no earlier: a storm of SIGHUPs must not be all that we do
         self._is_ailing = False  # something ran out, and what that left half done is not mended yet
         self._notifier = Notifier(os.environ, os.getpid())
 
@@ -186,9 +188,11 @@ class Daemon:
     def _go_round(self) -> None:
         self._core.sessions.save()
         self._poller.wait(self._timeout_s())
-        if signal.SIGHUP in self._signals:
+        if signal.SIGHUP in self._signals and self._reload_from_s <= time.monotonic():
             self._signals.discard(signal.SIGHUP)
             self._reload()
+            self._reload_from_s = time.monotonic() + _BETWEEN_RELOADS_S
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP,))
         self._core.step()
         self._do_due(time.monotonic())
         self._see_to_orphans(self._orphans.step)
@@ -225,6 +229,7 @@ class Daemon:
                 self._server.next_deadline(),
                 self._link.restart_at_s,
                 self._watchdog_due_s if self._notifier.watchdog_s is not None else None,
+                self._reload_from_s if signal.SIGHUP in self._signals else None,
             )
             if deadline is not None
         ]
@@ -296,14 +301,13 @@ class Daemon:
 
         def drain() -> None:
             with contextlib.suppress(BlockingIOError):
-                self._signals.update(reader.recv(4096))
+                reader.recv(4096)  # only to be woken: each is noted by its handler, which has run by now
 
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         # Where whoever started us has it ignored, no child can be waited for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # The wake-up socket may be full: the number is noted here, too.
-            signal.signal(number, lambda number, _: self._signals.add(number))
+            signal.signal(number, lambda number, _: self._note_signal(number))
         self._poller.watch(reader.fileno(), drain)
         try:
             yield
@@ -311,6 +315,11 @@ class Daemon:
             signal.set_wakeup_fd(-1)
             reader.close()
             writer.close()
+
+    def _note_signal(self, number: int) -> None:
+        self._signals.add(number)
+        if number == signal.SIGHUP:  # each one that follows would take time, and says nothing more
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))
 
     def _reload(self) -> None:
         self._notifier.send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")

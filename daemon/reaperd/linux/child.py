@@ -62,6 +62,7 @@ def start_child(
             environment,
             file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), *_closing_all_but(kept)],
             setsid=True,
+            setsigmask=(),  # we may hold up some for a while
             setsigdef=_IGNORED_BY_PYTHON,
         )
     return Child(pid)

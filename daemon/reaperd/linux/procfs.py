@@ -11,15 +11,14 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from agent import wire
 from reaperd.linux.exhaustion import tell_exhaustion
 from reaperd.model import Namespaces, ProcessId
 
 PF_EXITING, PF_FORKNOEXEC, PF_KTHREAD = 0x4, 0x40, 0x200000  # linux/sched.h
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-MACHINES_PID_NAMESPACE = f"pid:[{wire.PID_NAMESPACE_OF_MACHINE}]"
-MACHINES_USER_NAMESPACE = f"user:[{0xEFFFFFFD}]"  # linux/proc_ns.h: PROC_USER_INIT_INO
+# linux/proc_ns.h: PROC_PID_INIT_INO, PROC_USER_INIT_INO. Not the agent's: doctor asks before it knows whose `agent` is found.
+MACHINES_PID_NAMESPACE, MACHINES_USER_NAMESPACE = f"pid:[{0xEFFFFFFC}]", f"user:[{0xEFFFFFFD}]"
 _GONE = (FileNotFoundError, ProcessLookupError)  # gone before open(2), or before read(2)
 _MAX_ARGV_BYTES = 64 * 1024
 _MAX_BYTES = 8 * 1024 * 1024  # beyond what execve(2) takes as arguments and environment by default
