@@ -122,7 +122,7 @@ class Census:
     def _residents(self, sessions: Sequence[Session]) -> set[int]:
         """Return who is in a control group of a session's own and was not read there yet: whatever else tells of him."""
         found = set()
-        for scope in {session.scope for session in sessions if session.scope and not session.ending}:
+        for scope in {scope for session in sessions if (scope := session.telling_scope)}:
             for pid in self._cgroups.residents(scope) - {0}:
                 known = self.known.processes.get(pid)
                 if known is None or not (known.pages or is_within(known.cgroup, scope)):

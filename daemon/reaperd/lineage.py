@@ -79,8 +79,8 @@ class _Search:
         return {process.id: process for process in found}.values()
 
     def _residents(self) -> list[Process]:
-        """Return who runs in the session's own cgroup; a leader that has unregistered may start anything there."""
-        scope = None if self.session.ending else self.session.scope
+        """Return who runs in the session's own cgroup."""
+        scope = self.session.telling_scope
         if scope is None:
             return []
         groups = (
@@ -248,7 +248,7 @@ class _Search:
         return cgroup != "/" and process.cgroup is not None and process.cgroup.startswith(cgroup + "/")
 
     def _is_resident(self, process: Process) -> bool:
-        scope = None if self.session.ending else self.session.scope
+        scope = self.session.telling_scope
         return scope is not None and isolation.is_within(process.cgroup, scope)
 
     def _accept(self, process: Process, reason: str, *, marked: bool) -> None:

@@ -200,6 +200,11 @@ class Session(NamedTuple):
         """What the daemon knows it by."""
         return SessionKey(self.uid, self.id)
 
+    @property
+    def telling_scope(self) -> str | None:
+        """Its own control group where that makes members: a leader that has unregistered may start anything there."""
+        return None if self.ending else self.scope
+
     def keeping(self, members: frozenset[ProcessId]) -> Session:
         """Return the session with ``members`` as those that only descent tells."""
         return self if members == self.kept else self._replace(kept=members)
