@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from agent import wire
 from reaperd.isolation import NotIsolated, Place, path_of_scope, place_below, place_by_systemd, scope_name
 from reaperd.linux import helper, pidfd, transient
 from reaperd.linux.cgroups import CGroups
@@ -138,7 +139,7 @@ class Isolator:
         if not self._observer.is_beside_us(pid):
             raise NotIsolated("it runs in a container, whose control group it would leave")
         memberships = self._observer.proc.cgroup(pid)
-        cgroup = self._observer.cgroup_path(pid)
+        cgroup = wire.parse_cgroup(memberships)
         if not transient.is_running():
             own = self._own_subtree(cgroup)
             path = f"{own}/{scope_name(session.key, self._socket)}"
