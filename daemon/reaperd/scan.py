@@ -308,10 +308,9 @@ class Scan:
         """Return the parent that a process had before, where it has another one by now because that one has ended."""
         now = parents.id_of(stat.ppid) if stat.ppid > 0 else None
         if bearer.parent is not None and now is not None and now != bearer.parent:
-            lost = bearer.lost_parent
+            # One in the middle of its end has no children any more, and does not show yet that it is dead.
             if not self._proc.is_alive(bearer.parent):
-                lost = lost or bearer.parent
-            bearer = bearer._replace(parent=now, lost_parent=lost)
+                bearer = bearer._replace(parent=now, lost_parent=bearer.lost_parent or bearer.parent)
         elif bearer.parent is None:
             bearer = bearer._replace(parent=now)
         self._bearers[bearer.id.pid] = bearer

@@ -14,7 +14,7 @@ import pytest
 
 from reaperd import signatures
 from reaperd.linux.alarm import Alarm
-from reaperd.linux.procfs import ProcFS
+from reaperd.linux.procfs import ProcFS, Stat
 from reaperd.marks import MarkReader
 from reaperd.memory import Memory, MemoryReader, Wish
 from reaperd.policy import Policy
@@ -34,6 +34,17 @@ class Grouped(ProcFS):
     def cgroup(self, pid: int) -> str:
         del pid
         return self._text
+
+
+class Dying(ProcFS):
+    """Shows one process as it was, who has children no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: Stat | None = None
+
+    def stat(self, pid: int) -> Stat:
+        return self.shown if self.shown is not None and self.shown.id.pid == pid else super().stat(pid)
 
 
 @contextlib.contextmanager
@@ -191,3 +202,17 @@ def test_one_that_becomes_a_rank_is_a_suspect(host: Host) -> None:
     host.become(SERVICE, "python3", image=2, environ=f"{signatures.TORCHRUN_VARIABLE}=7")
     (suspect,) = host.scan.look()
     assert suspect.framework == "torchrun"
+
+
+def test_a_parent_seen_in_the_middle_of_its_end_is_told_as_the_lost_one_once_it_is_dead() -> None:
+    proc = Dying()
+    scan = Scan(proc, MarkReader(proc))
+    with worker_of_a_shell() as (pid, shell):
+        scan.look()
+        parent = proc.stat(shell.pid)
+        proc.shown = parent
+        shell.kill()
+        shell.wait()
+        assert [one.lost_parent for one in scan.look() if one.id.pid == pid] == [None]
+        proc.shown = None
+        assert [one.lost_parent for one in scan.look() if one.id.pid == pid] == [parent.id]
