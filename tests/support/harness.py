@@ -766,6 +766,8 @@ class Leader:
         self._pidfds: dict[int, int] = {}
         self._family: Family | None = None
         self.shm: set[str] = set()  # what the family had in /dev/shm when it was up
+        # Between the test and the leader when it was up, where it runs inside another command: unshare, an init.
+        self.container: list[int] = []
 
     # -- what it says
 
@@ -804,6 +806,8 @@ class Leader:
             for pid in Family.parse(inner).everyone:
                 self.hold(pid)
         self.shm = shm_of(self._pidfds)
+        if self._inside:  # now: an init that goes on to another program shows no mark for a moment
+            self.container = self._not_held()
         return self
 
     def _translated(self, line: dict[str, Any]) -> dict[str, Any]:
@@ -925,11 +929,7 @@ class Leader:
                 return [pid for pid in self.living() if pid not in excepted]
         return []
 
-    @property
-    def container(self) -> list[int]:
-        """The processes between the test and the leader, where it runs inside another command: unshare, an init."""
-        if not self._inside:
-            return []
+    def _not_held(self) -> list[int]:
         return [pid for pid in marked(FAMILY_MARK, self.mark) if pid not in self._pidfds]
 
     def end_spared(self) -> None:
@@ -950,7 +950,7 @@ class Leader:
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
-        for pid in self.container:
+        for pid in self._not_held() if self._inside else ():
             end_process(pid)
         try:
             self._process.wait(0 if self._parent == "pytest" and self._family is None else 5)
