@@ -328,7 +328,8 @@ def test_a_user_who_logs_out_without_lingering_takes_their_own_daemon_along(sett
     finally:
         link.unlink()
     assert settled.run("pgrep", "--uid", USER, "--list-full", check=False).stdout == ""
-    assert not settled.path(f"/run/user/{number}").exists()
+    gone = settled.path(f"/run/user/{number}")
+    settled.until(lambda: not gone.exists(), "their run-time directory goes after their manager")
     shown = settled.run("journalctl", "--no-pager", "--output=cat", f"--since={since}", f"_UID={number}")
     told = shown.stdout.splitlines()
     assert len([line for line in told if line.startswith("stopped sessions=")]) == 1
