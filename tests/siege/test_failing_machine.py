@@ -149,6 +149,7 @@ def test_whatever_fails_for_want_of_memory_or_files_is_tried_again(
         with bad_time(daemon):
             for leader in leaders[:2]:
                 reap_latency(leader, 0.5)  # or not: that is no time for promises
+        answers(daemon)  # a gate that could not be started again and again is tried again after some seconds
         for leader in leaders[:2]:
             ends_late(daemon, leader)
         stays = leaders[2]

@@ -30,13 +30,18 @@ class Faults:
         self._fault = fault
         self._random = random.Random(seed)
         self._most = most
-        self._left = 0  # calls to the next that fails; 0: none does
+        self._is_bad = False
+        self._left = 0  # calls to the next that fails
 
     def begin(self, *_: object) -> None:
-        self._left = self._random.randint(20, self._most)
+        self._draw()
+        self._is_bad = True
 
     def end(self, *_: object) -> None:
-        self._left = 0
+        self._is_bad = False
+
+    def _draw(self) -> None:
+        self._left = self._random.randint(20, self._most)
 
     def in_all_of(self, module: ModuleType, wrapped: dict[Any, Any]) -> None:
         """Have every function and method of ``module`` fail now and then."""
@@ -55,10 +60,10 @@ class Faults:
     def _failing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*arguments: Any, **named: Any) -> Any:
-            if self._left:
+            if self._is_bad:
                 self._left -= 1
-                if not self._left:
-                    self.begin()
+                if self._left <= 0:
+                    self._draw()
                     raise self._fault()
             return function(*arguments, **named)
 
