@@ -9,7 +9,10 @@ from chaos.kin import DESCENT, STAMP, TRACKER, WORKER, Proc, Session, Violation
 from chaos.promises import Promises
 from chaos.watched import Watched
 
+from reaperd.database import RETRY_S
+
 RECORDED_WITHIN_S = 0.3  # what the daemon has seen is on disk after its next turn
+WRITES_AGAIN_WITHIN_S = RETRY_S + RECORDED_WITHIN_S  # once its disk has room
 
 
 class Known(Protocol):
@@ -35,6 +38,9 @@ class Record:
         self._early: dict[
             str, list[dict[str, Any]]
         ] = {}  # of sessions whose leaders have not told yet that they began
+        self._written_from_s = (
+            0.0  # of the daemon's time: until then its disk is full, or it has not tried again
+        )
         self._confirm: list[tuple[float, int, list[Proc]]] = []  # seen by the daemon, and on disk before long
 
     def forget(self) -> None:
@@ -49,6 +55,10 @@ class Record:
     def go_back_to(self, last: int) -> None:
         """Take in anew what comes after event number ``last``: a full disk took back what there was after it."""
         self._seen = min(self._seen, last)
+
+    def disk_has_room(self) -> None:
+        """What the daemon has seen meanwhile is on disk once it has tried again, and not before."""
+        self._written_from_s = self._watched.life.now_s() + WRITES_AGAIN_WITHIN_S
 
     def catch_up(self, session: Session) -> None:
         """Take in what the history said of a session before its leader did."""
@@ -167,7 +177,7 @@ class Record:
         for recorded_s, number, procs in self._confirm:
             if number != self._watched.life.number:
                 continue
-            if self._watched.life.now_s() < recorded_s or self._watched.is_full:
+            if self._watched.life.now_s() < max(recorded_s, self._written_from_s) or self._watched.is_full:
                 waiting.append((recorded_s, number, procs))
                 continue
             for proc in procs:

@@ -89,7 +89,8 @@ class Stage:
         end_s = time.monotonic() + within_s - self.life.pauses.lost_s
         while not condition():
             if time.monotonic() - self.life.pauses.lost_s > end_s:
-                raise RuntimeError(f"{what}: not within {within_s:g} s")
+                log = self.daemon.read_log()[-5000:]
+                raise RuntimeError(f"{what}: not within {within_s:g} s; the daemon's log ends with\n{log}")
             self.poll(0.005)
 
     def _watch(self, descriptor: int, callback: Callable[[], None]) -> None:
@@ -165,6 +166,7 @@ class Stage:
         if self.watched.is_full:
             self._note_unwritten()
             self.watched.free_disk()
+            self.record.disk_has_room()
 
     def _note_unwritten(self) -> None:
         for session in self.sessions.values():
