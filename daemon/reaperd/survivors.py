@@ -252,6 +252,11 @@ class Survivors:
             everyone=depth is decide.Depth.EVERYONE,
         )
         self._sessions.apply(key, looked)
+        if not complete:
+            log.debug(
+                "not all seen session=%s members=%d unread=%s calm=%s ahead=%s",
+                *(entry.session.id, len(seen.family.members), sorted(seen.unread), seen.calm, ahead),
+            )
         new = [id_ for id_ in held.members if id_ not in entry.targets]
         self._targeted.update(new)
         if new and not self._sessions.policy.dry_run and self._observer.shares_our_shm(entry.session):
