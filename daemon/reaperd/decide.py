@@ -87,9 +87,10 @@ def decide(entry: Entry, policy: Policy, now_s: float, *, still: bool = False) -
     if entry.phase is Phase.RECLAIMING and not entry.reclaim_asked:
         actions.append(Reclaim())
     if entry.phase is Phase.FINISHED:
+        # At once, so that both are written together: else one who is taken on again by the next daemon would end twice.
         if not entry.concluded:
             actions.append(Conclude())
-        elif not entry.stuck():
+        if not entry.stuck():
             actions.append(Forget())
     return actions
 
@@ -101,13 +102,13 @@ def _tell(entry: Entry, now_s: float) -> list[Action]:
     if not entry.looks:
         return []
     living = any(target.stage is not Stage.GONE for target in entry.targets.values())
-    return [] if living and now_s < entry.signal_from_s else [Conclude()]
+    return [] if living and now_s < entry.signal_from_s else [Conclude(), Forget()]
 
 
 def _while_the_leader_lives(entry: Entry, policy: Policy, now_s: float) -> list[Action]:
     """End a session that its leader has ended and that left no worker; end a leader that is to be stopped."""
     if entry.idle_looks >= IDLE_LOOKS:
-        return [Forget()] if entry.concluded else [Conclude()]
+        return [Forget()] if entry.concluded else [Conclude(), Forget()]
     target = entry.leader_target
     if target is None or target.due_s > now_s or policy.dry_run:
         return []
