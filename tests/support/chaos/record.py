@@ -38,9 +38,8 @@ class Record:
         self._early: dict[
             str, list[dict[str, Any]]
         ] = {}  # of sessions whose leaders have not told yet that they began
-        self._written_from_s = (
-            0.0  # of the daemon's time: until then its disk is full, or it has not tried again
-        )
+        # Of the daemon's time: until then, on a disk that was full, it has not tried again.
+        self._written_from_s = 0.0
         self._confirm: list[tuple[float, int, list[Proc]]] = []  # seen by the daemon, and on disk before long
 
     def forget(self) -> None:
