@@ -520,6 +520,13 @@ def test_a_dry_run_tells_once_and_signals_and_reclaims_nothing(clean: bool) -> N
     assert reap.stage(201) is Stage.FOUND
 
 
+def test_the_end_that_a_dry_run_tells_of_goes_on_record_with_the_session_s_leaving_it() -> None:
+    entry = Reap([]).entry
+    for number in range(QUIET_LOOKS):
+        entry = apply(entry, Looked(Family({}, {}), number, 0.0))
+    assert kinds(decide.decide(entry, POLICY._replace(dry_run=True), 20.0)) == [Conclude, Forget]
+
+
 def test_dry_run_switched_on_in_the_middle_of_a_reap_ends_it_without_another_signal() -> None:
     reap = Reap([worker(201, ended_by=KILL_ENDS), tracker(202)]).run(until_s=1.0)
     before = list(reap.signals)
