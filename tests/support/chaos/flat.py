@@ -106,6 +106,8 @@ class _Orphans:
             child = os.fork()
             if not child:
                 with contextlib.suppress(BaseException):
+                    # Else whoever is process 1 and no init, in whose POSIX session we are, may have started them itself.
+                    os.setsid()
                     environment = harness.test_environment(self._stage.run)
                     pid = os.posix_spawn(sys.executable, [sys.executable, "-S", "-c", _SPAWNED], environment)
                     os.write(writer, str(pid).encode())
