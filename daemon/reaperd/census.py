@@ -105,8 +105,9 @@ class Census:
         new = self.known.list_all(listing)
         named = self.known.pids_of(again, new)
         if hold and not everyone:
-            parents = {1, *self.known.pids_of({*adopters, *members}, new)}
+            # Who is read again is there for some reason, and may have started one by now whom no mark tells.
             named |= self._residents(sessions)
+            parents = {1, *named, *self.known.pids_of({*adopters, *members}, new)}
             read, missed = self._look_at_the_left(sessions, new, named, parents, hurried=hurried)
         else:
             read, missed = self._look_at_all(new, named, hold=hold, everyone=everyone)
@@ -242,6 +243,8 @@ class Census:
         new = self.known.list_all()
         adopters = {id_ for session in sessions for id_ in session.adopters}
         living = self.known.living_of(adopters)
+        # Whoever has a child that was read before is left to the look, too: the child is in no tree of those who are new.
+        have_known = {process.ppid for process in self.known.processes.values()}
         trees: dict[int, list[int]] = {}
         parents = {1, *self.known.pids_of(adopters, new)}
         for pid, top in kinship.left_to(self._proc, parents, uids, new).tops.items():
@@ -251,13 +254,18 @@ class Census:
         for tree in trees.values():
             batch.append(tree)
             if sum(map(len, batch)) >= most:
-                yield self._read_ahead(batch, uids, last_pid, living)
+                yield self._read_ahead(batch, uids, last_pid, have_known, living)
                 batch, most = [], 2 * most
         if batch:
-            yield self._read_ahead(batch, uids, last_pid, living)
+            yield self._read_ahead(batch, uids, last_pid, have_known, living)
 
     def _read_ahead(
-        self, trees: list[list[int]], uids: set[int], last_pid: int, adopters: frozenset[ProcessId]
+        self,
+        trees: list[list[int]],
+        uids: set[int],
+        last_pid: int,
+        have_known: set[int],
+        adopters: frozenset[ProcessId],
     ) -> Snapshot:
         self.known.unread.clear()
         unread: dict[int, int] = {}
@@ -266,7 +274,8 @@ class Census:
         may_have_grown = self._proc.last_pid() != last_pid
         for tree in trees:
             has_grown = may_have_grown and kinship.have_grown(self._proc, tree)
-            if has_grown or not self.known.unread.keys().isdisjoint(tree):
+            has_others = has_grown or not have_known.isdisjoint(tree)
+            if has_others or not self.known.unread.keys().isdisjoint(tree):
                 unread.update((pid, uid) for uid in uids for pid in tree)
                 for pid in tree:
                     self.known.leave(pid)

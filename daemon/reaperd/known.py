@@ -176,11 +176,15 @@ class KnownProcesses:
         """
         unread, self.unread = self.unread, {}
         memories = self._marks.memory.read([one.wish for one in unread.values()], alarm) if unread else {}
+        interrupted = alarm is not None and alarm.rings()
         missed = Missed({}, set())
         for pid, one in unread.items():
             known, process, now = one.known, one.known.process, self._known.get(pid)
             if now is None or process is None or now.id != known.id:
                 continue  # gone meanwhile
+            if interrupted and pid not in memories:
+                self.leave(pid)  # for what goes first it is to be new, not one who bears no mark
+                continue
             if pid in memories:
                 process = self._reader.with_memory(one, process, memories[pid])
             elif (before := _same_program(one)) is not None:

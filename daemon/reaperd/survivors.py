@@ -41,9 +41,14 @@ class Sight(NamedTuple):
     family: Family
     unread: frozenset[int]  # pids of those who let nobody read them
     whole: bool  # none of them may be a member
-    # Nobody who may have been one was gone, or given to another parent, before it could be judged: so is who re-forks
-    # all the time.
-    calm: bool = True
+    vanished: bool = False  # somebody who may have been one was gone before he could be judged
+    # Carry the stamp, and were gone or given to another parent since they were read: so is who re-forks all the time.
+    moved: frozenset[ProcessId] = frozenset()
+
+    @property
+    def calm(self) -> bool:
+        """Whether everybody who may be a member could be judged by what he is now."""
+        return not self.vanished and not self.moved
 
 
 class Survivors:
@@ -139,7 +144,7 @@ class Survivors:
         return still
 
     def _see(self, depths: dict[SessionKey, decide.Depth]) -> dict[SessionKey, Sight]:
-        """Look, until nobody new is a member on the word of what was read for an earlier look."""
+        """Look, until nobody is a member, or cut off from all others, on the word of what was read for an earlier look."""
         entries = [self._sessions.entries[key] for key in depths]
         sessions = [entry.session for entry in entries]
         members: set[ProcessId] = set()
@@ -166,6 +171,7 @@ class Survivors:
                 for id_ in sights[entry.session.key].family.members
                 if id_.pid in snapshot.stale and id_ not in entry.targets
             }
+            stale |= {id_ for sight in sights.values() for id_ in sight.moved if id_.pid in snapshot.stale}
             if not stale:
                 break
             again |= stale
@@ -213,7 +219,8 @@ class Survivors:
             family,
             frozenset(snapshot.unread),
             uid not in snapshot.unread.values(),
-            uid not in snapshot.vanished and all(map(self._has_same_parent, family.strays)),
+            uid in snapshot.vanished,
+            frozenset(one.id for one in family.strays if not self._has_same_parent(one)),
         )
 
     def _has_same_parent(self, process: Process) -> bool:

@@ -611,6 +611,15 @@ def test_a_look_with_pidfds_reads_the_new_children_of_members(census: Census) ->
         assert grandchild not in snapshot.stale
 
 
+def test_a_look_with_pidfds_reads_the_new_children_of_whoever_is_read_again(census: Census) -> None:
+    with forking() as (parent, fork_now):
+        look(census, session())
+        grandchild = fork_now()
+        assert seen(look(census, dead_session(), hold=True), grandchild) is None
+        snapshot = look(census, dead_session(), hold=True, again=[id_of(parent)])
+        assert found(snapshot, grandchild).ppid == parent
+
+
 def test_a_look_with_pidfds_follows_those_who_are_new_down_to_the_last(census: Census) -> None:
     look(census, session())
     with child_of_child() as (pid, grandchild):
@@ -928,6 +937,22 @@ def test_nobody_is_told_ahead_of_whom_not_all_is_told_that_stands_below(
         census.handles.release()
 
 
+def test_nobody_is_told_ahead_of_whom_a_child_was_read_before(census: Census, page: SessionPage) -> None:
+    one = dead_session(page, adopters=frozenset((id_of(ME),)))
+    look(census, session(page))
+    with parent_of_stamped() as (pid, program), child() as alone:
+        # As a scan that was interrupted before it came to the parent.
+        census.known.list_all()
+        census.known.read_each([program], hold=False)
+        census.known.read_memory(None)
+        (snapshot,) = ahead(census, one)
+        assert snapshot.processes.keys() == {alone}
+        assert pid in snapshot.unread
+        then = look(census, one, hold=True)
+        assert {pid, program} <= then.processes.keys()
+        census.handles.release()
+
+
 def test_who_has_forked_since_all_were_listed_is_not_told_without_its_child(page: SessionPage) -> None:
     class Forking(Mine):
         """A /proc in which a process forks right before it is read."""
@@ -1015,7 +1040,10 @@ def test_a_leaders_death_interrupts_a_wide_look_and_what_was_read_is_not_read_ag
     alarm._epoll.close()
 
 
-def test_a_look_that_was_interrupted_has_put_no_half_read_process_on_record(page: SessionPage) -> None:
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_look_that_was_interrupted_has_put_no_half_read_process_on_record(
+    page: SessionPage, hold: bool
+) -> None:
     alarm = Alarm()
     proc = Alarming(alarm, 3)
     census = Observer(proc, alarm).census
@@ -1023,7 +1051,9 @@ def test_a_look_that_was_interrupted_has_put_no_half_read_process_on_record(page
         with pytest.raises(Interrupted):
             look(census, session(page))
         proc.silence()
-        snapshot = look(census, session(page))
+        # What interrupted it reads whoever is new below members, and nobody else.
+        snapshot = look(census, session(page), hold=hold, members=[id_of(ME)])
+        census.handles.release()
         assert found(snapshot, pid).pages == {session(page).id}
         assert found(snapshot, program).lineage == (OTHER_ID,)
     proc.close()

@@ -11,10 +11,10 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
-from specimens import child, executed
+from specimens import OTHER_ID, child, executed
 
 from agent import wire
 from agent.page import SessionPage
@@ -349,6 +349,68 @@ def test_while_one_that_carries_the_stamp_changes_its_parent_a_session_is_not_ov
             world.census.beside = stamped
         world.run_until_ended({GOOD})
         assert world.store.events()[-1]["left_alone"][0]["pid"] == pid
+
+
+def pid_told(told: IO[bytes], stack: contextlib.ExitStack) -> int:
+    """Return the pid on the next line; whoever has it is ended with ``stack``."""
+    pid = int(told.readline())
+    handle = os.pidfd_open(pid)
+
+    def end() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        os.close(handle)
+
+    stack.callback(end)
+    return pid
+
+
+@pytest.mark.parametrize("read", ["before", "after"])
+def test_the_new_child_of_one_that_was_read_and_never_judged_is_ended_with_it(
+    world: World, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    """A leader's death interrupts a scan that has read its worker, and not yet whom that has started, who has no mark."""
+    monkeypatch.setattr(ProcFS, "cgroup", lambda *_: "0::/\n")  # which tells nothing: the parent has to
+    with contextlib.ExitStack() as stack:
+        said, saying = os.pipe()
+        cue, cueing = os.pipe()
+        stack.callback(os.close, cueing)
+        script = "echo $$; read cue; env -i sleep 100 >/dev/null & echo $!; wait"
+        environment = {wire.LINEAGE_VARIABLE: OTHER_ID, "PATH": os.environ["PATH"]}
+        leader = os.fork()
+        if leader == 0:
+            os.read(cue, 1)
+            to = [(os.POSIX_SPAWN_DUP2, cue, 0), (os.POSIX_SPAWN_DUP2, saying, 1)]
+            os.posix_spawn("/bin/sh", ["sh", "-c", script], environment, file_actions=to)
+            signal.pause()
+        world._pids.append(leader)
+        os.close(saying)
+        os.close(cue)
+        told = stack.enter_context(open(said, "rb"))
+        session = Session(OTHER_ID, "", os.getuid(), os.getgid(), world.observer.proc.stat(leader).id, "")
+        world.census.cover(session)
+        world.take_on(world.observer.describe_leader(session))
+        os.write(cueing, b"x")
+        worker = pid_told(told, stack)
+        if read == "before":
+            world.census.read_new(world.observer.proc.listing())
+        os.write(cueing, b"x\n")
+        child_of_worker = pid_told(told, stack)
+        known = world.census.known
+        if read == "after":
+            listing = world.observer.proc.listing()
+            del listing[child_of_worker]
+            known.list_all(listing)
+            world.end_leaders()
+            known.read_each([worker], hold=False)
+            known.read_memory(None)
+        assert worker in known.processes
+        assert child_of_worker not in known.processes
+        assert not world.core.sessions.entries[session.key].session.seen
+        world.end_leaders()
+        world.run_until(lambda: bool(world.store.events()))
+        (event,) = world.store.events()
+        assert {one["pid"] for one in event["processes"]} == {worker, child_of_worker}
 
 
 @pytest.mark.parametrize("ending", [False, True])
