@@ -106,6 +106,8 @@ class Core:
             self.leaders.hold(session.key, leader_pidfd, opened)
             ours.pop_all()
         if leader_pidfd is None:
+            if self.store.is_settled(session.key):  # its end was told of; somebody had outlived SIGKILL
+                self.sessions.apply(session.key, ledger.Concluded())
             self._leader_is_dead(session.key, session.cause or UNKNOWN_CAUSE)
             return
         self.leaders.read_page(session.key)

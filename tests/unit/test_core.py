@@ -452,6 +452,21 @@ def test_a_session_on_record_that_cannot_be_taken_on_keeps_the_daemon_from_nothi
     world.run_until_ended({BAD, GOOD})
 
 
+def test_a_session_whose_end_was_told_of_is_taken_on_again_for_those_who_were_stuck_and_not_told_of_again(
+    world: World,
+) -> None:
+    told, untold = (world.leader(name)._replace(cause=UNKNOWN_CAUSE) for name in (BAD, GOOD))
+    world.end_leaders()
+    for session in (told, untold):
+        world.store.save(session)
+    world.store.settle(told.key)
+    Adoption(world.core, "/nowhere").recover()
+    assert world.core.sessions.entries.keys() == {told.key, untold.key}
+    world.run_until(lambda: not world.core.sessions.entries)
+    assert world.ended() == {GOOD}
+    assert world.store.sessions() == []
+
+
 def test_a_session_that_a_stamp_tells_of_is_taken_on_with_the_page_that_others_hold(world: World) -> None:
     """Else they would never be found: a session that is on record is not adopted once more."""
     proc, socket = world.observer.proc, "/nowhere/reaper.sock"
