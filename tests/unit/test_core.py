@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from specimens import OTHER_ID, child, executed
+from specimens import OTHER_ID, Mine, child, executed
 
 from agent import wire
 from agent.page import SessionPage
@@ -66,8 +66,8 @@ class FaultyCensus(Census):
 class World:
     """A core, and two leaders that have nobody."""
 
-    def __init__(self, directory: Path) -> None:
-        proc, alarm = ProcFS(), Alarm()
+    def __init__(self, directory: Path, proc: ProcFS | None = None) -> None:
+        proc, alarm = proc or ProcFS(), Alarm()
         self.observer = Observer(proc)
         self.census = self.observer.census = FaultyCensus(proc, self.observer.marks, alarm)
         self.poller = Poller()
@@ -165,9 +165,15 @@ def test_living_sessions_are_looked_at_though_one_of_them_cannot_be(world: World
 
 @pytest.mark.parametrize("known", [False, True])
 def test_the_first_look_waits_only_where_all_that_were_known_before_are_being_ended(
-    world: World, page: SessionPage, known: bool
+    tmp_path: Path, page: SessionPage, known: bool
 ) -> None:
     """What another one starts meanwhile may carry no mark, and have no living relative when it is looked at."""
+    # Of all that init adopts on this machine, nobody else's processes count: they would have to be looked at, too.
+    with contextlib.closing(World(tmp_path, Mine())) as world:
+        _the_first_look_waits(world, page, known=known)
+
+
+def _the_first_look_waits(world: World, page: SessionPage, *, known: bool) -> None:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -184,6 +190,7 @@ def test_the_first_look_waits_only_where_all_that_were_known_before_are_being_en
         world.core.sessions._roster.put(
             entry._replace(session=entry.session._replace(seen=frozenset((other,))))
         )
+    assert worker in world.observer.proc.listing()
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     world.poller.wait(SOON_S)
@@ -327,6 +334,7 @@ def test_while_processes_vanish_before_they_can_be_read_a_session_is_not_over(wo
     world.end_leaders()
     world.run_until(lambda: world.census.looks >= 3 * ledger.QUIET_LOOKS)
     assert world.ended() == set()
+    assert [entry.restless for entry in world.core.sessions.entries.values()] == [True]
     world.census.vanished = frozenset()
     world.run_until_ended({GOOD})
 
@@ -367,11 +375,12 @@ def pid_told(told: IO[bytes], stack: contextlib.ExitStack) -> int:
 
 @pytest.mark.parametrize("read", ["before", "after"])
 def test_the_new_child_of_one_that_was_read_and_never_judged_is_ended_with_it(
-    world: World, monkeypatch: pytest.MonkeyPatch, read: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str
 ) -> None:
     """A leader's death interrupts a scan that has read its worker, and not yet whom that has started, who has no mark."""
     monkeypatch.setattr(ProcFS, "cgroup", lambda *_: "0::/\n")  # which tells nothing: the parent has to
     with contextlib.ExitStack() as stack:
+        world = stack.enter_context(contextlib.closing(World(tmp_path, Mine())))
         said, saying = os.pipe()
         cue, cueing = os.pipe()
         stack.callback(os.close, cueing)
