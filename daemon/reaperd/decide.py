@@ -143,11 +143,12 @@ def must_hold_still(entry: Entry, policy: Policy, now_s: float) -> bool:
     """Say whether all in the session's own control group are to hold still for the next look.
 
     Somebody is to be killed on what it tells: then nobody has forked anybody since, who would be lost sight of. Or they
-    multiply: then a look might not come to its end before they are others.
+    multiply, or the last look found some gone before it could read them: they are others before this one comes to its end.
     """
     if entry.died_at_s is None or policy.dry_run or entry.session.scope is None:
         return False
-    return entry.growth >= GROWTH_LIMIT or _kills(entry, _to_signal(entry, policy, now_s))
+    never_still = entry.growth >= GROWTH_LIMIT or entry.restless
+    return never_still or _kills(entry, _to_signal(entry, policy, now_s))
 
 
 def _kills(entry: Entry, targets: list[Target]) -> bool:

@@ -83,6 +83,7 @@ class Entry(NamedTuple):
     looks: int = 0
     quiet_looks: int = 0
     saw_everyone: bool = False  # the last look did
+    restless: bool = False  # the last look was not calm
     growth: int = 0
     changed_at_s: float = 0.0  # when a worker was last found or seen to end
     targets: Mapping[ProcessId, Target] = MappingProxyType({})
@@ -159,6 +160,8 @@ class Looked(NamedTuple):
     afresh: bool = True  # False: who was found before was not looked at again
     ahead: bool = False  # True: only some were looked at, before the look that counts
     everyone: bool = True  # False: who was nobody's before was not looked at again
+    # False: somebody who may be a member was gone, or given to another parent, before he could be judged.
+    calm: bool = True
 
 
 class Exited(NamedTuple):
@@ -366,6 +369,7 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
         judged_at_s=looked.at_s if looked.afresh else entry.judged_at_s,
         quiet_looks=quiet,
         saw_everyone=looked.everyone,
+        restless=not looked.calm,
         growth=entry.growth + any(target.late for target in found),
         changed_at_s=looked.at_s if new_workers else entry.changed_at_s,
     )
@@ -378,9 +382,11 @@ def _looked(entry: Entry, looked: Looked) -> Entry:
     distant = quiet - changed.quiet_looks_wanted + QUIET_LOOKS
     spacing = CLOSE_S if distant < 0 else SPACING_S[min(distant, len(SPACING_S) - 1)]
     # A look that takes long on a crowded machine must not become all that we do, unless somebody forks all the time.
-    share = 2 if changed.growth else 5
+    share = 2 if changed.growth or changed.restless else 5
     # What was found too late may have handed on by now to one that has only just started.
     at_once = changed.growth > entry.growth and looked.took_s <= QUICK_S
+    # In a control group of its own whoever got away is caught by the next look: all hold still for it.
+    at_once |= changed.restless and not entry.restless and changed.session.scope is not None
     due_s = looked.at_s + (0.0 if at_once else max(spacing, share * looked.took_s))
     return changed._replace(look_due_s=due_s if spacing == CLOSE_S else _on_grid(due_s))
 

@@ -257,6 +257,7 @@ class Survivors:
             afresh=depth is not decide.Depth.NEWCOMERS,
             ahead=ahead,
             everyone=depth is decide.Depth.EVERYONE,
+            calm=seen.calm,
         )
         self._sessions.apply(key, looked)
         if not complete:

@@ -746,6 +746,16 @@ def test_nobody_is_made_to_hold_still_while_nobody_is_to_be_killed() -> None:
     assert not dry.signals
 
 
+def test_all_in_a_group_of_their_own_hold_still_for_the_look_after_one_that_some_slipped_away_from() -> None:
+    entry = Isolated([]).entry
+    assert not decide.must_hold_still(entry, POLICY, 0.0)
+    nobody = Looked(Family({}, {}), 0.0, 0.0)
+    slipped = apply(entry, nobody._replace(calm=False))
+    assert decide.must_hold_still(slipped, POLICY, 0.1)
+    assert not decide.must_hold_still(apply(slipped, nobody), POLICY, 0.2)
+    assert not decide.must_hold_still(apply(Reap([]).entry, nobody._replace(calm=False)), POLICY, 0.1)
+
+
 def test_a_tracker_that_does_not_go_is_killed_while_all_hold_still() -> None:
     reap = Isolated([worker(201), tracker(202)]).run()
     (at_s,) = reap.seconds_of(202, SIGKILL)

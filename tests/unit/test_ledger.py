@@ -253,6 +253,18 @@ def test_a_slow_look_is_followed_by_a_long_pause_and_a_shorter_one_where_somebod
     assert growing.look_due_s == pytest.approx(10.7)
 
 
+@pytest.mark.parametrize("scope", [None, "/s.scope"])
+def test_a_slow_look_that_some_slipped_away_from_is_soon_repeated_and_at_once_where_all_can_be_held(
+    scope: str | None,
+) -> None:
+    watched = Entry(Session("s", "", 1000, 1000, LEADER, "", scope=scope))
+    entry = after(watched, LeaderDied(KILLED, 10.0, 10.0), looked(10.0, took_s=0.3)._replace(calm=False))
+    assert entry.look_due_s == pytest.approx(10.0 if scope else 10.6)
+    again = after(entry, looked(10.4, took_s=0.3)._replace(calm=False))
+    assert again.look_due_s == pytest.approx(11.0)  # it must not become all that we do
+    assert after(again, looked(11.0, took_s=0.3)).look_due_s == pytest.approx(12.5)
+
+
 def test_where_somebody_re_forks_a_quick_look_that_has_found_one_is_repeated_at_once() -> None:
     found = dead(looked(10.0), looked(10.1, member(202), took_s=0.01))
     assert found.look_due_s == pytest.approx(10.1)
