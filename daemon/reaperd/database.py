@@ -93,6 +93,11 @@ class Database:
         """Whether anything is not committed yet."""
         return bool(self._pending)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether something was written that cannot be read yet, for it could not be carried out."""
+        return bool(self._pending) and not self.connection.in_transaction
+
     def close(self) -> None:
         """Commit, and close the file."""
         self._retry_at_s = 0.0

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 _ORPHANS = "orphans that nobody registered"  # who is set aside where something about them raises
 _PRUNE_EVERY_S = 6 * 3600.0
+_PRUNE_PAUSE_S = 0.5  # where more is to be dropped than is at a time
 _BACKLOG = 1024
 _FEW_DESCRIPTORS = 1024
 _BREATH_S = 0.02  # where something has run out
@@ -220,7 +221,7 @@ class Daemon:
     # -- time --------------------------------------------------------------------------------
 
     def _timeout_s(self) -> float | None:
-        due = [self._scan_due_s]
+        due = [self._scan_due_s, self._prune_due_s]
         due += [
             deadline
             for deadline in (
@@ -265,11 +266,14 @@ class Daemon:
             self._core.step()
             self._see_to_orphans(functools.partial(self._orphans.look, listing))
         if self._prune_due_s <= now_s:
-            self._prune_due_s = now_s + _PRUNE_EVERY_S
-            self._store.prune(self._config.history.keep_s)
+            self._prune(now_s)
         if self._notifier.watchdog_s is not None and self._watchdog_due_s <= now_s:
             self._watchdog_due_s = now_s + self._notifier.watchdog_s
             self._notifier.send(f"WATCHDOG=1\nSTATUS={len(self._core.sessions.entries)} sessions")
+
+    def _prune(self, now_s: float) -> None:
+        goes_on = self._store.prune(self._config.history.keep_s)
+        self._prune_due_s = now_s + (_PRUNE_PAUSE_S if goes_on else _PRUNE_EVERY_S)
 
     def _count_ended(self, hunt: Hunt) -> None:
         ended, freed = report.ended_by(hunt)
@@ -336,6 +340,7 @@ class Daemon:
             self._orphans.heed(scan_rules(config), self._core.policy, enabled=config.scan.enabled)
             self._server.facts = self._facts()
             self._scan_due_s = time.monotonic() + config.scan.interval_s
+            self._prune_due_s = 0.0  # [history] keep may be shorter by now
             log.info("reloaded config=%s", self._config_path)
             self._tell_without_effect()
             self._core.sessions.record(report.event("reload", faults=[]))

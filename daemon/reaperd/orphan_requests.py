@@ -13,7 +13,7 @@ from reaperd.linux import pidfd
 from reaperd.linux.procfs import ProcessGone
 from reaperd.model import Process, ProcessId
 from reaperd.orphans import Judged, Orphans
-from reaperd.waiters import is_of
+from reaperd.questions import is_of
 
 _MAX_PROCESSES = 10_000  # in one request
 

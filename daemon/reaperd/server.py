@@ -25,10 +25,11 @@ from reaperd.listing import Listing
 from reaperd.model import TEMP_DIRS, ProcessId, Role, Session, SessionKey
 from reaperd.orphan_requests import OrphanRequests
 from reaperd.orphans import Orphans
+from reaperd.questions import Question, parse_question
 from reaperd.surroundings import Lack
 from reaperd.times import moment, now_utc
 from reaperd.turns import Turns
-from reaperd.waiters import Question, Waiter, Waiters
+from reaperd.waiters import Waiter, Waiters
 
 log = logging.getLogger(__name__)
 
@@ -413,14 +414,7 @@ class Server:
     def _events_or_wait(self, peer: Peer, to: Return, message: dict[str, Any]) -> bytes | None:
         wait_s = min(wire.integer_field(message, "wait_s", default=0), _LONGEST_WAIT_S)
         question = self._question(peer, message)
-        events = self._core.store.events(
-            after=question.after,
-            since_epoch_s=question.since_epoch_s,
-            session=question.session,
-            uid=question.uid,
-            container=question.container,
-            limit=_MAX_EVENTS,
-        )
+        events = self._core.store.events(question, limit=_MAX_EVENTS)
         if events or not wait_s or not self._waiters.may_wait(peer.uid):
             return self._told(events)
         self._waiters.add(Waiter(to, peer.uid, question, time.monotonic() + wait_s))
@@ -434,12 +428,8 @@ class Server:
             if when is None:
                 raise wire.WireError("bad-request", f"since: must be an RFC 3339 time, got {text!r:.60}")
             since_epoch_s = when.timestamp()
-        session = (
-            wire.text_field(message, "session", limit=64) if message.get("session") is not None else None
-        )
-        sees_all = self._may_act_on(peer, None)
-        after = wire.integer_field(message, "after", default=0)
-        return Question(after, since_epoch_s, session, None if sees_all else peer.uid, peer.container)
+        uid = None if self._may_act_on(peer, None) else peer.uid
+        return parse_question(message, since_epoch_s=since_epoch_s, uid=uid, container=peer.container)
 
     def _told(self, events: list[dict[str, Any]]) -> bytes:
         last = events[-1]["seq"] if events else self._core.store.last_event()

@@ -10,13 +10,14 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from reaperd import stored
 from reaperd.database import RETRY_S, Database, Schema
 from reaperd.model import ProcessId, Session, SessionKey
+from reaperd.questions import Question, is_of, select_events
 from reaperd.verdicts import Record
-from reaperd.waiters import is_of
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +41,14 @@ _ADDED = """
         pid INTEGER, start_ticks INTEGER, boot_id TEXT NOT NULL, PRIMARY KEY (pid, start_ticks));
     CREATE INDEX IF NOT EXISTS events_session ON events (session, seq);
     CREATE INDEX IF NOT EXISTS events_uid ON events (uid, seq);
+    CREATE INDEX IF NOT EXISTS events_kind ON events (kind, seq);
+    CREATE INDEX IF NOT EXISTS events_uid_kind ON events (uid, kind, seq);
 """
 _SCHEMA = Schema(_NEW, _ADDED, _SCHEMA_VERSION)
 _BATCH, _MAX_BATCHES = 200, 4  # of events dropped, each time that one is added
 _MAX_REPLY_BYTES = 4 * 1024 * 1024
 _MOST_OF_ONE_PID = 20  # events that name it
+_ALL = Question()
 
 
 class Size(NamedTuple):
@@ -83,8 +87,10 @@ class Store:
         most_of_one_uid: Size = MAX_OF_ONE_UID,
         most_of_all: Size = MAX_OF_ALL,
         retry_s: float = RETRY_S,
+        now_epoch_s: Callable[[], float] = time.time,
     ) -> None:
         self._boot_id = boot_id
+        self._now_epoch_s = now_epoch_s
         self._era = era or boot_id
         self._database = Database(os.path.join(directory, "reaper.db"), _SCHEMA, retry_s)
         self._read, self._write = self._database.read, self._database.write
@@ -255,41 +261,31 @@ class Store:
         self._sizes[uid] = self._sizes.get(uid, Size()).plus(events, stored_bytes)
         self._total = self._total.plus(events, stored_bytes)
 
-    def events(
-        self,
-        *,
-        after: int = 0,
-        since_epoch_s: float = 0.0,
-        session: str | None = None,
-        uid: int | None = None,
-        container: str = "",
-        limit: int = 500,
-    ) -> list[dict[str, Any]]:
-        """Return events after number ``after``, oldest first; of one session, or of one uid (in one container) and the daemon, where asked for.
+    def events(self, asked: Question = _ALL, *, limit: int = 500) -> list[dict[str, Any]]:
+        """Return the first ``limit`` events asked for, oldest first.
 
-        Not all of them where they are very large: who wants more asks again after the last.
+        Not so many where they are very large: who wants more asks again after the last.
         """
-        where = "seq > ? AND at_epoch_s >= ?"
-        values: list[Any] = [after, since_epoch_s]
-        if session is not None:
-            where += " AND session = ?"
-            values.append(session)
-        select = "SELECT seq, record FROM events WHERE"
-        # Each half by its index, in order and no further than the limit: OR would read all there is of both.
-        theirs = "uid = ?" + (" AND record LIKE ?" if container else "")
-        whose = ["uid IS NULL", theirs] if uid is not None else []
-        halves = [f"SELECT * FROM ({select} {where} AND {one} ORDER BY seq LIMIT ?)" for one in whose]  # noqa: S608
-        statement = " UNION ALL ".join(halves) or f"{select} {where}"
-        if uid is not None:
-            named = [f'%"container": {json.dumps(container)}%'] if container else []
-            values = [*values, limit, *values, uid, *named, limit]
+        statement, values = select_events(asked, self._first_since(asked), limit)
         found = []
-        for seq, record in self._read_some(f"{statement} ORDER BY seq LIMIT ?", *values, limit):
+        for seq, record in self._read_some(statement, *values):
             with contextlib.suppress(ValueError):  # a row that somebody has damaged
                 event = {"seq": seq, **stored.parse_event(record)}
-                if is_of(container, event):
+                if is_of(asked.container, event):
                     found.append(event)
         return found
+
+    def _first_since(self, asked: Question) -> int:
+        """Return the number of the first event that is young enough, 1 where that need not be known.
+
+        Else all that is older would be looked at, to see that it is. Who asks on, after the last that it was told, is beyond it.
+        """
+        if not asked.since_epoch_s or asked.after:
+            return 1
+        # Without the sign, SQLite would go through the table from its beginning.
+        for (first,) in self._read("SELECT min(+seq) FROM events WHERE at_epoch_s >= ?", asked.since_epoch_s):
+            return self._seq + 1 if first is None else int(first)
+        return 1
 
     def _read_some(self, statement: str, *values: Any) -> list[tuple[int, str]]:
         rows: list[tuple[int, str]] = []
@@ -311,10 +307,21 @@ class Store:
             return int(seq)
         return 0
 
-    def prune(self, keep_s: float) -> None:
-        """Drop events older than ``keep_s``."""
-        self._write("DELETE FROM events WHERE at_epoch_s < ?", time.time() - keep_s)
-        self._measure()
+    def prune(self, keep_s: float) -> bool:
+        """Drop some of the events older than ``keep_s``, and say whether there are more: nobody's reap is to wait for all."""
+        if self._database.is_behind:  # those that were to be dropped before may be there still
+            return True
+        rows = self._read(
+            "SELECT seq, uid, length(record) FROM events WHERE at_epoch_s < ? ORDER BY at_epoch_s LIMIT ?",
+            self._now_epoch_s() - keep_s,
+            _BATCH,
+        )
+        if rows:
+            marks = ", ".join("?" * len(rows))
+            self._write(f"DELETE FROM events WHERE seq IN ({marks})", *(seq for seq, _, _ in rows))  # noqa: S608
+        for _, uid, stored_bytes in rows:
+            self._note(uid, -1, -stored_bytes)
+        return len(rows) == _BATCH
 
     def _measure(self) -> None:
         """See how much history there is."""

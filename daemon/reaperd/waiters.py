@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
+
+from reaperd.questions import Question
 
 T = TypeVar("T")
 
 MAX_OF_ONE, MAX_OF_ALL = 64, 1024
-
-
-class Question(NamedTuple):
-    """Which events somebody asks for."""
-
-    after: int  # the number of the last one that it has seen
-    since_epoch_s: float
-    session: str | None  # None: of any
-    uid: int | None  # whose, beside the daemon's own; None: everybody's
-    container: str = ""  # of whose ``uid``, for that is another's in each; "": of any
-
-    def covers(self, news: News) -> bool:
-        """Say whether an event is one of those asked for."""
-        return (
-            news.seq > self.after
-            and news.at_epoch_s >= self.since_epoch_s
-            and self.session in (None, news.event["session"])
-            and (self.uid is None or news.event["uid"] in (None, self.uid))
-            and is_of(self.container, news.event)
-        )
-
-
-def is_of(container: str, event: Mapping[str, Any]) -> bool:
-    """Say whether an event may be told to one of ``uid`` in a container: it is of the same one, or the daemon's own."""
-    return not container or event.get("uid") is None or event.get("container") == container
 
 
 class News(NamedTuple):
@@ -118,7 +95,7 @@ class Waiters(Generic[T]):
     def _tell(self, key: _Key, news: list[News], now_s: float) -> Iterator[tuple[T, tuple[News, ...]]]:
         left = []
         for waiter in self._waiting.pop(key, ()):
-            told = tuple(filter(waiter.question.covers, news))
+            told = tuple(one for one in news if waiter.question.covers(*one))
             if told or waiter.until_s <= now_s:
                 self._of[waiter.uid] -= 1
                 if not self._of[waiter.uid]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import signal
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from reaperd.config import Config
 from reaperd.loop import Daemon
+from reaperd.store import Store
 
 
 class Rounds(Daemon):
@@ -70,3 +73,23 @@ def test_what_is_no_lack_of_anything_ends_the_daemon() -> None:
     for error in (OSError(errno.EIO, "a disk"), ValueError()):
         with pytest.raises(type(error)):
             Rounds([error, None], [])._serve()
+
+
+def test_old_events_are_dropped_a_few_at_a_time_and_then_not_for_hours(tmp_path: Path) -> None:
+    daemon = Rounds([], [])
+    now = [0.0]
+    store = Store(str(tmp_path), "boot", now_epoch_s=lambda: now[0])
+    with closing(store):
+        daemon._store = store
+        for day in range(300):
+            store.add_event({"kind": "started", "uid": None, "session": None}, day * 86_400.0)
+        now[0] = 91 * 86_400.0  # by the default, 90 days are kept
+        daemon._prune(1000.0)
+        assert daemon._prune_due_s == 1000.0 + 6 * 3600
+        assert store.events()[0]["seq"] == 2, "the first is as old as 91 days"
+        now[0] = 400 * 86_400.0
+        daemon._prune(2000.0)
+        assert daemon._prune_due_s < 2001.0, "there are more"
+        daemon._prune(2001.0)
+        assert daemon._prune_due_s > 20_000.0
+        assert store.events() == []

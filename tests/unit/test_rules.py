@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PURE = [
     *("model", "policy", "signatures", "lineage", "decide", "escalation", "ledger", "report"),
-    *("verdicts", "hunt", "stored", "words", "isolation", "rights"),
+    *("verdicts", "hunt", "stored", "words", "isolation", "rights", "kinds", "questions"),
     *("config", "config_values", "gate_frames", "pages", "roster", "turns", "waiters"),
 ]
 PURE_MODULES = ["agent.wire", *(f"reaperd.{name}" for name in PURE)]

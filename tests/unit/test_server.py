@@ -122,6 +122,37 @@ def test_that_a_session_is_taken_on_is_in_the_history_before_its_leader_is_told_
     assert (event["kind"], event["session"]) == ("registered", world.session)
 
 
+def test_events_of_an_owner_and_of_kinds_are_told_alone(world: World) -> None:
+    record = world.core.sessions.record
+    record(report.event("started"))
+    record(report.event("killed", uid=7))
+    record(report.event("killed", uid=8))
+    record(report.event("orphan", uid=7))
+
+    def told(**asked: Any) -> list[int]:
+        return [one["seq"] for one in world.ask("events", **asked)["events"]]
+
+    assert told() == [1, 2, 3, 4]
+    assert told(owner=7) == [2, 4]
+    assert told(kinds=["killed", "started"]) == [1, 2, 3]
+    assert told(owner=7, kinds=["killed"], after=1) == [2]
+    assert told(owner=7, kinds=["a kind of a later version"]) == []
+    assert told(owner=None, kinds=None) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("owner", ["root", -1, 2**32, True, 1.0, [0]])
+def test_an_owner_must_be_a_uid(world: World, owner: Any) -> None:
+    told = world.ask("events", owner=owner)
+    assert (told["kind"], told["message"]) == ("bad-request", f"owner: must be a uid, got {owner!r}")
+
+
+@pytest.mark.parametrize("kinds", ["reaped", [], [1], [""], ["x" * 65], ["x"] * 33, {"reaped": 1}])
+def test_kinds_must_be_a_short_list_of_short_texts(world: World, kinds: Any) -> None:
+    told = world.ask("events", kinds=kinds)
+    assert told["kind"] == "bad-request"
+    assert told["message"].startswith("kinds: must be a list of 1 to 32 kinds of event, got ")
+
+
 def test_a_session_is_told_of_once_however_often_its_leader_registers(world: World) -> None:
     for _ in range(3):
         assert world.register()["ok"] is True

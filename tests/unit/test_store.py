@@ -17,6 +17,7 @@ import pytest
 
 from reaperd import database
 from reaperd.model import Cause, CauseKind, Namespaces, ProcessId, Session, SessionKey
+from reaperd.questions import Question
 from reaperd.store import Size, Store
 from reaperd.verdicts import Record
 
@@ -606,12 +607,46 @@ def test_events_come_back_oldest_first_with_their_numbers(store: Store) -> None:
 def test_events_are_asked_for_by_number_time_session_and_limit(store: Store) -> None:
     for n in range(1, 7):
         store.add_event(event(session="even" if n % 2 == 0 else "odd"), 100.0 + n)
-    assert sequence(store.events(after=4)) == [5, 6]
-    assert sequence(store.events(since_epoch_s=105.0)) == [5, 6]
-    assert sequence(store.events(session="even")) == [2, 4, 6]
-    assert sequence(store.events(session="even", after=2, limit=1)) == [4]
+    assert sequence(store.events(Question(after=4))) == [5, 6]
+    assert sequence(store.events(Question(since_epoch_s=105.0))) == [5, 6]
+    assert sequence(store.events(Question(session="even"))) == [2, 4, 6]
+    assert sequence(store.events(Question(session="even", after=2), limit=1)) == [4]
     assert sequence(store.events(limit=2)) == [1, 2]
-    assert store.events(session="neither") == []
+    assert store.events(Question(session="neither")) == []
+
+
+def test_what_is_asked_for_by_owner_and_kind_too_meets_all_of_it(store: Store) -> None:
+    store.add_event(event("started", None, None), 1.0)
+    for kind, session, uid in (("reaped", "a", 1000), ("ended", "b", 1000), ("reaped", "c", 1001)):
+        store.add_event(event(kind, session, uid), 2.0)
+    store.add_event(event("killed", None, 1000), 3.0)
+    assert sequence(store.events(Question(owner=1000))) == [2, 3, 5]
+    assert sequence(store.events(Question(kinds=("reaped",)))) == [2, 4]
+    assert sequence(store.events(Question(kinds=("killed", "started", "reaped")))) == [1, 2, 4, 5]
+    assert sequence(store.events(Question(kinds=("killed", "reaped"), owner=1000))) == [2, 5]
+    assert sequence(store.events(Question(kinds=("killed", "reaped"), owner=1000, after=2))) == [5]
+    assert sequence(store.events(Question(kinds=("killed", "reaped"), owner=1000, since_epoch_s=2.5))) == [5]
+    assert sequence(store.events(Question(kinds=("killed", "reaped"), owner=1000), limit=1)) == [2]
+    assert sequence(store.events(Question(kinds=("ended", "reaped"), session="b"))) == [3]
+    assert sequence(store.events(Question(session="c", owner=1001))) == [4]
+    assert store.events(Question(session="c", owner=1000)) == []
+    assert store.events(Question(kinds=("breach",))) == []
+
+
+def test_asking_for_an_owner_shows_nobody_more_than_it_may_see(store: Store) -> None:
+    store.add_event(event("started", None, None), 1.0)
+    store.add_event(event("reaped", "a", 1000), 1.0)
+    store.add_event({**event("reaped", "b", 1000), "container": "pid:[7]"}, 1.0)
+    store.add_event(event("reaped", "c", 1001), 1.0)
+    assert sequence(store.events(Question(uid=1000, owner=1000))) == [2, 3]
+    assert sequence(store.events(Question(uid=1000, owner=1000, container="pid:[7]"))) == [3]
+    for foreign in (
+        Question(uid=1000, owner=1001),
+        Question(uid=1000, owner=1001, kinds=("reaped", "started")),
+    ):
+        assert store.events(foreign) == []
+    assert sequence(store.events(Question(uid=1000, kinds=("reaped", "started")))) == [1, 2, 3]
+    assert sequence(store.events(Question(uid=1000, kinds=("started",)))) == [1]
 
 
 def test_a_user_is_told_its_own_events_and_the_daemons(store: Store) -> None:
@@ -619,20 +654,91 @@ def test_a_user_is_told_its_own_events_and_the_daemons(store: Store) -> None:
     store.add_event(event(uid=1000), 2.0)
     store.add_event(event(uid=1001), 3.0)
     store.add_event(event(uid=0), 4.0)
-    assert sequence(store.events(uid=1000)) == [1, 2]
-    assert sequence(store.events(uid=0)) == [1, 4]
-    assert sequence(store.events(uid=None)) == [1, 2, 3, 4]
-    assert sequence(store.events(uid=1000, session="s")) == [2]
+    assert sequence(store.events(Question(uid=1000))) == [1, 2]
+    assert sequence(store.events(Question(uid=0))) == [1, 4]
+    assert sequence(store.events(Question(uid=None))) == [1, 2, 3, 4]
+    assert sequence(store.events(Question(uid=1000, session="s"))) == [2]
 
 
-def test_old_events_are_dropped_and_numbers_never_used_again(store: Store) -> None:
-    for at_s in (0.0, 1.0):
-        store.add_event(event(), at_s)
-    store.prune(3600.0)
-    assert store.events() == []
-    assert store.add_event(event(), 4e9) == 3
-    store.prune(3600.0)
-    assert sequence(store.events()) == [3]
+class Clock:
+    """The time of day, as the test has it."""
+
+    def __init__(self, at_epoch_s: float) -> None:
+        self.at_epoch_s = at_epoch_s
+
+    def __call__(self) -> float:
+        return self.at_epoch_s
+
+
+DAY_S = 86_400.0
+
+
+def test_old_events_are_dropped_and_numbers_never_used_again(tmp_path: Path) -> None:
+    now = Clock(1e9)
+    with closing(Store(str(tmp_path), BOOT, now_epoch_s=now)) as store:
+        for day in (0, 1, 2):
+            store.add_event(event(), 1e9 + day * DAY_S)
+        now.at_epoch_s = 1e9 + 90 * DAY_S
+        assert not store.prune(90 * DAY_S)
+        assert sequence(store.events()) == [1, 2, 3], "the oldest is as old as may be"
+        now.at_epoch_s += 1 + DAY_S
+        assert not store.prune(90 * DAY_S)
+        assert sequence(store.events()) == [3]
+        assert not store.prune(1.0)
+        assert store.events() == []
+        assert store.add_event(event(), now.at_epoch_s) == 4
+        assert not store.prune(1.0)
+        assert sequence(store.events()) == [4]
+
+
+def test_of_many_old_events_some_are_dropped_at_a_time_and_those_of_a_clock_that_was_set_back_too(
+    tmp_path: Path,
+) -> None:
+    with closing(Store(str(tmp_path), BOOT, now_epoch_s=Clock(1e9))) as store:
+        store.add_event(event(), 1e9)
+        for number in range(450):
+            store.add_event(event(uid=number % 7), 1.0)
+        left = [len(store.events())]
+        while store.prune(DAY_S):
+            assert store.commit()
+            left.append(len(store.events()))
+        assert left == [451, 251, 51]
+        assert sequence(store.events()) == [1]
+
+
+def test_what_is_dropped_no_longer_counts_and_nothing_is_counted_twice(tmp_path: Path) -> None:
+    now = Clock(1e9)
+    with closing(Store(str(tmp_path), BOOT, most_of_one_uid=Size(10, 10**6), now_epoch_s=now)) as store:
+        for at_epoch_s in (*[1.0] * 8, *[1e9] * 2):
+            store.add_event(event(uid=1), at_epoch_s)
+        assert not store.prune(DAY_S)
+        for _ in range(8):
+            store.add_event(event(uid=1), 1e9)
+        assert sequence(store.events()) == [9, 10, *range(11, 19)], (
+            "the place of those that were dropped is free"
+        )
+        store.add_event(event(uid=1), 1e9)
+        assert len(store.events()) == 10, "and no more than that"
+
+
+def test_where_the_file_cannot_be_written_old_events_stay_until_it_can(tmp_path: Path) -> None:
+    now = Clock(1e9)
+    with closing(
+        Store(str(tmp_path), BOOT, most_of_one_uid=Size(3, 10**6), now_epoch_s=now, retry_s=0.0)
+    ) as store:
+        for at_epoch_s in (1.0, 1e9, 1e9):
+            store.add_event(event(uid=1), at_epoch_s)
+        assert store.commit()
+        with closing(sqlite3.connect(tmp_path / "reaper.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            assert [store.prune(DAY_S) for _ in range(3)] == [False, True, True]
+            assert len(store.events()) == 3
+            other.execute("ROLLBACK")
+        assert store.commit()
+        assert not store.prune(DAY_S)
+        assert sequence(store.events()) == [2, 3]
+        store.add_event(event(uid=1), 1e9)
+        assert sequence(store.events()) == [2, 3, 4], "it was counted once"
 
 
 def test_totals_outlive_the_events_and_the_daemon(tmp_path: Path) -> None:
@@ -651,7 +757,7 @@ def test_totals_outlive_the_events_and_the_daemon(tmp_path: Path) -> None:
 # -- a history without end --------------------------------------------------------------------------
 
 
-def steps_of(store: Store, **asked: object) -> int:
+def steps_of(store: Store, limit: int = 500, **asked: object) -> int:
     """Return how many thousands of steps of SQLite's machine a question takes: what it costs on any computer."""
     steps = 0
 
@@ -660,7 +766,7 @@ def steps_of(store: Store, **asked: object) -> int:
         steps += 1
 
     store._database.connection.set_progress_handler(count, 1000)
-    store.events(**asked)  # type: ignore[arg-type]
+    store.events(Question(**asked), limit=limit)  # type: ignore[arg-type]
     store._database.connection.set_progress_handler(None, 1000)
     return steps
 
@@ -682,17 +788,29 @@ def test_a_question_about_few_events_costs_little_in_a_long_history(tmp_path: Pa
         assert steps_of(store, uid=8, session="s") <= 400, "it must look whose each of them is"
         assert steps_of(store, uid=7, limit=10) <= 1
         assert steps_of(store, session="s", after=19_990) <= 1
-        assert sequence(store.events(uid=7, after=19_998)) == [19_999, 20_000]
+        assert steps_of(store, kinds=("reaped", "killed")) <= 1
+        assert steps_of(store, uid=7, kinds=("reaped", "killed")) <= 1
+        assert steps_of(store, owner=7, kinds=("reaped",)) <= 1
+        assert steps_of(store, owner=8) <= 1
+        assert steps_of(store, uid=8, owner=7) <= 1
+        assert steps_of(store, session="nope", kinds=("ended",)) <= 1
+        assert steps_of(store, kinds=("ended", "reaped"), limit=10) <= 1
+        assert steps_of(store, since_epoch_s=2.0) <= 1
+        assert steps_of(store, since_epoch_s=2.0, kinds=("ended",), uid=7) <= 1
+        assert sequence(store.events(Question(uid=7, after=19_998))) == [19_999, 20_000]
 
 
 def test_a_file_of_an_earlier_daemon_gets_the_indexes_too(tmp_path: Path) -> None:
     open_store(tmp_path).close()
     execute(tmp_path, "DROP INDEX events_session")
-    execute(tmp_path, "DROP INDEX events_uid")
+    for index in ("events_uid", "events_kind", "events_uid_kind"):
+        execute(tmp_path, f"DROP INDEX {index}")
     lengthen(tmp_path, 20_000)
     with closing(open_store(tmp_path)) as store:
         assert steps_of(store, session="nope") <= 1
         assert steps_of(store, uid=8) <= 1
+        assert steps_of(store, uid=7, kinds=("reaped",)) <= 1
+        assert steps_of(store, kinds=("reaped",)) <= 1
 
 
 def test_the_oldest_events_of_a_uid_go_where_it_has_too_many(tmp_path: Path) -> None:
@@ -740,5 +858,5 @@ def test_very_large_events_come_a_few_at_a_time(store: Store) -> None:
     for _ in range(5):
         store.add_event({**event(), "text": "x" * 3_000_000}, 1.0)
     assert sequence(store.events()) == [1, 2]
-    assert sequence(store.events(uid=1000, after=2)) == [3, 4]
-    assert sequence(store.events(after=4)) == [5]
+    assert sequence(store.events(Question(uid=1000, after=2))) == [3, 4]
+    assert sequence(store.events(Question(after=4))) == [5]

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from reaperd import waiters
-from reaperd.waiters import News, Question, Waiter, Waiters
+from reaperd.questions import Question
+from reaperd.waiters import News, Waiter, Waiters
 
 ALICE, BOB = 1000, 1001
 
 
-def news(seq: int, session: str | None = "s", uid: int | None = ALICE, at_s: float = 100.0) -> News:
-    return News(seq, at_s, {"kind": "ended", "session": session, "uid": uid})
+def news(
+    seq: int, session: str | None = "s", uid: int | None = ALICE, at_s: float = 100.0, kind: str = "ended"
+) -> News:
+    return News(seq, at_s, {"kind": kind, "session": session, "uid": uid})
 
 
 def ask(
@@ -53,6 +56,21 @@ def test_everybody_is_told_of_its_own_and_the_daemons_events_alone() -> None:
         expected = {1: {"alice", "root"}, 2: {"bob", "root"}, 3: {"alice", "bob", "root"}}[one.seq]
         assert told(of) == {key: [one.seq] for key in expected}
         told(of, 25.0)
+
+
+def test_who_asks_for_an_owner_or_for_kinds_is_told_of_those_alone() -> None:
+    of: Waiters[str] = Waiters()
+    ask(of, "alice's", uid=None, owner=ALICE)  # type: ignore[arg-type]
+    ask(of, "the reaped", uid=None, kinds=("reaped", "killed"))  # type: ignore[arg-type]
+    ask(of, "both", uid=None, owner=ALICE, kinds=("reaped",))  # type: ignore[arg-type]
+    ask(of, "what bob may see of alice's", uid=BOB, owner=ALICE)
+    of.note(news(1, None, None, kind="started"))
+    of.note(news(2, uid=BOB, kind="reaped"))
+    of.note(news(3, kind="ended"))
+    assert told(of) == {"alice's": [3], "the reaped": [2]}
+    of.note(news(4, kind="reaped"))
+    assert told(of) == {"both": [4]}
+    assert told(of, 25.0) == {"what bob may see of alice's": []}
 
 
 def test_a_question_about_one_session_is_answered_with_its_events_alone() -> None:

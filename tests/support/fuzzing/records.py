@@ -18,6 +18,7 @@ from fuzzing.target import Check, Refused, Target, outcome, stateless
 from agent import status
 from agent.status import Status, StatusError
 from reaperd.model import Cause, CauseKind, Namespaces, ProcessId, Session
+from reaperd.questions import Question
 from reaperd.store import Store
 from reaperd.verdicts import Record
 
@@ -123,8 +124,9 @@ class _Rows:
             store.events_about(pid, uid=None)
         for event in (
             *events,
-            *store.events(session=_ID),
-            *store.events(uid=1000, limit=3),
+            *store.events(Question(session=_ID)),
+            *store.events(Question(uid=1000), limit=3),
+            *store.events(Question(owner=1000, kinds=("ended", "reaped"))),
             *store.events_of_kinds("reaped"),
         ):
             assert isinstance(event, dict)
@@ -217,7 +219,7 @@ def opened_file() -> Iterator[Check]:
                 store.add_event(EVENT, 1.0)
                 if store.commit():
                     assert SESSION in store.sessions()
-                    assert store.events(session=_ID)
+                    assert store.events(Question(session=_ID))
             finally:
                 store.close()
 

@@ -125,6 +125,7 @@ def _seeds() -> list[bytes]:
         b'{"v":1,"op":"unregister","session":"$ME-00000001-00000002"}',
         b'{"v":1,"op":"stop","session":"$ME-00000001-00000002"}',
         b'{"v":1,"op":"events","after":0,"wait_s":1,"since":"0001-01-01T00:00:00+14:00"}',
+        b'{"v":1,"op":"events","owner":0,"kinds":["reaped","killed"]}',
     )
     return [*(one for one in MESSAGES if b'"op"' in one), *ours]
 
