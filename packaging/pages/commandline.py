@@ -70,7 +70,8 @@ def read_command(parser: argparse.ArgumentParser, name: str, help_text: str = ""
 
 
 def _option(parser: argparse.ArgumentParser, action: argparse.Action, *, is_common: bool) -> Option:
-    takes_value = action.nargs != 0
+    # What an option may do without is no part of it for who lists or completes: the next word may be anything.
+    takes_value = action.nargs != 0 and not (action.option_strings and action.nargs == argparse.OPTIONAL)
     metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     return Option(
         flags=tuple(sorted(action.option_strings, key=lambda flag: not flag.startswith("--"))),

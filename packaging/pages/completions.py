@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from commandline import Command, Option
 
+from reaperd.kinds import EVENT_KINDS
+
 # What completes a value or an argument, by the name under which argparse keeps it.
 KINDS = {
     **dict.fromkeys(("config", "file", "pidfile", "socket"), "file"),
@@ -19,10 +21,17 @@ KINDS = {
     "session": "session",
     "owner": "user",
     "restart": "restart",
+    "kind": "event_kind",
+    "by": "grouping",
     "command_line": "command",
 }
 # Numbers, times and names of one's own choice.
 FREE = frozenset({"timeout", "wait", "duration", "interval", "since", "name", "max_workers", "backoff"})
+
+
+# The values of those that have but a few.
+WORDS = {"event_kind": EVENT_KINDS, "grouping": ("framework", "user", "cause")}
+MAY_REPEAT = ("leave", "kind")
 
 
 def kind_of(option: Option) -> str:
@@ -47,7 +56,12 @@ def bash(program: Command, frame: str) -> str:
         f"        {'|'.join(_value_cases(program, kind))}) kind={kind} ;;"
         for kind in _kinds_of_values(program)
     ]
-    return _fill(frame, program, {"commands": "\n".join(cases), "values": "\n".join(values)})
+    few = [
+        f"""        {kind}) mapfile -t COMPREPLY < <(compgen -W '{" ".join(found)}' -- "$1") ;;"""
+        for kind, found in WORDS.items()
+    ]
+    parts = {"commands": cases, "values": values, "words": few}
+    return _fill(frame, program, {name: "\n".join(lines) for name, lines in parts.items()})
 
 
 def zsh(program: Command, frame: str) -> str:
@@ -140,6 +154,8 @@ _ZSH_ACTIONS = {
     "pid": "_reaper_pids",
     "session": "_reaper_sessions",
     "restart": "(no on-failure)",
+    **{kind: f"({' '.join(found)})" for kind, found in WORDS.items()},
+    "event_kind": f"_values -s , kind {' '.join(EVENT_KINDS)}",
     "command": "_normal",
     "nothing": "",
 }
@@ -188,7 +204,7 @@ def _zsh_option(option: Option) -> str:
     value = (
         f":{option.metavar.replace(':', ' ')}:{_ZSH_ACTIONS[kind_of(option)]}" if option.takes_value else ""
     )
-    may_repeat = "*" if option.dest == "leave" else ""
+    may_repeat = "*" if option.dest in MAY_REPEAT else ""
     if len(option.flags) == 1:
         equals = "=" if value else ""
         return _zsh_quoted(f"{may_repeat}{option.flags[0]}{equals}[{told}]{value}")
@@ -227,6 +243,7 @@ def _fish_values(option: Option) -> str:
         "pid": f" {flag}a '(__reaper_pids)'",
         "session": f" {flag}a '(__reaper_sessions)'",
         "restart": f" {flag}a '{words}'",
+        **{kind: f" {flag}a '{' '.join(found)}'" for kind, found in WORDS.items()},
         "command": f" {flag}a '(__reaper_command)'",
         "nothing": "",
     }[kind_of(option)]

@@ -139,6 +139,23 @@ def test_a_training_session_says_its_new_things_to_an_old_daemon_in_vain_and_unh
     )  # which the reader finds out where the daemon wrote nothing
 
 
+def test_an_old_daemon_that_tells_of_every_event_shows_no_more_than_was_asked_for(
+    old: Version, aged: AgedDaemon, train: Train
+) -> None:
+    aged.of(old).start()
+    leader = train(aged, None)
+    aged.wait_listed(leader.pid, leader.family.workers)
+    event = end_and_check(aged, leader)
+    assert len(aged.events()) > 2
+    assert aged.ask("events", "--kind", "reaped") == [event]
+    assert aged.ask("events", "--user", str(os.getuid()), "--kind", "reaped,started") == [event]
+    assert aged.ask("events", "--user", "54321") == []
+    told = aged.ask("report")
+    ended = [one for one in event["processes"] if one["result"] == "killed"]
+    assert (told["total"]["sessions_reaped"], told["total"]["killed"]) == (1, len(ended))
+    assert aged.ask("report", "--user", "54321")["total"]["killed"] == 0
+
+
 def test_reaperctl_run_does_without_a_daemon_that_wants_pages_sealed_for_good(
     old: Version, aged: AgedDaemon, run: str
 ) -> None:

@@ -8,11 +8,14 @@ from datetime import datetime, timezone
 import pytest
 
 from reaperd.ctl import USAGE, CommandError, main, orphans
+from reaperd.ctl.tally import GROUPINGS
+from reaperd.kinds import EVENT_KINDS
 
 COMMANDS = [
     ["status"],
     ["ps"],
     ["events"],
+    ["report"],
     ["stop", "risk"],
     ["orphans"],
     ["explain", "4711"],
@@ -140,6 +143,58 @@ def test_since_of_nonsense_is_a_usage_error(capsys: pytest.CaptureFixture[str]) 
 def test_events_follow_from_now_and_want_no_session_unless_told() -> None:
     parsed = main.parse(["events", "-f"])
     assert (parsed.follow, parsed.since, parsed.session) == (True, None, None)
+
+
+@pytest.mark.parametrize("command", ["events", "report"])
+@pytest.mark.parametrize("option", ["--user", "--owner"])
+def test_whose_events_are_meant_is_said_by_name_or_uid(
+    command: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ([option, "root"], [option, "0"], [f"{option}=root"]):
+        parsed = main.parse([command, *words])
+        assert (parsed.owner, parsed.user) == (0, False)
+    assert main.parse([command, option, "54321", "--json"]).owner == 54321
+    said = refused(capsys, command, option, "no such user")
+    assert "must be a user's name or uid, and there is no 'no such user'" in said
+    assert main.parse([command]).owner is None
+
+
+@pytest.mark.parametrize(
+    "words", [["--user", "events"], ["events", "--user"], ["events", "--user", "--json"]]
+)
+def test_without_a_name_user_means_which_daemon_as_everywhere(words: list[str]) -> None:
+    parsed = main.parse(words)
+    assert (parsed.user, parsed.owner) == (True, None)
+
+
+def test_both_may_be_said_and_the_daemon_is_chosen_in_one_way_all_the_same(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parsed = main.parse(["--user", "events", "--user", "root"])
+    assert (parsed.user, parsed.owner) == (True, 0)
+    parsed = main.parse(["--system", "report", "--user", "root"])
+    assert (parsed.system, parsed.user, parsed.owner) == (True, False, 0)
+    assert "exclude each other" in refused(capsys, "--user", "--system", "events", "--user", "root")
+
+
+def test_kinds_of_events_may_be_said_together_or_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.parse(["events"]).kind == []
+    assert main.parse(["events", "--kind", "reaped,killed"]).kind == ["reaped", "killed"]
+    assert main.parse(["events", "--kind", "reaped", "--kind=killed"]).kind == ["reaped", "killed"]
+    assert main.parse(["events"]).kind == [], "nothing is kept from one command line to the next"
+    for wrong in ("reap", "reaped,", "", "reaped,reap", "Reaped"):
+        said = refused(capsys, "events", "--kind", wrong)
+        assert (
+            f"there is no kind of event {wrong.rpartition(',')[2]!r}; there are {', '.join(EVENT_KINDS)}"
+            in said
+        )
+
+
+def test_a_report_is_by_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.parse(["report"]).by is None
+    for grouping in GROUPINGS:
+        assert main.parse(["report", "--by", grouping]).by == grouping
+    assert "must be framework, user or cause, got 'host'" in refused(capsys, "report", "--by", "host")
 
 
 def test_stop_waits_a_minute_unless_told() -> None:

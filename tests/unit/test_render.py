@@ -412,18 +412,17 @@ def test_processes_left_alone_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of_session", "since", "said"),
+    ("asked", "said"),
     [
-        (False, False, "no events"),
-        (False, True, "no events in that time"),
-        (True, False, "no events of that session"),
-        (True, True, "no events of that session in that time"),
+        ([], ""),
+        (["since"], " in that time"),
+        (["of_session"], " of that session"),
+        (["of_session", "since"], " of that session in that time"),
+        (["since", "of_owner", "of_kind"], " of that kind of that user that you may see in that time"),
     ],
 )
-def test_where_there_are_no_events_only_what_was_asked_for_is_denied(
-    of_session: bool, since: bool, said: str
-) -> None:
-    assert render.no_events(of_session=of_session, since=since) == said
+def test_where_there_are_no_events_only_what_was_asked_for_is_denied(asked: list[str], said: str) -> None:
+    assert render.which_events(**dict.fromkeys(asked, True)) == said
 
 
 # -- status ---------------------------------------------------------------------------------------

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 from reaperd.ctl import DONE, FAILED, render
-from reaperd.ctl.link import Link, follow, next_after
+from reaperd.ctl.link import Link, follow, so_far
 from reaperd.ctl.terminal import look_of_stdout, put, put_now, tell
 from reaperd.ctl.text import plain
-from reaperd.ctl.units import list_of, number_of, text_of
+from reaperd.ctl.units import number_of, text_of
 from reaperd.times import rfc3339
 
 ENDS = ("reaped", "ended")  # the kinds of event that end a session
@@ -22,16 +22,15 @@ ENDS = ("reaped", "ended")  # the kinds of event that end a session
 def events(options: Namespace) -> int:
     """Print what happened, a line an event; with --follow go on until interrupted."""
     link, look = Link.of(options), look_of_stdout()
-    asked: dict[str, Any] = {}
-    if options.since:
-        asked["since"] = rfc3339(options.since)
-    elif options.follow:
+    kinds = tuple(options.kind)
+    asked = asked_of(options, kinds)
+    if options.follow and not options.since:
         asked["since"] = rfc3339(datetime.now(timezone.utc))
     link.ask("ping")  # settles at once which daemon is followed, or that there is none
-    found = follow(link, on_lost=tell, **asked) if options.follow else _so_far(link, asked)
+    found = follow(link, on_lost=tell, **asked) if options.follow else so_far(link, asked)
     none = True
     for one in found:
-        if options.session and not _is_of(one, options.session):
+        if not is_wanted(one, options, kinds) or (options.session and not _is_of(one, options.session)):
             continue
         none = False
         line = json.dumps(one) if options.json else render.event(one, look)
@@ -40,24 +39,36 @@ def events(options: Namespace) -> int:
         else:
             put(line)
     if none and not options.json:
-        put(render.no_events(of_session=bool(options.session), since=bool(options.since)))
+        which = render.which_events(
+            of_session=bool(options.session),
+            of_kind=bool(kinds),
+            of_owner=options.owner is not None,
+            since=bool(options.since),
+        )
+        put(f"no events{which}")
     return DONE
+
+
+def asked_of(options: Namespace, kinds: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a question for the daemon: how long ago, whose, and of which kinds."""
+    return {
+        **({"since": rfc3339(options.since)} if options.since else {}),
+        **({"owner": options.owner} if options.owner is not None else {}),
+        **({"kinds": list(kinds)} if kinds else {}),
+    }
+
+
+def is_wanted(one: Any, options: Namespace, kinds: Sequence[str]) -> bool:
+    """Say whether an event is of the user and of a kind meant: a daemon that does not know these fields tells of all."""
+    return (options.owner is None or number_of(one, "uid") == options.owner) and (
+        not kinds or text_of(one, "kind") in kinds
+    )
 
 
 def _is_of(one: Any, session: str) -> bool:
     """Say whether an event is of the session meant; names are looked at here, for the ended ones only events know."""
     found = text_of(one, "session")
     return bool(found) and (found.startswith(session) or text_of(one, "name") == session)
-
-
-def _so_far(link: Link, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the events there are."""
-    after = 0
-    while found := list_of(reply := link.ask("events", after=after, **asked), "events"):
-        yield from found
-        before, after = after, next_after(reply, after)
-        if after <= before:  # it counts anew, or is no daemon of ours: this would go on for ever
-            return
 
 
 def stop(options: Namespace) -> int:

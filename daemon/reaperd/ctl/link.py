@@ -109,6 +109,16 @@ def how_to_start(socket: str) -> str:
     return f"Start one there with `reaperd --socket {socket}`"
 
 
+def so_far(link: Link, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the events there are."""
+    after = 0
+    while found := list_of(reply := link.ask("events", after=after, **asked), "events"):
+        yield from found
+        before, after = after, next_after(reply, after)
+        if after <= before:  # it counts anew, or is no daemon of ours: this would go on for ever
+            return
+
+
 def follow(
     link: Link, *, after: int = 0, on_lost: Callable[[str], None], until: float | None = None, **fields: Any
 ) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from reaperd import __version__
 from reaperd.ctl import DONE, FAILED, INTERRUPTED, PIPE_CLOSED, CommandError
+from reaperd.kinds import EVENT_KINDS
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -22,6 +23,7 @@ _LONGEST_S = 1_000_000
 _SHORTEST_INTERVAL_S = 0.1
 _HIGHEST_PID = 2**31 - 1
 _RESTARTS, _MOST_RESTARTS = 3, 1000  # one less than agent.wire.MAX_ATTEMPTS
+_OF_USERS = ("events", "report")  # the commands whose --user may name one
 _LONGEST_NAME = 200  # agent.wire.MAX_NAME_CHARS, without importing it
 _DESCRIPTION = """\
 See and steer reaperd, the daemon that ends the training workers which a dead script left behind."""
@@ -97,6 +99,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from reaperd.ctl import events
 
         return {"events": events.events, "stop": events.stop}[command](options)
+    if command == "report":
+        from reaperd.ctl import report
+
+        return report.report(options)
     if command in ("orphans", "explain", "protect", "release"):
         from reaperd.ctl import orphans
 
@@ -181,11 +187,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _common_options() -> _Parser:
+class _UserOption(argparse.Action):
+    """``--user``: without a value the caller's own daemon, with one whose events are meant, as ``--owner``."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        del parser, option_string
+        if values is None:
+            namespace.user = True
+        else:
+            namespace.owner = values
+
+
+def _common_options(command: str = "") -> _Parser:
     """Return the options that go before and after the command: absent ones must not undo what stood before it."""
     common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     group = common.add_argument_group("which daemon")
-    group.add_argument("--user", action="store_true", help="only your own daemon")
+    if command in _OF_USERS:
+        group.add_argument(
+            "--user",
+            action=_UserOption,
+            nargs="?",
+            metavar="USER",
+            type=_uid,
+            help="only your own daemon; with a name or a uid, the same as --owner",
+        )
+    else:
+        group.add_argument("--user", action="store_true", help="only your own daemon")
     group.add_argument("--system", action="store_true", help="only the system's daemon")
     group.add_argument("--socket", metavar="PATH", type=_path, help="only the daemon on this socket")
     group.add_argument(
@@ -201,7 +234,7 @@ def _add_command(
         name,
         help=help_text,
         description=help_text[0].upper() + help_text[1:] + ".",
-        parents=[_common_options()],
+        parents=[_common_options(command)],
         allow_abbrev=False,
     )
     parser.set_defaults(command=command)
@@ -232,6 +265,32 @@ def _events_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         type=_some_text,
         help="only those of the session with this id or name, or whose id begins so",
+    )
+    _owner(parser)
+    parser.add_argument(
+        "--kind",
+        metavar="KIND[,KIND]",
+        type=_event_kinds,
+        action="extend",
+        default=[],
+        help="only events of these kinds: " + ", ".join(EVENT_KINDS),
+    )
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    _reads(parser)
+    parser.add_argument(
+        "--since",
+        metavar="WHEN",
+        type=_when,
+        help="a UTC time (2026-01-31, 2026-01-31T12:00:00Z) or an age (10min, 2h, 3d); the default is the whole history",
+    )
+    _owner(parser)
+    parser.add_argument(
+        "--by",
+        metavar="framework|user|cause",
+        type=_grouping,
+        help="only the table by this (default: all three)",
     )
 
 
@@ -394,6 +453,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...
     ("monitor", "show what there is, and what it takes, again and again", _monitor_options),
     ("run", "run a command as a session, and start it again where it fails", _run_options),
     ("events", "print what happened: to sessions, to orphans, and to the daemon itself", _events_options),
+    ("report", "sum up the history: what was ended, what that freed, and how fast", _report_options),
     ("stop", "end a session: its leader, then what that leaves behind", _stop_options),
     ("ping", "ask the daemon whether it is there", _reads),
     ("doctor", "check whether this machine lets Reaper do its work, and say what to do if not", _reads),
@@ -448,6 +508,22 @@ def _uid(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"must be a user's name or uid, and there is no {text!r:.40}"
         ) from None
+
+
+def _event_kinds(text: str) -> list[str]:
+    found = text.split(",")
+    for kind in found:
+        if kind not in EVENT_KINDS:
+            raise argparse.ArgumentTypeError(
+                f"there is no kind of event {kind!r:.40}; there are {', '.join(EVENT_KINDS)}"
+            )
+    return found
+
+
+def _grouping(text: str) -> str:
+    if text not in ("framework", "user", "cause"):  # reaperd.ctl.tally.GROUPINGS, without importing it
+        raise argparse.ArgumentTypeError(f"must be framework, user or cause, got {text!r:.40}")
+    return text
 
 
 def _count(text: str) -> int:

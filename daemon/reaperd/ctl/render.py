@@ -216,9 +216,17 @@ _OF_ONE_ORPHAN = ("orphan", "quarantined", "released")  # the kinds of event tha
 _MAX_PIDS = 8  # of orphans that were ended together
 
 
-def no_events(*, of_session: bool, since: bool) -> str:
-    """Return what is said where there are none."""
-    return "no events" + (" of that session" if of_session else "") + (" in that time" if since else "")
+def which_events(
+    *, of_session: bool = False, of_kind: bool = False, of_owner: bool = False, since: bool = False
+) -> str:
+    """Return of which events there are none, as the end of a sentence."""
+    said = {
+        " of that session": of_session,
+        " of that kind": of_kind,
+        " of that user that you may see": of_owner,
+        " in that time": since,
+    }
+    return "".join(words for words, applies in said.items() if applies)
 
 
 def cause_in_words(cause: Any) -> str:
