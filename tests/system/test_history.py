@@ -90,7 +90,7 @@ def test_events_are_asked_for_by_user_and_kind_and_every_sum_is_that_of_the_even
     nothing = daemon.ctl("report", "--since", "2100-01-01")
     assert nothing.stdout == "nothing to report: no session ended and no orphan was killed in that time\n"
     lines = daemon.ctl("report").stdout.splitlines()
-    assert lines[0] == "1 session ended, 1 of them reaped; 700 groups of orphans ended"
+    assert lines[0] == "1 session over: 1 reaped, 0 with nothing left to end; 700 groups of orphans ended"
     assert sum(line.startswith("total ") for line in lines) == len(GROUPINGS)
 
 

@@ -215,7 +215,7 @@ def test_a_table_ends_with_its_total_and_says_what_is_what() -> None:
     )
     lines = render_report.report(found, Look(width=80), user_of=lambda _: "ml")
     assert lines[:4] == [
-        "2 sessions ended, 1 of them reaped",
+        "2 sessions over: 1 reaped, 1 with nothing left to end",
         "killed 2 processes: 2 by SIGTERM",
         "freed 1.0 GiB of memory, 30.0 MiB of shared memory, 0 B of GPU memory",
         "gone in 16 ms (median), 16 ms at worst",

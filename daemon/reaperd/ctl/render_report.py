@@ -7,7 +7,7 @@ from typing import Any
 
 from reaperd.ctl.render import cause_in_words
 from reaperd.ctl.tally import History, Tally
-from reaperd.ctl.text import Look, columns, cut, plain
+from reaperd.ctl.text import Look, columns, cut, plain, wrapped
 from reaperd.ctl.units import plural
 from reaperd.words import duration, size
 
@@ -21,7 +21,9 @@ def report(found: History, look: Look, *, within: str = "", user_of: Callable[[i
     total = found.total
     if total.is_empty:
         return [f"nothing to report: no session ended and no orphan was killed{within}"]
-    lines = [look.paint(_ended(total), "bold"), _killed(total), _freed(total), *_took(total)]
+    lines = [look.paint(line, "bold") for line in wrapped(_ended(total), look, rest="  ")]
+    for words in (_killed(total), _freed(total), *_took(total)):
+        lines += wrapped(words, look, rest="  ")
     for grouping in found.groups:
         rows = [(_name(key, grouping, user_of), tally) for key, tally in found.rows(grouping)]
         lines += ["", *_table(grouping.upper(), [*rows, ("total", total)], look)]
@@ -30,7 +32,10 @@ def report(found: History, look: Look, *, within: str = "", user_of: Callable[[i
 
 def _ended(total: Tally) -> str:
     over = total.sessions_ended + total.sessions_reaped + total.sessions_spared
-    facts = [f"{plural(over, 'session')} ended, {total.sessions_reaped} of them reaped"]
+    facts = [
+        f"{plural(over, 'session')} over: {total.sessions_reaped} reaped, "
+        f"{total.sessions_ended} with nothing left to end"
+    ]
     if total.sessions_spared:
         facts.append(f"{total.sessions_spared} would have been but for dry_run")
     if total.orphan_groups:
