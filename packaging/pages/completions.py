@@ -155,7 +155,6 @@ _ZSH_ACTIONS = {
     "session": "_reaper_sessions",
     "restart": "(no on-failure)",
     **{kind: f"({' '.join(found)})" for kind, found in WORDS.items()},
-    "event_kind": f"_values -s , kind {' '.join(EVENT_KINDS)}",
     "command": "_normal",
     "nothing": "",
 }
