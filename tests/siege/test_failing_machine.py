@@ -292,7 +292,14 @@ def test_a_state_directory_that_cannot_be_written_to_keeps_the_daemon_from_nothi
         daemon.start()
         (one,) = victims(daemon, start_leader, 1)
         daemon.kill9()
-        subprocess.run(["mount", "-o", "remount,ro", "disk", daemon.state], check=True)
+        remounted = [
+            "mount",
+            "-o",
+            "remount,ro",
+            "disk",
+            daemon.state,
+        ]  # busy until its helpers have ended, too
+        repeat_until(lambda: subprocess.run(remounted, check=False).returncode == 0 or None, 10, "it is busy")
         daemon.start()
         assert daemon.session_of(one.pid) is not None
         reap(one)
