@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import array
 import contextlib
-import os
 import re
-import resource
 import socket
 import sys
 import time
-from collections.abc import Sequence
 
 # Everything is imported before the privileges go: afterwards the files may be out of reach.
 import zmq
@@ -22,17 +19,10 @@ import zmq
 from agent import wire
 from reaperd import gate_frames
 from reaperd.linux import prctl
-
-GATE_USERS = ("reaper-gate", "nobody")
+from reaperd.unprivileged import CannotBeNobody, give_up_privileges
 
 _PEER_ADDRESS = re.compile(r"[^:]*:([0-9]{1,10}):([0-9]{1,10}):([0-9]{1,10})")
 _REQUESTS_PER_S, _BURST = 2000.0, 4000.0
-_DESCRIPTORS = 4096
-_MEMORY_BYTES = 256 * 1024 * 1024  # beyond what is mapped at the start
-
-
-class CannotBeNobody(Exception):
-    """The gate cannot give up its privileges; the text says why."""
 
 
 class Quota:
@@ -154,67 +144,6 @@ class Gate:
         return True
 
 
-def find_user(names: Sequence[str], accounts: str = "/etc/passwd") -> tuple[int, int]:
-    """Return uid and gid of the first of ``names`` that is an account of this host; CannotBeNobody where none is.
-
-    The file goes first: it has them almost everywhere, and for a name that it has not, getpwnam(3) would load every name
-    service of the host into this process: libraries, sockets, half a MiB.
-    """
-    with contextlib.suppress(OSError), open(accounts, encoding="utf-8", errors="replace") as file:
-        listed = {fields[0]: fields for fields in (line.split(":") for line in file) if len(fields) == 7}
-        for name in names:
-            if name in listed:
-                return int(listed[name][2]), int(listed[name][3])
-    import pwd
-
-    for name in names:
-        with contextlib.suppress(KeyError):
-            user = pwd.getpwnam(name)
-            return user.pw_uid, user.pw_gid
-    raise CannotBeNobody(
-        f"there is none of the users {', '.join(names)} for the gate to run as: make one of them"
-    )
-
-
-def give_up_privileges() -> None:
-    """Become nobody, for good: own uid, no groups, no capabilities, no new ones, few descriptors, little memory, no children.
-
-    CannotBeNobody where the container or user namespace does not let us.
-    """
-    be_expendable()
-    if os.geteuid() == 0:
-        uid, gid = find_user(GATE_USERS)
-        try:
-            os.setgroups([])
-            os.setresgid(gid, gid, gid)
-            os.setresuid(uid, uid, uid)
-        except OSError as error:
-            raise CannotBeNobody(
-                f"the gate cannot become uid {uid}, gid {gid}: {error.strerror}; grant CAP_SETUID and CAP_SETGID"
-                " (docker run --cap-add SETUID --cap-add SETGID), or, in a user namespace, map that uid and gid into it"
-            ) from None
-    prctl.forbid_new_privileges()
-    prctl.forbid_tracing()
-    descriptors = min(_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
-    with open("/proc/self/statm", encoding="ascii") as file:
-        mapped_bytes = int(file.read().split()[0]) * resource.getpagesize()
-    memory_bytes = mapped_bytes + _MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    # Its threads are there by now; whoever takes it over starts nothing.
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-
-
-def be_expendable(score: str = "/proc/self/oom_score_adj") -> None:
-    """Undo what protects the core when memory runs out: of the two, a stranger can bloat this one, and it is replaced."""
-    with open(score, encoding="ascii") as file:
-        is_protected = int(file.read()) < 0
-    if is_protected:
-        # Where /proc may not be written to, it stays as it is.
-        with contextlib.suppress(OSError), open(score, "w", encoding="ascii") as file:
-            file.write("0")
-
-
 def open_router(context: zmq.Context[zmq.Socket[bytes]], listener: int, path: str) -> zmq.Socket[bytes]:
     """Return a ROUTER that takes connections from the core's listening socket."""
     router = context.socket(zmq.ROUTER)
@@ -238,7 +167,7 @@ def main() -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     router = open_router(context, listener, path)
     try:
-        give_up_privileges()
+        give_up_privileges("the gate")
     except CannotBeNobody as error:
         with contextlib.suppress(OSError):  # the core is gone
             core.send(gate_frames.pack_reason(str(error)))

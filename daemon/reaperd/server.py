@@ -89,7 +89,7 @@ class Server:
             **OrphanRequests(core, orphans, self._may_act_on).operations,
         }
         self._orphans = orphans
-        core.sessions.on_event = self._waiters.note
+        core.sessions.listeners.append(self._waiters.note)
 
     # -- whose turn it is --------------------------------------------------------------------
 

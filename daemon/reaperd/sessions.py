@@ -30,7 +30,7 @@ class Sessions:
         # Each takes two descriptors as long as it lives, and some must be left to end those of the dead by.
         self.most = max(1, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OURS) // 4)
         self.aside = Aside()
-        self.on_event: Callable[[News], None] = lambda _: None
+        self.listeners: list[Callable[[News], None]] = []  # called with each event once it is recorded
         self._store = store
         self._roster = Roster(self._deadline_of)
         self._unsaved: dict[SessionKey, None] = {}
@@ -107,7 +107,9 @@ class Sessions:
     def record(self, event: dict[str, Any]) -> None:
         """Put an event into the history and tell of it."""
         event, at_epoch_s = {"at": now_utc(), **event}, time.time()
-        self.on_event(News(self._store.add_event(event, at_epoch_s), at_epoch_s, event))
+        news = News(self._store.add_event(event, at_epoch_s), at_epoch_s, event)
+        for hear in self.listeners:
+            hear(news)
 
     def save(self) -> None:
         """Put on record what has changed: before we wait, and after all that others wait for."""

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from agent.wire import WireError
 from reaperd import gate, gate_frames
-from reaperd.gate import CannotBeNobody, Gate, Quota, be_expendable, find_user, parse_peer_address
+from reaperd.gate import Gate, Quota, parse_peer_address
+from reaperd.unprivileged import CannotBeNobody, be_expendable, find_user
 
 OVERFLOW = 65534
 BURST, PER_S = int(gate._BURST), gate._REQUESTS_PER_S

@@ -44,6 +44,7 @@ SIGNALLERS = {
     "reaperd.linux.helper": {"pidfd_send_signal"},  # our own child
     "reaperd.linux.child": {"pidfd_send_signal"},  # our own child
     "reaperd.gate_link": {"kill"},  # our own child, not waited for yet
+    "reaperd.companion": {"kill"},  # the same
     "reaperd.ctl.probes": {"pidfd_send_signal"},  # signal 0, to our own child
     "agent.family": {
         "pidfd_send_signal",
@@ -256,6 +257,7 @@ def test_the_gate_imports_nothing_of_ours_that_decides_reads_or_kills() -> None:
         "reaperd.gate_frames",
         "reaperd.linux",
         "reaperd.linux.prctl",
+        "reaperd.unprivileged",
     }
 
 

@@ -23,6 +23,10 @@ class Child:
         self.returncode: int | None = None  # negative: the signal that ended it
         self._pidfd = os.pidfd_open(pid)
 
+    def fileno(self) -> int:
+        """Return what becomes readable when it has ended; ours, until somebody has waited for it."""
+        return self._pidfd
+
     def kill(self) -> None:
         """SIGKILL it; nothing where it has been waited for."""
         if self.returncode is None:
