@@ -111,12 +111,11 @@ class Companion:
 
     def step(self, now_s: float) -> None:
         """Do what is due: start it after a pause, end who was given time for last words."""
-        for child, until_s in list(self._leaving.items()):
-            if until_s <= now_s:
-                child.kill()
-                self._leaving[child] = float("inf")
+        self._end_leaving(now_s)
         if self._restart_at_s is not None and self._restart_at_s <= now_s:
             self._start(now_s)
+        elif self._wanted and self._channel is None and self._restart_at_s is None and not self.hopeless:
+            self._restart_later(now_s)  # an error in the middle of something has left us without one
 
     def next_deadline(self) -> float | None:
         """Return the monotonic second at which ``step()`` has something to do, None when nothing is due."""
@@ -168,6 +167,12 @@ class Companion:
             ):  # memory has run out: it is ended, and its zombie is collected by the next of them
                 child.kill()
 
+    def _end_leaving(self, now_s: float) -> None:
+        for child, until_s in self._leaving.items():
+            if until_s <= now_s:
+                child.kill()
+                self._leaving[child] = float("inf")
+
     def _left(self, child: Child) -> None:
         self._poller.unwatch(child.fileno())
         child.wait(0)
@@ -178,7 +183,7 @@ class Companion:
         lived_s = now_s - self._started_at_s
         child = self._child
         self._leave(now_s)
-        self.step(now_s)
+        self._end_leaving(now_s)
         if self.hopeless:
             return
         self.lives_lost += 1
