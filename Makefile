@@ -146,6 +146,15 @@ $(FRAMEWORKS_STAMP): tests/support/frameworks.txt pyproject.toml | $(STAMP)
 frameworks: $(FRAMEWORKS_STAMP) ## the tests of orphans, as root, with PyTorch, celery, gunicorn, Jupyter and loky for real
 	$(FRAMEWORKS)/bin/python -m pytest tests/system/test_orphans.py tests/system/test_orphan_zoo.py $(PYTEST_ARGS)
 
+# Prometheus itself is none of Reaper's dependencies: Debian and Ubuntu have it as `prometheus`.
+.PHONY: test-metrics
+test-metrics: $(STAMP) ## test the alert rules with promtool, and have a real Prometheus scrape a real daemon
+	@command -v promtool >/dev/null && command -v prometheus >/dev/null || { \
+	    echo 'skipped: there is no promtool and prometheus here (Debian and Ubuntu: apt-get install prometheus)'; exit 0; }; \
+	promtool check rules packaging/prometheus/reaper-alerts.yml && \
+	promtool test rules packaging/prometheus/reaper-alerts.test.yml && \
+	$(BIN)/python -m pytest tests/metrics -v -rs $(PYTEST_ARGS)
+
 .PHONY: joblib
 joblib: $(STAMP) ## joblib's own tests of parallel loops, with the backend "reaper" among those that they are about
 	@mkdir -p build/joblib
@@ -317,7 +326,7 @@ install: rights ## install on this machine, as root: daemon, reaperctl, units, g
 	@for page in $(ZSH_PAGES); do \
 	    install -D -m 0644 "$(FRESH)/share/zsh/site-functions/$$page" "$(DESTDIR)$(ZSHDIR)/$$page"; done
 	@cd '$(FRESH)/share' && rm -rf man bash-completion fish zsh
-	@install -d '$(FRESH)/share/reaper' && cp -R config/. '$(FRESH)/share/reaper/'
+	@install -d '$(FRESH)/share/reaper' && cp -R config/. packaging/prometheus packaging/grafana '$(FRESH)/share/reaper/'
 	@rm -rf '$(TARGET).old'
 	@if [ -e '$(TARGET)' ]; then mv '$(TARGET)' '$(TARGET).old'; fi
 	@mv '$(FRESH)' '$(TARGET)' && rm -rf '$(TARGET).old'

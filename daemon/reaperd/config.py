@@ -162,8 +162,8 @@ class AccessConfig(NamedTuple):
 class MetricsConfig(NamedTuple):
     """Where figures for Prometheus are served."""
 
-    enabled: Annotated[bool, _key_to_come("enabled", SWITCH)] = False
-    listen: Annotated[Address, _key_to_come("listen", ADDRESS)] = Address("127.0.0.1", 9478)
+    enabled: Annotated[bool, _key("enabled", SWITCH)] = False
+    listen: Annotated[Address, _key("listen", ADDRESS)] = Address("127.0.0.1", 9478)
 
 
 class AlertsConfig(NamedTuple):

@@ -12,8 +12,9 @@ import signal
 import socket
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent import sockets
 from reaperd import __version__, kinship, report, surroundings
@@ -38,6 +39,9 @@ from reaperd.scan import Scan
 from reaperd.server import Facts, Server
 from reaperd.settings import kill_policy, scan_rules, uids_of
 from reaperd.store import Store
+
+if TYPE_CHECKING:
+    from reaperd.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +84,7 @@ class Daemon:
         self._config = config
         self._signals: set[int] = set()
         self._reload_from_s = 0.0  # no earlier: a storm of SIGHUPs must not be all that we do
+        self._metrics: Metrics | None = None  # where they are on
         self._is_ailing = False  # something ran out, and what that left half done is not mended yet
         self._notifier = Notifier(os.environ, os.getpid())
 
@@ -138,6 +143,7 @@ class Daemon:
         self._orphans.on_end = self._count_ended
         self._orphans.heed(scan_rules(self._config), self._core.policy, enabled=self._config.scan.enabled)
         self._server = Server(self._core, self._link, self._facts(), self._orphans)
+        self._count_if_wanted()  # from the first event on
         self._tell_without_effect()
         log.info(
             "started version=%s pid=%d mode=%s socket=%s config=%s%s",
@@ -152,6 +158,7 @@ class Daemon:
         self._core.step()
         self._link.on_up = self._say_ready
         self._link.start(time.monotonic())
+        self._serve_metrics()
         self._scan_due_s = time.monotonic() + self._config.scan.interval_s
         self._prune_due_s = 0.0
         self._watchdog_due_s = 0.0
@@ -165,6 +172,8 @@ class Daemon:
         self._core.sessions.record(report.event("stopped"))
         self._server.take_turns()
         self._link.stop()
+        if self._metrics is not None:
+            self._metrics.companion.close(time.monotonic())
         self._server.close()
         self._core.close()
         log.info("stopped sessions=%d", len(self._core.sessions.entries))
@@ -202,6 +211,8 @@ class Daemon:
         if self._link.hopeless:
             raise StartError(f"cannot serve anybody: {self._link.hopeless}", code=2)
         self._server.take_turns()
+        if self._metrics is not None:
+            self._metrics.step(time.monotonic())
 
     def _catch_breath(self, error: Exception) -> None:
         """Memory or descriptors have run out in the middle of anything: before we go on, that is to be mended."""
@@ -231,6 +242,7 @@ class Daemon:
                 self._link.restart_at_s,
                 self._watchdog_due_s if self._notifier.watchdog_s is not None else None,
                 self._reload_from_s if signal.SIGHUP in self._signals else None,
+                None if self._metrics is None else self._metrics.next_deadline(),
             )
             if deadline is not None
         ]
@@ -243,28 +255,7 @@ class Daemon:
             self._sweep_all()
             self._core.step()
         if self._scan_due_s <= now_s:
-            self._scan_due_s = now_s + self._config.scan.interval_s
-            listing = None
-            try:
-                listing = self._core.observer.proc.listing()
-                # Who found no gate is known by its page, and may be somebody whom an earlier scan has seen without one.
-                if self._adoption.sweep(
-                    None if self._link.may_have_missed() else listing
-                ):  # what was found below them may be younger
-                    listing = self._core.observer.proc.listing()
-                self._core.living.scan(listing)
-                self._core.strays.look()
-            except Interrupted:
-                self._scan_due_s = now_s
-            except (OSError, MemoryError) as error:
-                if not is_exhaustion(error):
-                    raise
-                log.warning(
-                    "cannot look at the sessions: %s, trying again at the next scan", reason_of(error)
-                )
-            self._mend()
-            self._core.step()
-            self._see_to_orphans(functools.partial(self._orphans.look, listing))
+            self._scan(now_s)
         if self._prune_due_s <= now_s:
             self._prune(now_s)
         if self._notifier.watchdog_s is not None and self._watchdog_due_s <= now_s:
@@ -274,6 +265,31 @@ class Daemon:
     def _prune(self, now_s: float) -> None:
         goes_on = self._store.prune(self._config.history.keep_s)
         self._prune_due_s = now_s + (_PRUNE_PAUSE_S if goes_on else _PRUNE_EVERY_S)
+
+    def _scan(self, now_s: float) -> None:
+        """Look at all sessions, and then at whom nobody registered."""
+        self._scan_due_s = now_s + self._config.scan.interval_s
+        listing = None
+        try:
+            listing = self._core.observer.proc.listing()
+            # Who found no gate is known by its page, and may be somebody whom an earlier scan has seen without one.
+            if self._adoption.sweep(
+                None if self._link.may_have_missed() else listing
+            ):  # what was found below them may be younger
+                listing = self._core.observer.proc.listing()
+            self._core.living.scan(listing)
+            self._core.strays.look()
+        except Interrupted:
+            self._scan_due_s = now_s
+        except (OSError, MemoryError) as error:
+            if not is_exhaustion(error):
+                raise
+            log.warning("cannot look at the sessions: %s, trying again at the next scan", reason_of(error))
+        self._mend()
+        self._core.step()
+        self._see_to_orphans(functools.partial(self._orphans.look, listing))
+        if self._metrics is not None and self._scan_due_s > now_s:  # one that was interrupted is done again
+            self._metrics.tally.scans.add(time.monotonic() - now_s)
 
     def _count_ended(self, hunt: Hunt) -> None:
         ended, freed = report.ended_by(hunt)
@@ -341,6 +357,8 @@ class Daemon:
             self._server.facts = self._facts()
             self._scan_due_s = time.monotonic() + config.scan.interval_s
             self._prune_due_s = 0.0  # [history] keep may be shorter by now
+            self._count_if_wanted()
+            self._serve_metrics()
             log.info("reloaded config=%s", self._config_path)
             self._tell_without_effect()
             self._core.sessions.record(report.event("reload", faults=[]))
@@ -349,6 +367,35 @@ class Daemon:
     def _tell_without_effect(self) -> None:
         for name in without_effect(self._config):
             log.warning("%s has no effect yet", name)
+
+    # -- figures -----------------------------------------------------------------------------
+
+    def _count_if_wanted(self) -> None:
+        """Count what happens from now on, or no longer, as the settings say."""
+        wanted = self._config.metrics.enabled
+        if wanted and self._metrics is None:
+            from reaperd.metrics import Metrics  # nobody pays for it where it is off
+
+            self._metrics = Metrics(self._poller, self._core.sessions, self._read_state)
+        elif not wanted and self._metrics is not None:
+            self._metrics.stop(time.monotonic())
+            self._metrics = None
+
+    def _serve_metrics(self) -> None:
+        """Have what is counted served as the settings say."""
+        if self._metrics is not None:
+            self._metrics.heed(self._config, time.monotonic())
+
+    def _read_state(self) -> dict[str, Any]:
+        """Return the figures that are as they are now."""
+        states = Counter(map(report.state_of, self._core.sessions.entries.values()))
+        return {
+            **self._server.count()._asdict(),
+            "sessions": {state: states[state] for state in report.STATES},
+            "mode": self._mode,
+            "dry_run": self._config.kill.dry_run,
+            "gate_restarts": self._link.lives_lost,
+        }
 
     def _policy(self) -> Policy:
         return kill_policy(self._config, self._untouchable, self._store.spared())

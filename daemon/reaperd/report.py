@@ -13,6 +13,8 @@ from reaperd.ledger import Entry, Phase, Target
 from reaperd.model import SIGNAL_NAMES, Cause, CauseKind, Freed, Member, ProcessId, Session, Usage
 from reaperd.verdicts import Circumstances, Suspect, Verdict
 
+STATES = ("running", "ending", "ended")  # of a session
+
 
 def cause_words(cause: Cause | None) -> str:
     """Return a cause for a log line."""
@@ -257,7 +259,7 @@ def session_record(
         "id": session.id,
         "name": session.name,
         "uid": session.uid,
-        "state": _state(entry),
+        "state": state_of(entry),
         "phase": entry.phase.value,
         "started_at": session.started_at_utc,
         "attempt": _attempt_record(session),
@@ -301,7 +303,8 @@ def _whole(number: float | None) -> float | int | None:
     return int(number) if number is not None and abs(number) < 2**53 and number == int(number) else number
 
 
-def _state(entry: Entry) -> str:
+def state_of(entry: Entry) -> str:
+    """Return one of ``STATES``."""
     if entry.concluded:
         return "ended"
     return "running" if entry.phase is Phase.WATCHED and not entry.session.ending else "ending"

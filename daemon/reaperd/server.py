@@ -59,6 +59,16 @@ class Facts(NamedTuple):
     lacks: tuple[Lack, ...] = ()  # what it has to do without, where it runs
 
 
+class Counts(NamedTuple):
+    """How many there are now."""
+
+    sessions: int
+    workers: int  # of leaders that live
+    orphans: int
+    stuck: int
+    quarantined: int
+
+
 class _Request(NamedTuple):
     """A request that waits for its turn."""
 
@@ -371,31 +381,14 @@ class Server:
         return {"toml": self.facts.config_toml}
 
     def _status(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
-        ping = self._ping(peer, message)
-        entries = self._core.sessions.entries
-        families = self._listing.families()
-        workers = sum(
-            1
-            for family in families.values()
-            for member in family.members.values()
-            if member.role is Role.WORKER
-        )
-        orphans = sum(
-            1 for entry in entries.values() for id_ in entry.targets if not entry.targets[id_].gone_at_s
-        )
-        found = self._orphans.counts()
-        store = self._core.store
+        counts, store = self.count(), self._core.store
         return {
             "status": {
-                **ping,
+                **self._ping(peer, message),
                 "uptime_s": round(time.monotonic() - self._started_at_s, 3),
                 "mode": self.facts.mode,
                 "config": self.facts.config_path,
-                "sessions": len(entries),
-                "workers": workers,
-                "orphans": orphans + found.orphans,
-                "stuck": count_stuck(entries.values()) + found.stuck,
-                "quarantined": found.quarantined,
+                **counts._asdict(),
                 "reaped_total": store.total("reaped"),
                 "freed_bytes_total": store.total("freed_bytes"),
                 "dry_run": self.facts.dry_run,
@@ -403,6 +396,23 @@ class Server:
                 "limits": [lack._asdict() for lack in self.facts.lacks],
             }
         }
+
+    def count(self) -> Counts:
+        """Return how many there are; of those whose leaders live, as they were when last looked at."""
+        entries = self._core.sessions.entries
+        families = self._listing.families().values()
+        workers = sum(one.role is Role.WORKER for family in families for one in family.members.values())
+        orphans = sum(
+            1 for entry in entries.values() for id_ in entry.targets if not entry.targets[id_].gone_at_s
+        )
+        found = self._orphans.counts()
+        return Counts(
+            sessions=len(entries),
+            workers=workers,
+            orphans=orphans + found.orphans,
+            stuck=count_stuck(entries.values()) + found.stuck,
+            quarantined=found.quarantined,
+        )
 
     def _ps(self, peer: Peer) -> bytes:
         whole = wire.encode(wire.ok(sessions=[]))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PURE = [
     *("model", "policy", "signatures", "lineage", "decide", "escalation", "ledger", "report"),
-    *("verdicts", "hunt", "stored", "words", "isolation", "rights", "kinds", "questions"),
+    *("verdicts", "hunt", "stored", "words", "isolation", "rights", "kinds", "questions", "tally"),
     *("config", "config_values", "gate_frames", "pages", "roster", "turns", "waiters"),
 ]
 PURE_MODULES = ["agent.wire", *(f"reaperd.{name}" for name in PURE)]
@@ -22,6 +22,7 @@ ALLOWED_IN_PURE = {
     *(
         "__future__",
         "_json",
+        "bisect",
         "collections",
         "difflib",
         "enum",
@@ -65,6 +66,8 @@ READERS_OF_THE_WALL_CLOCK = {
     "reaperd.core": {"time"},  # when a leader died, for files have no other time; in doubt a file stays
     "reaperd.linux.shm": {"time"},  # when it started; the same
     "reaperd.leftovers": {"time"},  # how old a file is; who lives decides
+    "reaperd.metrics": {"time"},  # what Prometheus is told
+    "reaperd.exporter": {"time"},  # the same
     "agent.status": {"now"},  # what people are told
     "agent.checkpoint": {"time"},  # how old a file is
 }
@@ -245,6 +248,17 @@ def test_what_serves_keeps_no_module_in_memory_that_it_can_do_without() -> None:
             *("dataclasses", "inspect"),
         }, module
     assert "ctypes" not in modules_after("import reaperd.__main__")
+
+
+def test_a_daemon_without_figures_loads_nothing_of_what_serves_them() -> None:
+    loaded = modules_after("import reaperd.__main__")
+    assert not loaded & {"reaperd.metrics", "reaperd.tally", "reaperd.companion", "prometheus_client"}
+
+
+def test_the_core_never_loads_what_its_companions_need() -> None:
+    for module in reached_from("reaperd.loop"):
+        foreign = {name.partition(".")[0] for name in imports_of(module)}
+        assert not foreign & {"prometheus_client", "asyncio"}, module
 
 
 def test_the_core_knows_nothing_of_the_control_command() -> None:
