@@ -30,8 +30,9 @@ class Family(NamedTuple):
     field: str = ""  # of a histogram
 
 
-def _one(value: Callable[[Mapping[str, Any]], float]) -> Callable[[Mapping[str, Any]], list[Sample]]:
-    return lambda figures: [((), value(figures))]
+def _one(field: str) -> Callable[[Mapping[str, Any]], list[Sample]]:
+    """Return the sample of what has no label and stands under ``field``."""
+    return lambda figures: [((), figures[field])]
 
 
 def _by(field: str) -> Callable[[Mapping[str, Any]], list[Sample]]:
@@ -65,37 +66,37 @@ FAMILIES = (
     Family(
         "reaper_start_time_seconds", "gauge",
         "When counting began, in seconds since 1970: the daemon's start, or when [metrics] was enabled by a reload", (),
-        _one(lambda figures: figures["started_at_epoch_s"]),
+        _one("started_at_epoch_s"),
     ),
     Family(
         "reaper_last_answer_timestamp_seconds", "gauge",
         "When the daemon last told the exporter these figures, in seconds since 1970", (),
-        _one(lambda figures: figures["answered_at_epoch_s"]),
+        _one("answered_at_epoch_s"),
     ),
     Family(
         "reaper_dry_run", "gauge", "1 where the daemon only says what it would do, else 0", (),
-        _one(lambda figures: figures["dry_run"]),
+        _one("dry_run"),
     ),
     Family(
         "reaper_last_reload_successful", "gauge", "0 where the last reload found faults and kept the old settings", (),
-        _one(lambda figures: figures["reload_was_good"]),
+        _one("reload_was_good"),
     ),
     Family("reaper_sessions", "gauge", "Sessions on record by state", ("state",), _by("sessions")),
     Family(
         "reaper_workers", "gauge", "Workers of the sessions whose leaders live, trackers not counted", (),
-        _one(lambda figures: figures["workers"]),
+        _one("workers"),
     ),
     Family(
         "reaper_orphans", "gauge", "Workers that outlived their leader or pool, and that no rule spares", (),
-        _one(lambda figures: figures["orphans"]),
+        _one("orphans"),
     ),
     Family(
         "reaper_stuck_processes", "gauge", "Processes that SIGKILL did not end", (),
-        _one(lambda figures: figures["stuck"]),
+        _one("stuck"),
     ),
     Family(
         "reaper_quarantined_processes", "gauge", "Orphans that are stopped and wait for a decision", (),
-        _one(lambda figures: figures["quarantined"]),
+        _one("quarantined"),
     ),
     Family("reaper_events", "counter", "Events of the history by kind", ("kind",), _by("events")),
     Family(

@@ -11,7 +11,6 @@ from reaperd.ctl.link import Link, so_far
 from reaperd.ctl.tally import GROUPINGS, KINDS, History
 from reaperd.ctl.terminal import look_of_stdout, put, put_json
 from reaperd.ctl.units import text_of
-from reaperd.times import rfc3339
 
 
 def report(options: Namespace) -> int:
@@ -30,8 +29,7 @@ def report(options: Namespace) -> int:
     from reaperd.ctl.render import which_events
     from reaperd.ctl.render_report import report as rendered
 
-    since = rfc3339(options.since) if options.since else ""
-    within = which_events(of_owner=options.owner is not None, since=bool(since))
+    within = which_events(of_owner=options.owner is not None, since=bool(options.since))
     put(rendered(found, look_of_stdout(), within=within, user_of=user_of))
     return DONE
 
