@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
+from reaperd import metrics
 from reaperd.config import EventKind
+from reaperd.metrics import Metrics
+from reaperd.policy import Policy
+from reaperd.poller import Poller
+from reaperd.sessions import Sessions
+from reaperd.store import Store
 from reaperd.tally import LATENCY_BUCKETS_S, Histogram, Tally
 
 
@@ -124,3 +133,26 @@ def test_a_reload_with_faults_is_told_until_there_is_a_good_one() -> None:
     for faults, good in (([], True), (["x"], False), ([], True)):
         tally.note(event("reload", faults=faults))
         assert tally.record()["reload_was_good"] is good
+
+
+def test_the_core_counts_no_more_often_than_figures_may_be_fresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_FRESH_S", 60.0)
+    counted = 0
+
+    def read_state() -> dict[str, Any]:
+        nonlocal counted
+        counted += 1
+        return {"gate_restarts": 0}
+
+    with contextlib.closing(Store(str(tmp_path), "boot")) as store:
+        one = Metrics(Poller(), Sessions(store, Policy()), read_state)
+        for number in (1, 2):
+            one._take({"ask": number})
+            one.step(time.monotonic())
+        assert counted == 1
+        due_s = one.next_deadline()
+        assert due_s is not None
+        one.step(due_s)
+        assert counted == 2
