@@ -68,13 +68,19 @@ def end(pid: int, *, child: bool = True) -> None:
 
 def wait_free(pid: int) -> None:
     began_s = time.monotonic()
-    end_s = began_s + REUSED_WITHIN_S
     while os.path.exists(f"/proc/{pid}"):  # nothing tells when somebody else has waited for a zombie
         os.sched_yield()  # it may need this very CPU to end, and in some cases nobody takes that from us
-        if time.monotonic() - began_s > TICK_S:
-            # To yield lets nobody in who is not of our scheduling class, nor on another CPU that one like us keeps.
-            select.select([], [], [], TICK_S / 10)
-        assert time.monotonic() < end_s, f"{pid} is not free: {harness.read_proc(pid, 'status')!r}"
+        _let_others_in(began_s)
+        assert time.monotonic() < began_s + REUSED_WITHIN_S, (
+            f"{pid} lives: {harness.read_proc(pid, 'status')!r}"
+        )
+
+
+def _let_others_in(began_s: float) -> None:
+    """Sleep for a moment if what began then was not done within a tick."""
+    if time.monotonic() - began_s > TICK_S:
+        # To yield lets nobody in who is not of our scheduling class, nor on another CPU that one like us keeps.
+        select.select([], [], [], TICK_S / 10)
 
 
 def set_last_pid(pid: int) -> None:
@@ -84,20 +90,21 @@ def set_last_pid(pid: int) -> None:
 
 def take_pid(pid: int, body: Callable[[], object]) -> int:
     """Run ``body`` in a child that has ``pid``, a free one."""
-    end_s = time.monotonic() + REUSED_WITHIN_S
+    began_s = time.monotonic()
 
     def elsewhere_then_body() -> None:
         if os.getpid() == pid:
             set_last_pid(next(FAR))  # or its children would get the pids of the next to be reused
             body()
 
-    while time.monotonic() < end_s:
+    while time.monotonic() < began_s + REUSED_WITHIN_S:
         set_last_pid(pid - 1)
         child = fork(elsewhere_then_body)
         if child == pid:
             return child
         with contextlib.suppress(ChildProcessError):  # who ignores SIGCHLD need not wait
             os.waitpid(child, 0)
+        _let_others_in(began_s)  # such as a process of the daemon that has that pid and is not yet begun
     raise AssertionError(f"no child got {pid}")
 
 

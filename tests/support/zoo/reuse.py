@@ -334,7 +334,8 @@ def _is_hit(daemon: Daemon, leader: int, innocent: Innocent, ticks: int, lasting
     if hit:
         assert_reaped([lasting], [innocent], QUICK_GONE_S)
     else:
-        end(lasting, child=False)
+        with contextlib.suppress(ProcessLookupError):  # the daemon may have been there first
+            end(lasting, child=False)
     wait_over(daemon, leader)
     innocent.end()
     return hit
