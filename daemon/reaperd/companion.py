@@ -10,8 +10,10 @@ import contextlib
 import json
 import logging
 import os
+import select
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -100,7 +102,8 @@ class Companion:
         self.step(now_s)
 
     def close(self, now_s: float) -> None:
-        """Stop it, and wait for its last words: the daemon ends."""
+        """Stop it, and hear its last words: the daemon ends."""
+        self._hear_out(now_s, now_s + self._last_words_s)
         self.stop(now_s)
         for child in self._leaving:
             self._poller.unwatch(child.fileno())
@@ -108,6 +111,20 @@ class Companion:
                 child.kill()
                 child.wait(1.0)  # one in state D is left to init
         self._leaving.clear()
+
+    def _hear_out(self, now_s: float, until_s: float) -> None:
+        """Tell it to stop, and take what it says until it hangs up, or has had its time."""
+        channel, self._wanted = self._channel, False
+        if channel is None or not self._last_words_s:
+            return
+        with contextlib.suppress(OSError):
+            channel.shutdown(socket.SHUT_WR)
+        poller = select.poll()
+        poller.register(channel, select.POLLIN)
+        while self._channel is not None and now_s < until_s and poller.poll((until_s - now_s) * 1000):
+            now_s = time.monotonic()
+            self._is_ready = True
+            self.exchange(now_s)
 
     def step(self, now_s: float) -> None:
         """Do what is due: start it after a pause, end who was given time for last words."""
@@ -184,7 +201,7 @@ class Companion:
         child = self._child
         self._leave(now_s)
         self._end_leaving(now_s)
-        if self.hopeless:
+        if self.hopeless or not self._wanted:
             return
         self.lives_lost += 1
         if lived_s > _GOOD_LIFE_S:

@@ -13,8 +13,10 @@ from typing import Any, NoReturn
 from reaperd.linux import prctl
 from reaperd.unprivileged import CannotBeNobody, give_up_privileges
 
+_PEEKED_BYTES = 256 * 1024
 
-def begin(name: str, *, memory_bytes: int, tasks: int = 0) -> socket.socket:
+
+def begin(name: str, *, memory_bytes: int, tasks: int | None = 0) -> socket.socket:
     """Give up all rights, and return the channel to the core; the process ends with the core from here on.
 
     ``name`` is what ps shows, of 15 characters at most; the limits are those of ``give_up_privileges``. Everything that is
@@ -31,6 +33,17 @@ def begin(name: str, *, memory_bytes: int, tasks: int = 0) -> socket.socket:
     if os.getppid() != core_pid:
         sys.exit(0)  # it was gone before we could ask
     return channel
+
+
+def peek() -> dict[str, Any]:
+    """Wait for the first message and return it, before ``begin`` and without taking it: for what must be loaded by then.
+
+    {} where it is so long that it comes in parts, or the core is gone.
+    """
+    with contextlib.closing(socket.socket(fileno=os.dup(int(sys.argv[1])))) as channel:
+        line, end, _ = channel.recv(_PEEKED_BYTES, socket.MSG_PEEK).partition(b"\n")
+    found = json.loads(line) if end else {}
+    return found if isinstance(found, dict) else {}
 
 
 def pack(message: dict[str, Any]) -> bytes:

@@ -41,10 +41,11 @@ def find_user(names: Sequence[str], accounts: str = "/etc/passwd") -> tuple[int,
     )
 
 
-def give_up_privileges(who: str, *, memory_bytes: int = _MEMORY_BYTES, tasks: int = 0) -> None:
+def give_up_privileges(who: str, *, memory_bytes: int = _MEMORY_BYTES, tasks: int | None = 0) -> None:
     """Become nobody, for good: own uid, no groups, no capabilities, no new ones, few descriptors, little memory, no children.
 
-    ``memory_bytes`` are what may be mapped beyond what is; ``tasks`` is RLIMIT_NPROC, which counts all threads of the uid.
+    ``memory_bytes`` are what may be mapped beyond what is; ``tasks`` is RLIMIT_NPROC, which counts all threads of the uid;
+    None sets none.
     CannotBeNobody, with a text about ``who``, where the container or user namespace does not let us.
     """
     be_expendable()
@@ -68,7 +69,8 @@ def give_up_privileges(who: str, *, memory_bytes: int = _MEMORY_BYTES, tasks: in
     most_bytes = mapped_bytes + memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
     # Its threads are there by now; whoever takes it over starts nothing.
-    resource.setrlimit(resource.RLIMIT_NPROC, (tasks, tasks))
+    if tasks is not None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (tasks, tasks))
 
 
 def be_expendable(score: str = "/proc/self/oom_score_adj") -> None:
