@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from reaperd import __version__, logs
+from reaperd import __version__, alert_check, logs
 from reaperd.config import Config, ConfigError
-from reaperd.config_files import read_config
+from reaperd.config_files import read_config, secrets_open_to_others
 from reaperd.loop import Daemon, StartError, set_log_level
 from reaperd.paths import default_paths
 
@@ -47,11 +47,15 @@ def run(arguments: list[str] | None = None) -> int:
 
     try:
         config = read()
+        faults, warnings = alert_check.faults_and_warnings(config.alerts.urls)
+        if faults:
+            raise ConfigError([f"{config_path}: {fault}" for fault in faults])
         if options.check_config:
-            print(f"{config_path}: the configuration is good")
-            return 0
+            return _say_good(config_path, warnings)
         logs.set_up(config.daemon.log_format)
         set_log_level(config)
+        for warning in warnings:
+            logging.getLogger("reaperd").warning("%s", warning)
         daemon = Daemon(
             mode=paths.mode,
             socket_path=options.socket or os.environ.get("REAPER_SOCKET") or paths.socket,
@@ -71,6 +75,15 @@ def run(arguments: list[str] | None = None) -> int:
     except StartError as error:
         logging.getLogger("reaperd").error("%s", error)
         return error.code
+    return 0
+
+
+def _say_good(path: str, warnings: Sequence[str]) -> int:
+    for name in secrets_open_to_others(path):
+        logs.say_fault(f"warning: every user can read the passwords of [alerts] urls in {name}: chmod o-r it")
+    for warning in warnings:
+        logs.say_fault(f"warning: {warning}")
+    print(f"{path}: the configuration is good")
     return 0
 
 

@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from reaperd.config_values import (
     ADDRESS,
+    ALERT_URLS,
+    COMMAND,
     COUNT,
     CPU_LIMIT,
     MEMORY_LIMIT,
@@ -32,6 +34,7 @@ from reaperd.config_values import (
     RefusedError,
     duration,
     escaped,
+    hidden_url,
     list_of,
     must_be,
     one_of,
@@ -69,7 +72,7 @@ class ConfigError(Exception):
 
 
 def _key(key: str, kind: Kind, *, secret: bool = False) -> dict[str, Any]:
-    """A ``secret`` value stays out of faults, and out of what is shown to strangers."""
+    """A ``secret`` value, a list of URLs, stays out of faults, and out of what is shown to strangers."""
     return {"key": key, "kind": kind, "built": True, "secret": secret}
 
 
@@ -169,13 +172,15 @@ class MetricsConfig(NamedTuple):
 class AlertsConfig(NamedTuple):
     """The URLs carry passwords and tokens, so they are kept out of ``repr`` as well."""
 
-    urls: Annotated[tuple[str, ...], _key_to_come("urls", TEXTS, secret=True)] = ()
-    on: Annotated[tuple[EventKind, ...], _key_to_come("on", list_of(one_of(EventKind), "kinds of event"))] = (
+    urls: Annotated[tuple[str, ...], _key("urls", ALERT_URLS, secret=True)] = ()
+    command: Annotated[tuple[str, ...], _key("command", COMMAND)] = ()
+    on: Annotated[tuple[EventKind, ...], _key("on", list_of(one_of(EventKind), "kinds of event"))] = (
         "reaped",
         "stuck",
         "quarantined",
         "breach",
     )
+    group_within_s: Annotated[float, _key("group_within", duration(at_least=1))] = 60.0
 
     def __repr__(self) -> str:
         return f"AlertsConfig(on={self.on!r})"
@@ -353,7 +358,7 @@ def _name(key: str) -> str:
 def render_config(config: Config, *, show_secrets: bool = True) -> str:
     """Return every setting as TOML that ``parse_config`` reads back as the same Config.
 
-    Without ``show_secrets`` the alert URLs become ``"(hidden)"``: for people who may see only the rest.
+    Without ``show_secrets`` of each alert URL only its service is left, ``"slack://***"``: for people who may see the rest.
     """
     tables = [
         "\n".join([f"[{table}]", *_render_table(settings, getattr(config, table), show_secrets=show_secrets)])
@@ -366,8 +371,9 @@ def _render_table(settings: Mapping[str, Setting], table: Any, *, show_secrets: 
     lines = []
     for setting in settings.values():
         value = getattr(table, setting.field)
-        hidden = setting.secret and not show_secrets and value
-        lines.append(f"{setting.key} = " + ('["(hidden)"]' if hidden else setting.kind.render(value)))
+        if setting.secret and not show_secrets:
+            value = tuple(map(hidden_url, value))
+        lines.append(f"{setting.key} = {setting.kind.render(value)}")
     return lines
 
 

@@ -36,6 +36,30 @@ def read_config(path: str | None, *, required: bool) -> Config:
     return _parse(sources, faults)
 
 
+def secrets_open_to_others(path: str | None) -> list[str]:
+    """Return those of ``path`` and its drop-ins that hold URLs of alerts, with their passwords, and that any user can read."""
+    found = []
+    for name in [path, *_drop_ins(f"{path}.d")] if path else []:
+        try:
+            holds_secrets = bool(parse_config([(name, _read_text(name))]).alerts.urls)
+            if holds_secrets and _is_open_to_others(os.path.realpath(name)):
+                found.append(name)
+        except (OSError, ValueError, ConfigError):  # it has become another since
+            continue
+    return found
+
+
+def _is_open_to_others(path: str) -> bool:
+    """Say whether anybody may read a file, and reach it through the folders that it is in."""
+    if not os.stat(path).st_mode & stat.S_IROTH:
+        return False
+    while (folder := os.path.dirname(path)) != path:
+        if not os.stat(folder).st_mode & stat.S_IXOTH:
+            return False
+        path = folder
+    return True
+
+
 def _parse(sources: list[tuple[str, str]], faults: list[str]) -> Config:
     try:
         config = parse_config(sources)

@@ -260,6 +260,32 @@ def list_of(item: Kind, what: str, *, may_be_empty: bool = True) -> Kind:
     return Kind(parse, lambda items: f"[{', '.join(map(item.render, items))}]")
 
 
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,39})://\S+")
+
+
+def hidden_url(url: str) -> str:
+    """Return an alert's URL as it may be shown: its service, and nothing of what follows, which holds passwords and tokens."""
+    match = _URL.fullmatch(url)
+    return f"{match[1].lower()}://***" if match else "***"
+
+
+def _parse_url(value: object) -> str:
+    if not isinstance(value, str) or _URL.fullmatch(value) is None or not value.isprintable():
+        # Without the value, wherever it would be told: it may be a password in the wrong place.
+        raise RefusedError(Fault("", 'must be a URL as Apprise has them, such as "ntfy://host/topic"'))
+    return value
+
+
+def _parse_command(value: object) -> tuple[str, ...]:
+    words: tuple[str, ...] = TEXTS.parse(value)
+    if words and (not words[0].startswith("/") or any("\0" in word for word in words)):
+        raise must_be(
+            'a program by its whole path and its arguments, such as ["/usr/local/bin/page-me", "-v"]',
+            words[0],
+        )
+    return words
+
+
 class Address(NamedTuple):
     """Where to listen; ``host`` is without the brackets that an IPv6 address wears in the text."""
 
@@ -290,6 +316,8 @@ COUNT = Kind(_parse_count, str)
 SWITCH = Kind(_parse_switch, lambda on: "true" if on else "false")
 TEXT = Kind(_parse_text, lambda text: f'"{escaped(text)}"')
 TEXTS = list_of(TEXT, "texts")
+ALERT_URLS = list_of(Kind(_parse_url, lambda url: f'"{escaped(url)}"'), "URLs")
+COMMAND = Kind(_parse_command, TEXTS.render)
 ADDRESS = Kind(_parse_address, lambda address: f'"{address}"')
 
 
@@ -297,7 +325,12 @@ ADDRESS = Kind(_parse_address, lambda address: f'"{address}"')
 
 
 def shown(value: object) -> str:
-    """Return ``value`` as TOML has it, in few printable characters; a list or a table only by its type."""
+    """Return ``value`` as TOML has it, in few printable characters; a list or a table only by its type.
+
+    Nothing of a URL but its scheme, for it may be an alert's, with a password, that stands in the wrong place.
+    """
+    if isinstance(value, str) and "://" in value:
+        return f'"{hidden_url(value)}"'
     if isinstance(value, str):
         return f'"{escaped(value[:60])}"' + ("..." if len(value) > 60 else "")
     if isinstance(value, bool):

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 from agent import sockets
 from reaperd import __version__, kinship, report, surroundings
 from reaperd.adoption import Adoption
+from reaperd.alerts import Alerts
 from reaperd.census import Interrupted
 from reaperd.claims import Claims
 from reaperd.config import Config, ConfigError, render_config, without_effect
+from reaperd.config_files import secrets_open_to_others
 from reaperd.core import Core
 from reaperd.gate_link import GateLink, Peer, Return
 from reaperd.gpu import GpuMeter
@@ -142,9 +144,11 @@ class Daemon:
         )
         self._orphans.on_end = self._count_ended
         self._orphans.heed(scan_rules(self._config), self._core.policy, enabled=self._config.scan.enabled)
-        self._server = Server(self._core, self._link, self._facts(), self._orphans)
+        self._alerts = Alerts(self._poller, self._config.alerts)
+        self._core.sessions.listeners.append(self._alerts.note)
+        self._server = Server(self._core, self._link, self._facts(), self._orphans, self._alerts)
         self._count_if_wanted()  # from the first event on
-        self._tell_without_effect()
+        self._tell_of_settings()
         log.info(
             "started version=%s pid=%d mode=%s socket=%s config=%s%s",
             __version__, os.getpid(), self._mode, self._socket_path, self._config_path,
@@ -176,6 +180,7 @@ class Daemon:
             self._metrics.companion.close(time.monotonic())
         self._server.close()
         self._core.close()
+        self._alerts.close(time.monotonic())
         log.info("stopped sessions=%d", len(self._core.sessions.entries))
 
     def _serve(self) -> None:
@@ -213,6 +218,7 @@ class Daemon:
         self._server.take_turns()
         if self._metrics is not None:
             self._metrics.step(time.monotonic())
+        self._alerts.exchange(time.monotonic())
 
     def _catch_breath(self, error: Exception) -> None:
         """Memory or descriptors have run out in the middle of anything: before we go on, that is to be mended."""
@@ -240,6 +246,7 @@ class Daemon:
                 self._core.sessions.aside.until_s(_ORPHANS) or self._orphans.next_deadline(),
                 self._server.next_deadline(),
                 self._link.restart_at_s,
+                self._alerts.next_deadline(),
                 self._watchdog_due_s if self._notifier.watchdog_s is not None else None,
                 self._reload_from_s if signal.SIGHUP in self._signals else None,
                 None if self._metrics is None else self._metrics.next_deadline(),
@@ -258,6 +265,7 @@ class Daemon:
             self._scan(now_s)
         if self._prune_due_s <= now_s:
             self._prune(now_s)
+        self._alerts.step(now_s)
         if self._notifier.watchdog_s is not None and self._watchdog_due_s <= now_s:
             self._watchdog_due_s = now_s + self._notifier.watchdog_s
             self._notifier.send(f"WATCHDOG=1\nSTATUS={len(self._core.sessions.entries)} sessions")
@@ -355,18 +363,21 @@ class Daemon:
             self._core.policy = self._policy()
             self._orphans.heed(scan_rules(config), self._core.policy, enabled=config.scan.enabled)
             self._server.facts = self._facts()
+            self._alerts.heed(config.alerts)
             self._scan_due_s = time.monotonic() + config.scan.interval_s
             self._prune_due_s = 0.0  # [history] keep may be shorter by now
             self._count_if_wanted()
             self._serve_metrics()
             log.info("reloaded config=%s", self._config_path)
-            self._tell_without_effect()
+            self._tell_of_settings()
             self._core.sessions.record(report.event("reload", faults=[]))
         self._notifier.send("READY=1")
 
-    def _tell_without_effect(self) -> None:
+    def _tell_of_settings(self) -> None:
         for name in without_effect(self._config):
             log.warning("%s has no effect yet", name)
+        for name in secrets_open_to_others(self._config_path):
+            log.warning("every user can read the passwords of [alerts] urls in %s: chmod o-r it", name)
 
     # -- figures -----------------------------------------------------------------------------
 
@@ -376,7 +387,9 @@ class Daemon:
         if wanted and self._metrics is None:
             from reaperd.metrics import Metrics  # nobody pays for it where it is off
 
-            self._metrics = Metrics(self._poller, self._core.sessions, self._read_state)
+            self._metrics = Metrics(
+                self._poller, self._core.sessions, self._read_state, lambda: (self._alerts.companion,)
+            )
         elif not wanted and self._metrics is not None:
             self._metrics.stop(time.monotonic())
             self._metrics = None

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from agent import wire
 from reaperd import __version__, report
+from reaperd.alerts import Alerts
 from reaperd.census import Interrupted
 from reaperd.core import Core, count_stuck
 from reaperd.gate_link import GateLink, Peer, Return
@@ -80,7 +81,7 @@ class _Request(NamedTuple):
 class Server:
     """The daemon's side of the wire protocol."""
 
-    def __init__(self, core: Core, link: GateLink, facts: Facts, orphans: Orphans) -> None:
+    def __init__(self, core: Core, link: GateLink, facts: Facts, orphans: Orphans, alerts: Alerts) -> None:
         self.facts = facts
         self._core = core
         self._link = link
@@ -99,6 +100,7 @@ class Server:
             **OrphanRequests(core, orphans, self._may_act_on).operations,
         }
         self._orphans = orphans
+        self._alerts = alerts
         core.sessions.listeners.append(self._waiters.note)
 
     # -- whose turn it is --------------------------------------------------------------------
@@ -181,9 +183,12 @@ class Server:
             return self._ps(peer)
         if operation == "register":
             return self._register_and_isolate(peer, to, message)
+        if operation == "alerts":
+            self._test_alerts(peer, to, message)
+            return None
         perform = self._operations.get(operation)
         if perform is None:
-            known = ", ".join(sorted((*self._operations, "events", "ps", "register")))
+            known = ", ".join(sorted((*self._operations, "alerts", "events", "ps", "register")))
             raise wire.WireError("unknown-op", f"op: there is no {operation!r:.80}, there are {known}")
         return wire.encode(wire.ok(**perform(peer, message)))
 
@@ -379,6 +384,22 @@ class Server:
     def _config(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
         del peer, message
         return {"toml": self.facts.config_toml}
+
+    def _test_alerts(self, peer: Peer, to: Return, message: dict[str, Any]) -> None:
+        """Have every target of alerts sent a message, and answer once it is known what came of that."""
+        action = wire.text_field(message, "action", limit=64)
+        if action != "test":
+            raise wire.WireError("bad-request", f"action: there is no {action!r:.80}, there is test")
+        if not self._may_act_on(peer, os.geteuid()):
+            raise wire.WireError("not-allowed", "only root and the admins can test the alerts")
+
+        def answer(results: list[dict[str, Any]] | None) -> None:
+            untold = wire.WireError("failed", "what sends the alerts did not say what came of it")
+            told = wire.refusal(untold) if results is None else wire.ok(results=results)
+            self._link.reply(to, wire.encode(told))
+
+        self._alerts.test(answer)
+        log.info("asked to test the alerts asked_by_uid=%d", peer.uid)
 
     def _status(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
         counts, store = self.count(), self._core.store

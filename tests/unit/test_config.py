@@ -87,7 +87,9 @@ def test_the_defaults_are_the_documented_ones():
         protect=ProtectConfig(users=(), names=(), units=()),
         access=AccessConfig(admins=("root",)),
         metrics=MetricsConfig(enabled=False, listen=Address("127.0.0.1", 9478)),
-        alerts=AlertsConfig(urls=(), on=("reaped", "stuck", "quarantined", "breach")),
+        alerts=AlertsConfig(
+            urls=(), command=(), on=("reaped", "stuck", "quarantined", "breach"), group_within_s=60
+        ),
         history=HistoryConfig(keep_s=7_776_000),
     )
 
@@ -213,7 +215,7 @@ def test_a_listening_address_is_host_and_port(value, address):
 
 
 @pytest.mark.parametrize(
-    "value", ["", "9478", ":9478", "host:", "::1:9478", "[1]:2", "a b:1", "h:123456", "http://h:1"]
+    "value", ["", "9478", ":9478", "host:", "::1:9478", "[1]:2", "a b:1", "h:123456", "http//h:1"]
 )
 def test_an_address_without_host_or_port_is_refused(value):
     assert fault_of(f'[metrics]\nlisten = "{value}"') == (
@@ -393,17 +395,63 @@ def test_a_syntax_error_names_file_and_line(text, fault):
     assert fault_of(text) == f"reaper.toml: {fault}"
 
 
-def test_a_password_in_an_alert_url_is_never_shown():
-    secret = "mailto://ann:hunter2@example.org"
-    for urls in (f'"{secret}"', f'["", "{secret}"]', f'[["{secret}"]]', f'{{ a = "{secret}" }}'):
-        assert "hunter2" not in "".join(faults_of(f"[alerts]\nurls = {urls}"))
-    config = parse(f'[alerts]\nurls = ["{secret}"]')
+SECRET = "mailto://ann:hunter2@example.org"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'[alerts]\nurls = "{SECRET}"',
+        f'[alerts]\nurls = ["", "{SECRET}"]',
+        f'[alerts]\nurls = [["{SECRET}"]]',
+        f'[alerts]\nurls = {{ a = "{SECRET}" }}',
+        f'[alerts]\nurls = ["{SECRET} {SECRET}"]',
+        '[alerts]\nurls = ["hunter2"]',
+        '[alerts]\nurls = ["mailto:hunter2"]',
+        f'[alerts]\nurl = "{SECRET}"',
+        f'[alerts]\n"{SECRET}" = 1',
+        f'[alerts]\non = ["{SECRET}"]',
+        f'[alerts]\ncommand = ["{SECRET}"]',
+        f'[alerts]\ngroup_within = "{SECRET}"',
+        f'[metrics]\nlisten = "{SECRET}"',
+        f'urls = ["{SECRET}"]',
+    ],
+)
+def test_a_password_in_an_alert_url_is_in_no_fault_wherever_it_stands(text):
+    assert "hunter2" not in "".join(faults_of(text))
+
+
+def test_of_an_alert_url_only_the_service_is_shown():
+    config = parse(f'[alerts]\nurls = ["{SECRET}", "Slack://hunter2/B/C"]')
     assert "hunter2" not in repr(config)
     assert "hunter2" in render_config(config)
     hidden = render_config(config, show_secrets=False)
     assert "hunter2" not in hidden
-    assert parse(hidden).alerts.urls == ("(hidden)",)
+    assert 'urls = ["mailto://***", "slack://***"]' in hidden
+    assert parse(hidden).alerts.urls == ("mailto://***", "slack://***")
     assert render_config(Config(), show_secrets=False) == render_config(Config())
+
+
+@pytest.mark.parametrize(
+    "url", ["x", "://x", "slack:/x", "slack://", "slack://a b", "1x://a", "a://b\\u0007"]
+)
+def test_what_is_no_url_is_refused_with_an_example_of_one(url):
+    fault = fault_of(f'[alerts]\nurls = ["ntfy://host/topic", "{url}"]')
+    assert (
+        fault
+        == 'reaper.toml: [alerts] urls: entry 2: must be a URL as Apprise has them, such as "ntfy://host/topic"'
+    )
+
+
+@pytest.mark.parametrize(
+    "command", ['"/bin/true"', '["true"]', '["", "/bin/true"]', '["/bin/true", "a\\u0000b"]', "[1]"]
+)
+def test_a_command_is_a_whole_path_with_arguments(command):
+    assert fault_of(f"[alerts]\ncommand = {command}").startswith("reaper.toml: [alerts] command: ")
+
+
+def test_a_command_keeps_its_arguments():
+    assert parse('[alerts]\ncommand = ["/bin/x", "-v", "a b"]').alerts.command == ("/bin/x", "-v", "a b")
 
 
 # -- text from an enemy ----------------------------------------------------------------------------------
@@ -536,7 +584,11 @@ CONFIGS = st.builds(
     access=st.builds(AccessConfig, TEXTS),
     metrics=st.builds(MetricsConfig, st.booleans(), ADDRESSES),
     alerts=st.builds(
-        AlertsConfig, TEXTS, st.lists(st.sampled_from(["ended", "stuck"]), max_size=2).map(tuple)
+        AlertsConfig,
+        st.lists(st.sampled_from(["ntfy://h/t", 'json://u:"p\\@h/\u00e4']), max_size=2).map(tuple),
+        TEXTS.map(lambda words: ("/x", *(w.replace("\0", "0") for w in words)) if words else ()),
+        st.lists(st.sampled_from(["ended", "stuck"]), max_size=2).map(tuple),
+        POSITIVE_DURATIONS.map(lambda seconds: max(1.0, seconds)),
     ),
     history=st.builds(HistoryConfig, POSITIVE_DURATIONS),
 )
@@ -586,11 +638,12 @@ def test_only_changed_settings_of_missing_features_are_without_effect():
         '[daemon]\nlog_level = "debug"\nlog_format = "json"\n[scan]\ninterval = 1\naction = "report"\n[kill]\ngrace = 1\n'
         "exit_grace = 1\ntracker_grace = 1\nreclaim_shm = false\ndry_run = true\n"
         '[sessions]\nmax_workers = 1\nmax_per_uid = 1\nisolate = true\n[protect]\nusers = ["a"]\nnames = ["a"]\nunits = ["a"]\n'
-        '[access]\nadmins = []\n[history]\nkeep = "1d"\n'
+        '[access]\nadmins = []\n[history]\nkeep = "1d"\n[alerts]\nurls = ["a://b"]\ncommand = ["/x"]\non = []\n'
+        "group_within = 5\n"
     )
     assert without_effect(parse(built)) == ()
-    missing = '[limits]\non_breach = "kill-worker"\nworker_cpu = "50%"\n[alerts]\nurls = ["x"]'
-    assert without_effect(parse(missing)) == ("limits.worker_cpu", "alerts.urls")
+    missing = '[limits]\non_breach = "kill-worker"\nworker_cpu = "50%"'
+    assert without_effect(parse(missing)) == ("limits.worker_cpu",)
 
 
 def test_a_field_is_named_as_its_key_with_the_unit_behind():

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness import Scratch
 
 from reaperd.config import MAX_TEXT_CHARS, Config, ConfigError
-from reaperd.config_files import read_config
+from reaperd.config_files import read_config, secrets_open_to_others
 
 
 @pytest.fixture
@@ -206,3 +207,27 @@ def test_no_descriptor_stays_open(main):
     before = os.listdir("/proc/self/fd")
     faults_of(main)
     assert os.listdir("/proc/self/fd") == before
+
+
+# -- who can read the secrets ----------------------------------------------------------------------------
+
+
+def test_a_file_with_urls_of_alerts_that_all_can_read_is_named(scratch: Scratch) -> None:
+    outer = Path(scratch.directory("outer"))
+    path = outer / "reaper.toml"
+    drop_ins = outer / "reaper.toml.d"
+    drop_ins.mkdir(parents=True)
+    for name, text, mode in (
+        (path, "[kill]\ngrace = 1", 0o644),
+        (drop_ins / "10.toml", '[alerts]\nurls = ["a://b"]', 0o644),
+        (drop_ins / "20.toml", '[alerts]\nurls = ["a://b"]', 0o640),
+        (drop_ins / "30.toml", "[alerts]\nurls = []", 0o644),
+        (drop_ins / "40.toml", "[alerts", 0o644),
+    ):
+        name.write_text(text, "utf-8")
+        name.chmod(mode)
+    assert secrets_open_to_others(str(path)) == [str(drop_ins / "10.toml")]
+    outer.chmod(0o700)
+    assert secrets_open_to_others(str(path)) == []
+    assert secrets_open_to_others(None) == []
+    assert secrets_open_to_others(scratch.file("none.toml")) == []

@@ -25,6 +25,7 @@ COMMANDS = [
     ["monitor"],
     ["ping"],
     ["doctor"],
+    ["alerts", "test"],
     ["config", "check"],
     ["config", "show"],
     ["config", "default"],

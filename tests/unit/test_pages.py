@@ -195,7 +195,7 @@ def test_every_command_line_of_the_examples_can_be_typed(name: str) -> None:
 
 def test_every_setting_of_the_examples_is_a_good_one() -> None:
     blocks = examples(text_of("reaper.toml.5"))
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         assert parse_config([("example", block)]) != Config()
 

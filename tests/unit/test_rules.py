@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PURE = [
     *("model", "policy", "signatures", "lineage", "decide", "escalation", "ledger", "report"),
     *("verdicts", "hunt", "stored", "words", "isolation", "rights", "kinds", "questions", "tally"),
-    *("config", "config_values", "gate_frames", "pages", "roster", "turns", "waiters"),
+    *("config", "config_values", "gate_frames", "pages", "roster", "turns", "waiters", "alert_groups"),
 ]
 PURE_MODULES = ["agent.wire", *(f"reaperd.{name}" for name in PURE)]
 # A list of what is allowed: nobody can name everything that touches the world.

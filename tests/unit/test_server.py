@@ -18,7 +18,9 @@ import pytest
 from agent import wire
 from agent.page import SessionPage
 from reaperd import report
+from reaperd.alerts import Alerts
 from reaperd.claims import Claims
+from reaperd.config import AlertsConfig
 from reaperd.core import Core
 from reaperd.gate_link import Peer, Return
 from reaperd.linux.alarm import Alarm
@@ -79,7 +81,7 @@ class World:
             self.core.sessions.record,
         )
         facts = Facts("user", "", "", 4, frozenset(), dry_run=False)
-        self.server = Server(self.core, self.link, facts, orphans)  # type: ignore[arg-type]
+        self.server = Server(self.core, self.link, facts, orphans, Alerts(Poller(), AlertsConfig()))  # type: ignore[arg-type]
         self.ticks = proc.stat(ME).id.start_ticks
         self.session = wire.format_session_id(ME, self.ticks, 1, 2)
         self.page = SessionPage(self.session, "grid", self.ticks, observer.boot_id)

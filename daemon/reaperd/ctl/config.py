@@ -9,25 +9,33 @@ from argparse import Namespace
 from typing import Any
 
 from reaperd.ctl import DONE, USAGE, CommandError
-from reaperd.ctl.terminal import put, put_json
+from reaperd.ctl.terminal import put, put_json, tell
 from reaperd.ctl.text import plain
 
 
 def check(options: Namespace) -> int:
     """Check a configuration file and its drop-ins, and name every fault in them."""
+    from reaperd.alert_check import faults_and_warnings
     from reaperd.config import ConfigError
-    from reaperd.config_files import read_config
+    from reaperd.config_files import read_config, secrets_open_to_others
     from reaperd.paths import default_paths
 
     asked = options.file or os.environ.get("REAPER_CONFIG")
     path = asked or default_paths().config
     faults: list[str] = []
+    warnings = [
+        f"every user can read the passwords of [alerts] urls in {name}: chmod o-r it"
+        for name in secrets_open_to_others(path)
+    ]
     try:
-        read_config(path, required=bool(asked))
+        found, more = faults_and_warnings(read_config(path, required=bool(asked)).alerts.urls)
+        faults, warnings = [plain(f"{path}: {fault}") for fault in found], [*warnings, *more]
     except ConfigError as error:
         faults = [plain(fault) for fault in error.faults]
+    for warning in warnings:
+        tell(f"warning: {warning}")
     if options.json:
-        put_json({"ok": not faults, "file": path, "faults": faults})
+        put_json({"ok": not faults, "file": path, "faults": faults, "warnings": warnings})
     elif faults:
         put(faults)
     elif os.path.exists(path):

@@ -95,6 +95,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         raise CommandError(
             f"cannot import Reaper's `agent` module: {error}. `reaperctl doctor` says more"
         ) from None
+    if command == "alerts":
+        from reaperd.ctl import alerts
+
+        return {"test": alerts.test}[action](options)
     if command in ("events", "stop"):
         from reaperd.ctl import events
 
@@ -178,12 +182,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     for name, help_text, extend in _COMMANDS:
         _add_command(commands, name, name, help_text, extend)
-    config = commands.add_parser(
-        "config", help="check or print settings", parents=[common], allow_abbrev=False
-    )
-    actions = config.add_subparsers(metavar="check|show|default", required=True, title="actions")
-    for name, help_text, extend in _CONFIG_ACTIONS:
-        _add_command(actions, name, f"config {name}", help_text, extend)
+    for group, help_text, actions in _GROUPS:
+        named = commands.add_parser(group, help=help_text, parents=[common], allow_abbrev=False)
+        metavar = "|".join(name for name, _, _ in actions)
+        below = named.add_subparsers(metavar=metavar, required=True, title="actions")
+        for name, help_of_action, extend in actions:
+            _add_command(below, name, f"{group} {name}", help_of_action, extend)
     return parser
 
 
@@ -462,6 +466,13 @@ _CONFIG_ACTIONS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]
     ("check", "check a configuration file and name every fault; exit 2 if there is one", _check_options),
     ("show", "print the settings that the running daemon uses", _reads),
     ("default", "print the built-in settings; needs no daemon", _reads),
+)
+_ALERTS_ACTIONS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
+    ("test", "send a message to everyone who is alerted, and say what came of each; for admins", _reads),
+)
+_GROUPS = (
+    ("alerts", "try out whether alerts arrive", _ALERTS_ACTIONS),
+    ("config", "check or print settings", _CONFIG_ACTIONS),
 )
 
 

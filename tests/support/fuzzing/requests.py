@@ -14,7 +14,9 @@ from fuzzing.messages import MESSAGES, WORDS
 from fuzzing.target import Check, Target
 
 from agent import wire
+from reaperd.alerts import Alerts
 from reaperd.claims import Claims
+from reaperd.config import AlertsConfig
 from reaperd.core import Core
 from reaperd.gate_link import Peer, Return
 from reaperd.linux.alarm import Alarm
@@ -61,7 +63,8 @@ class World:
         )  # fmt: skip
         # A dry run: the leader of whatever is registered here is this process.
         facts = Facts("user", "", "[kill]\n", 4, frozenset(), dry_run=True)
-        self.server = Server(self.core, self._link, facts, self._orphans)  # type: ignore[arg-type]
+        alerts = Alerts(Poller(), AlertsConfig())
+        self.server = Server(self.core, self._link, facts, self._orphans, alerts)  # type: ignore[arg-type]
         self.ticks = proc.stat(os.getpid()).id.start_ticks
 
     def ask(self, message: dict[str, Any]) -> bytes:

@@ -1,0 +1,318 @@
+"""Alerts from real daemons to a real web server on the loopback: few, complete, never in a kill's way, and without secrets."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+from harness import SETTINGS, STRANGER, Scratch, repeat_until
+
+from reaperd import report
+from reaperd.alerts import Alerts
+from reaperd.config import AlertsConfig
+from reaperd.poller import Poller
+from reaperd.waiters import News
+
+StartDaemon = Callable[..., harness.Daemon]
+StartLeader = Callable[..., harness.Leader]
+
+SOON_S = 30.0
+SECRET = "hunter2hunter2"
+
+
+class Web:
+    """Takes what is posted; while it ``hangs`` it takes a connection and never answers."""
+
+    def __init__(self, port: int = 0, *, hangs: bool = False) -> None:
+        self.posts: list[dict[str, Any]] = []
+        self.asked = threading.Semaphore(0)
+        self._go_on = threading.Event()
+        if not hangs:
+            self._go_on.set()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                outer.posts.append(body)
+                outer.asked.release()
+                outer._go_on.wait(SOON_S)
+                with contextlib.suppress(OSError):
+                    self.send_response(200)
+                    self.end_headers()
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    @property
+    def url(self) -> str:
+        return f"json://ann:{SECRET}@127.0.0.1:{self.port}/{SECRET}?+Token={SECRET}"
+
+    def wait_post(self, words: str) -> dict[str, Any]:
+        """Return the first post whose message has ``words`` in it, once there is one."""
+        end_s = time.monotonic() + SOON_S
+        while True:
+            for post in list(self.posts):
+                if words in f"{post['title']}\n{post['message']}":
+                    return post
+            assert self.asked.acquire(timeout=max(0.0, end_s - time.monotonic())), (words, self.posts)
+
+    def close(self) -> None:
+        self._go_on.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    server = Web()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as found:
+        yield found
+
+
+@pytest.fixture
+def hanging() -> Iterator[Web]:
+    server = Web(hangs=True)
+    yield server
+    server.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def settings(urls: list[str], **more: Any) -> str:
+    lines = {"urls": urls, "group_within": 1, **more}
+    return f"{SETTINGS}[alerts]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items())
+
+
+def descendants(pid: int) -> list[int]:
+    found = [pid]
+    for one in found:
+        with contextlib.suppress(OSError):
+            found += harness.children_of(one)
+    return found
+
+
+def words_of(pid: int) -> bytes:
+    return harness.read_proc(pid, "cmdline") + harness.read_proc(pid, "environ")
+
+
+def test_a_reaped_session_is_told_of_while_other_targets_hang_or_are_down(
+    start_daemon: StartDaemon,
+    start_leader: StartLeader,
+    scratch: Scratch,
+    stack: contextlib.ExitStack,
+    web: Web,
+    hanging: Web,
+) -> None:
+    os.chmod(scratch.path, 0o777)  # the command is run as nobody
+    out, hook, port = scratch.file("out"), scratch.file("hook"), free_port()
+    with open(hook, "w", encoding="ascii") as file:
+        file.write(f"#!/bin/sh\nid -u >> {out}; cat >> {out}\n")
+    os.chmod(hook, 0o755)
+    down = f"json://127.0.0.1:{port}/{SECRET}"
+    text = settings([web.url, hanging.url, down], command=[hook], on=["started", "reaped"])
+    daemon = start_daemon(config=text)
+    assert hanging.asked.acquire(timeout=SOON_S), "somebody waits there when the leader dies"
+    started = web.wait_post("1 started")
+    assert (started["title"], started["type"]) == (f"Reaper on {os.uname().nodename}: 1 started", "info")
+
+    def told_of() -> bool | None:
+        daemon.ctl("ping")
+        return "json://*** (entry 3 of urls): connection refused; trying again" in daemon.read_log() or None
+
+    repeat_until(told_of, SOON_S, "the log says who is down")
+    late = Web(port)
+    stack.callback(late.close)
+    late.wait_post("1 started")
+    leader = start_leader("pools.py", "executor", "--idle", "--method", "fork", socket=daemon.socket)
+    leader.kill9()
+    assert harness.broken_promise(leader) == ""
+    event = daemon.wait_end(leader.session)
+    told = web.wait_post("1 reaped")
+    assert told["type"] == "warning"
+    for words in (f"uid {os.geteuid()}", "SIGKILL", f"{len(event['processes'])} process"):
+        assert words in told["message"]
+
+    def heard() -> list[dict[str, Any]] | None:
+        with open(out, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+        found = [json.loads(line) for line in lines if line.startswith("{")]
+        return found if len(found) == 2 and len(lines) == 4 else None
+
+    _, reaped = repeat_until(heard, SOON_S, "the command is run twice")
+    assert (reaped["session"], reaped["processes"]) == (leader.session, event["processes"])
+    late.wait_post("1 reaped")
+    assert "json://*** (entry 3 of urls) works again" in daemon.read_log()
+    _check_secrets(daemon, scratch)
+    began_s = time.monotonic()
+    assert daemon.stop() == 0
+    assert time.monotonic() - began_s < harness.STOPPED_WITHIN_S
+    assert SECRET not in daemon.read_log()
+
+
+def _check_secrets(daemon: harness.Daemon, scratch: Scratch) -> None:
+    """Nobody is shown a URL: not by the log, ps, the control command, or a file other than the settings."""
+    assert 'urls = ["json://***", "json://***", "json://***"]' in daemon.ctl("config", "show").stdout
+    shown = [
+        daemon.read_log(),
+        *(
+            daemon.ctl(*words).stdout
+            for words in (["config", "show", "--json"], ["events", "--json"], ["status", "--json"])
+        ),
+    ]
+    assert SECRET not in "".join(shown)
+
+    def at_work() -> list[int] | None:
+        daemon.ctl("ping")
+        found = descendants(daemon.pid)
+        return found if len(found) >= 4 else None
+
+    family = repeat_until(
+        at_work, SOON_S, "the core, its gate, who sends, and a helper at the target that hangs"
+    )
+    assert SECRET.encode() not in b"".join(map(words_of, family))
+    for folder, _, names in os.walk(scratch.path):
+        for name in names:
+            path = os.path.join(folder, name)
+            if path != daemon.config and os.path.isfile(path):
+                assert SECRET.encode() not in Path(path).read_bytes(), path
+
+
+def test_every_target_can_be_tried_and_who_sends_has_no_rights(start_daemon: StartDaemon, web: Web) -> None:
+    down = f"json://127.0.0.1:{free_port()}/{SECRET}"
+    daemon = start_daemon(config=settings([web.url], command=["/bin/true"]))
+    done = daemon.ctl("alerts", "test")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["json://*** (entry 1 of urls): sent", "/bin/true: sent"]
+    assert web.wait_post("a test")["message"].startswith("Somebody ran `reaperctl alerts test`")
+
+    with open(daemon.config, "w", encoding="utf-8") as file:
+        file.write(settings([web.url, down]))
+    os.chmod(daemon.config, 0o644)
+    daemon.reload()
+    daemon.wait_notified("READY=1", SOON_S)
+    done = daemon.ctl("alerts", "test", "--json")
+    good, bad = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert good == {"target": "json://*** (entry 1 of urls)", "sent": True, "reason": None}
+    assert bad == {"target": "json://*** (entry 2 of urls)", "sent": False, "reason": "connection refused"}
+    assert f"every user can read the passwords of [alerts] urls in {daemon.config}" in daemon.read_log()
+
+    (sender,) = (pid for pid in daemon.children() if "reaperd.alert_sender" in harness.cmdline(pid))
+    status = harness.read_proc(sender, "status").decode()
+    assert "NoNewPrivs:\t1\n" in status
+    assert len(os.listdir(f"/proc/{sender}/fd")) == 4, "nothing of the core's but the channel"
+    if os.geteuid() == 0:
+        assert "CapEff:\t0000000000000000\n" in status
+        assert "Uid:\t0" not in status
+        refused = daemon.ctl("alerts", "test", uid=STRANGER)
+        assert (refused.returncode, "only root and the admins" in refused.stderr) == (4, True)
+
+    with open(daemon.config, "w", encoding="utf-8") as file:
+        file.write(SETTINGS)
+    daemon.reload()
+    daemon.wait_notified("READY=1", SOON_S)
+    assert harness.wait_gone([sender], SOON_S) == []
+    done = daemon.ctl("alerts", "test")
+    assert (done.returncode, "nobody is to be alerted" in done.stderr) == (1, True)
+    assert SECRET not in daemon.read_log()
+
+
+def test_a_burst_of_a_thousand_events_makes_few_messages_that_count_them_all(web: Web) -> None:
+    poller = Poller()
+    alerts = Alerts(poller, AlertsConfig(urls=(web.url,), on=("killed", "stuck"), group_within_s=1.0))
+    try:
+        for number in range(1000):
+            one = report.event("stuck" if number % 100 == 0 else "killed", uid=number, rule="memory")
+            alerts.note(News(number, 0.0, {"at": "2026-01-31T12:00:00.000Z", **one}))
+
+        def counted() -> bool | None:
+            poller.wait(0.02)
+            alerts.exchange(time.monotonic())
+            alerts.step(time.monotonic())
+            return sum(map(events_in, list(web.posts))) >= 1000 or None
+
+        repeat_until(counted, SOON_S, "all are told of")
+        assert sum(map(events_in, web.posts)) == 1000
+        assert len(web.posts) <= 4
+        assert web.posts[0]["type"] == "failure"
+        assert web.posts[0]["message"].count("\n- ") <= 12
+    finally:
+        alerts.close(time.monotonic())
+        poller._epoll.close()
+
+
+def events_in(post: dict[str, Any]) -> int:
+    """Return how many events a message says that there were."""
+    return sum(int(part.split()[0]) for part in post["title"].partition(": ")[2].split(", "))
+
+
+# -- before there is a daemon ----------------------------------------------------------------------------
+
+
+def check(run: str, path: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "reaperd", "--check-config", "--config", path],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SOON_S,
+        env=harness.test_environment(run, **more),
+    )
+
+
+def test_what_cannot_be_sent_is_said_when_the_settings_are_checked(run: str, scratch: Scratch) -> None:
+    path = scratch.file("reaper.toml")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(settings(["json://localhost/x", f"nosuch://{SECRET}/x"]))
+    os.chmod(path, 0o600)
+    done = check(run, path)
+    assert done.returncode == 2
+    assert f"{path}: [alerts] urls: entry 2: must be a URL that Apprise can use" in done.stderr
+    assert done.stderr.rstrip().endswith("got nosuch://***")
+    assert SECRET not in done.stderr
+
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(settings([f"json://{SECRET}/x"]))
+    os.chmod(path, 0o644)
+    missing = scratch.directory("path")
+    with open(os.path.join(missing, "apprise.py"), "w", encoding="ascii") as file:
+        file.write("raise ModuleNotFoundError(name='apprise')\n")
+    found = check(run, path, PYTHONPATH=os.pathsep.join([missing, harness.IMPORT_PATH]))
+    assert (found.returncode, "the configuration is good" in found.stdout) == (0, True)
+    open_to_all, not_installed = found.stderr.splitlines()
+    assert open_to_all.startswith("reaperd: warning: every user can read the passwords of [alerts] urls in ")
+    assert not_installed.endswith(
+        "no alert can be sent: Apprise is not installed: pip install 'reaperd[alerts]'"
+    )

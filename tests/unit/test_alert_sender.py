@@ -1,0 +1,208 @@
+"""The process that sends alerts: real helpers run real commands, one target holds up no other, and no reason holds a secret."""
+
+from __future__ import annotations
+
+import functools
+import json
+import select
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harness import repeat_until
+
+from reaperd import alert_delivery, report
+from reaperd.alert_check import MISSING, faults_and_warnings, why_no_apprise
+from reaperd.alert_groups import SETTLE_S, Outcome
+from reaperd.alert_sender import _MAX_EVENTS, Sender
+from reaperd.linux.helper import finish_helper, start_helper
+
+SOON_S = 20.0
+BAD = "nosuchservice://hunter2/token"
+
+
+def in_helper(work: Callable[[], Any]) -> Any:
+    """Return the result of what must not run in this process: it silences it."""
+    helper = start_helper(work)
+    poller = select.poll()
+    poller.register(helper.pidfd, select.POLLIN)
+    assert poller.poll(SOON_S * 1000)
+    return finish_helper(helper)
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n", "utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+class World:
+    """A sender, told things by the test."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.said: list[dict[str, Any]] = []
+        self.sender = Sender(self.said.append)
+        self.set(**settings)
+
+    def set(self, **settings: Any) -> None:
+        given = {"urls": [], "command": [], "group_within_s": 60.0, "host": "node7", **settings}
+        self.take({"settings": given})
+
+    def take(self, message: dict[str, Any]) -> None:
+        self.sender.take(message, time.monotonic())
+
+    def note(self, kind: str = "reaped", **fields: Any) -> None:
+        self.take({"event": {"at": "2026-01-31T12:00:00.000Z", **report.event(kind, **fields)}})
+
+    def until(self, done: Callable[[], bool], later_s: float = 0.0) -> None:
+        def look() -> bool | None:
+            poller = select.poll()
+            for descriptor in self.sender.descriptors():
+                poller.register(descriptor, select.POLLIN)
+            poller.poll(20)
+            self.sender.step(time.monotonic() + later_s)
+            return done() or None
+
+        repeat_until(look, SOON_S, "what is asked of the sender")
+
+    def logged(self) -> list[str]:
+        return [one["text"] for one in self.said if "log" in one]
+
+
+def test_a_command_is_given_each_event_as_json_in_order_and_one_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = script(
+        tmp_path / "hook",
+        f'test -e {out}.busy && echo busy >> {out}\ntouch {out}.busy\ncat >> {out}\necho "$1" >> {out}\nrm {out}.busy',
+    )
+    here = World(command=[command, "a b; $(c)"])
+    for name in ("x", "y", "z"):
+        here.note(name=name, session="s")
+        here.sender.step(time.monotonic())
+        assert len(here.sender.descriptors()) == 1
+    here.until(here.sender.is_done)
+    lines = out.read_text("utf-8").splitlines()
+    assert lines[1::2] == ["a b; $(c)"] * 3, "no shell looks at it"
+    told = [json.loads(line) for line in lines[::2]]
+    assert [(one["name"], one["kind"], one["host"]) for one in told] == [
+        (n, "reaped", "node7") for n in "xyz"
+    ]
+    assert here.said == []
+
+
+def test_a_command_that_fails_is_told_of_and_the_next_event_is_given_to_it(tmp_path: Path) -> None:
+    here = World(command=[script(tmp_path / "hook", "exit 3")])
+    here.note()
+    here.note()
+    here.until(here.sender.is_done)
+    assert here.logged() == ["the command for an event failed: it left with 3"] * 2
+
+
+def test_what_is_wrong_with_a_command_is_said_in_words(tmp_path: Path) -> None:
+    def run(command: str, most_s: float = 5.0) -> Any:
+        return in_helper(functools.partial(alert_delivery.run_command, [command], {"kind": "x"}, most_s))
+
+    assert run(str(tmp_path / "none")) == ["failed", "it cannot be run: no such file or directory"]
+    assert run(script(tmp_path / "killed", "kill -9 $$")) == ["failed", "it was ended by signal 9"]
+    assert run(script(tmp_path / "slow", "exec sleep 60"), 0.2) == ["failed", "it took longer than 0.2 s"]
+    assert run(script(tmp_path / "deaf", "exit 0")) == ["sent", ""]
+
+
+def test_more_events_than_a_command_can_be_given_are_counted_and_told_of(tmp_path: Path) -> None:
+    here = World(command=["/nowhere"])
+    for _ in range(_MAX_EVENTS + 7):
+        here.note()
+    here.take({"lost": {"reaped": 3}, "at": "now"})
+    assert len(here.sender._events) == _MAX_EVENTS
+    while len(here.sender._events) > 1:
+        here.sender._events.pop()
+    here.until(here.sender.is_done)
+    assert here.logged()[-1] == "the command was not run for 10 events: there were too many at a time"
+
+
+def test_a_url_that_apprise_does_not_know_is_told_of_once_and_without_its_secret() -> None:
+    here = World(urls=[BAD])
+    here.note()
+    here.until(lambda: bool(here.said), SETTLE_S)
+    here.note()
+    here.until(lambda: not here.sender.descriptors() and not here.sender._targets[0].outbox.count(), 1e4)
+    (said,) = here.logged()
+    assert said.startswith(
+        "gave up sending 1 event to nosuchservice://*** (entry 1 of urls): Apprise does not understand"
+    )
+    assert "hunter2" not in json.dumps(here.said)
+
+
+def test_a_failure_is_told_of_once_and_so_is_its_end() -> None:
+    here = World(urls=["a://hunter2/x", "b://hunter2/y"])
+    target = here.sender._targets[1]
+    for outcome in (Outcome.FAILED, Outcome.FAILED, Outcome.SENT, Outcome.SENT):
+        here.note()
+        assert target.outbox.take(time.monotonic(), at_once=True)
+        here.sender._sent(target, outcome, "connection refused")
+    first, last = here.logged()
+    assert first == "cannot send to b://*** (entry 2 of urls): connection refused; trying again"
+    assert last.startswith("sending to b://*** (entry 2 of urls) works again, after ")
+
+
+def test_what_waits_for_a_url_that_stays_goes_on_waiting() -> None:
+    here = World(urls=["a://x", "b://y", "b://y"])
+    here.note()
+    here.set(urls=["c://z", "b://y"], group_within_s=5.0)
+    assert [(one.url, one.number, one.outbox.count()) for one in here.sender._targets] == [
+        ("c://z", 1, 0),
+        ("b://y", 2, 1),
+    ]
+
+
+def test_a_test_tells_of_each_target_what_came_of_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    here = World(urls=[BAD], command=[script(tmp_path / "hook", f"cat > {out}")])
+    here.take({"test": 5})
+    here.until(lambda: bool(here.said))
+    (told,) = here.said
+    bad, command = told["results"]
+    assert (told["tested"], bad["target"], bad["sent"]) == (5, "nosuchservice://*** (entry 1 of urls)", False)
+    assert "Apprise does not understand" in bad["reason"]
+    assert command == {"target": str(tmp_path / "hook"), "sent": True, "reason": None}
+    assert json.loads(out.read_text("utf-8"))["kind"] == "test"
+
+
+def test_a_test_without_targets_is_answered_at_once() -> None:
+    here = World()
+    here.take({"test": 5})
+    assert here.said == [{"tested": 5, "results": []}]
+
+
+def test_what_is_left_as_the_daemon_ends_is_told_of() -> None:
+    here = World(urls=["a://x"], command=["/nowhere"])
+    here.note()
+    here.take({"lost": {"reaped": 2}, "at": "now"})
+    here.sender.close()
+    assert here.logged() == [
+        "not sent to a://*** (entry 1 of urls), as the daemon ends: 3 events",
+        "not given to the command, as the daemon ends: 3 events",
+    ]
+
+
+# -- what is checked beforehand --------------------------------------------------------------------------
+
+
+def test_urls_that_apprise_cannot_use_are_faults_without_their_secrets() -> None:
+    faults, warnings = faults_and_warnings(["json://localhost/x", BAD, "slack://hunter2"])
+    assert warnings == []
+    assert [fault.split(": ")[1] for fault in faults] == ["entry 2", "entry 3"]
+    assert faults[0].endswith("got nosuchservice://***")
+    assert "hunter2" not in "".join(faults)
+    assert faults_and_warnings([]) == ([], [])
+
+
+def test_why_apprise_cannot_be_had_is_said_with_what_helps() -> None:
+    assert why_no_apprise(ImportError(name="apprise")) == MISSING
+    assert "pip install" in MISSING
+    assert (
+        why_no_apprise(ImportError(name="requests.adapters"))
+        == "Apprise cannot be imported, for requests cannot"
+    )
+    assert why_no_apprise(ImportError()) == "Apprise cannot be imported, for a part of it cannot"
