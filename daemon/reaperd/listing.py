@@ -121,6 +121,8 @@ class Listing:
         else:
             members = {id_: t.member for id_, t in entry.targets.items() if t.gone_at_s is None}
         usage = {id_: self._core.observer.usage.of(member.process) for id_, member in members.items()}
+        if entry.died_at_s is None and (leader := self._core.observer.usage_of(entry.session.leader)):
+            usage[entry.session.leader] = leader
         return encode_part(
             report.session_record(entry, members, usage, leader_cmdline=cmdline, progress=progress)
         )

@@ -45,7 +45,7 @@ class Living:
             "look at the members",
         )
         entries = (self._sessions.entries[key] for key in keys if key in self._sessions.entries)
-        seen = (id_ for entry in entries for id_ in entry.session.seen)
+        seen = (id_ for entry in entries for id_ in (entry.session.leader, *entry.session.seen))
         processes = (self._observer.census.known.processes.get(id_.pid) for id_ in seen)
         self._observer.usage.note(process for process in processes if process is not None)
         if all(entry.died_at_s is None for entry in self._sessions.entries.values()):

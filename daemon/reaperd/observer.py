@@ -23,7 +23,7 @@ from reaperd.linux.procfs import (
 from reaperd.linux.shm import SHM
 from reaperd.marks import MarkReader
 from reaperd.memory import Wish
-from reaperd.model import Namespaces, ProcessId, Session
+from reaperd.model import Namespaces, ProcessId, Session, Usage
 from reaperd.usage import UsageMeter
 
 
@@ -128,6 +128,11 @@ class Observer:
     def open_mapped_page(self, pid: int, addresses: str, uid: int) -> int:
         """Return a descriptor of ours for the page that ``pid`` has mapped; as ``open_page()``."""
         return page.open_page(self.proc.mapping_path(pid, addresses), uid=uid)
+
+    def usage_of(self, id_: ProcessId) -> Usage | None:
+        """Return what a process took of the machine when it was last read, None where it has not been."""
+        process = self.census.known.processes.get(id_.pid)
+        return self.usage.of(process) if process is not None and process.id == id_ else None
 
     def cmdlines(self, ids: Iterable[ProcessId]) -> dict[int, list[str]]:
         """Return the command lines of ``ids``, by pid; whoever is gone, or cannot be read in time, has none."""

@@ -31,6 +31,7 @@ from reaperd.verdicts import (
     Suspect,
     Verdict,
     add_sample,
+    ends_in_s,
     held_by_groups,
     judge,
     load_of,
@@ -434,7 +435,15 @@ class Orphans:
 
     def describe(self, one: Judged) -> dict[str, Any]:
         """Return what is told of one orphan."""
-        return report.orphan_record(one.suspect, one.given, one.verdict, self.target_of(one.suspect.id))
+        given = one.given._replace(now_s=_since_boot_s())
+        due_s = ends_in_s(one.suspect, given, self._rules)
+        return report.orphan_record(
+            one.suspect,
+            given,
+            one.verdict,
+            self.target_of(one.suspect.id),
+            ends_in_s=None if self._policy.dry_run else due_s,
+        )
 
 
 def _since_boot_s() -> float:

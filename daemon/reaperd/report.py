@@ -178,9 +178,14 @@ def ended_by(hunt: Hunt) -> tuple[int, Freed]:
 
 
 def orphan_record(
-    one: Suspect, given: Circumstances, verdict: Verdict, target: Target | None
+    one: Suspect,
+    given: Circumstances,
+    verdict: Verdict,
+    target: Target | None,
+    *,
+    ends_in_s: float | None = None,
 ) -> dict[str, Any]:
-    """Return what ``orphans`` says of one; without its command line."""
+    """Return what ``orphans`` says of one. ``verdict`` may be older than ``given``, which is of now."""
     record = given.record
     stopped_s = None if record.quarantined_at_s is None else given.now_s - record.quarantined_at_s
     return {
@@ -196,6 +201,7 @@ def orphan_record(
         "rss_bytes": one.process.rss_bytes,
         "gpu_bytes": one.gpu_bytes,
         "quarantined_s": None if stopped_s is None else round(stopped_s, 1),
+        "ends_in_s": None if ends_in_s is None else round(ends_in_s, 1),
         "ends_by_itself": _alone(one),
         "cmdline": list(one.process.argv) or None,
         "evidence": list(verdict.prospects),
@@ -253,8 +259,12 @@ def session_record(
     leader_cmdline: list[str] | None,
     progress: pages.Progress | None,
 ) -> dict[str, Any]:
-    """Return what ``ps`` says of one session; the command line is None for who may not see it."""
+    """Return what ``ps`` says of one session; the command line is None for who may not see it.
+
+    ``usage`` is of the members, and of the leader while it lives.
+    """
     session = entry.session
+    leader = usage.get(session.leader)
     return {
         "id": session.id,
         "name": session.name,
@@ -268,7 +278,10 @@ def session_record(
             "pid": session.leader.pid,
             "start_ticks": session.leader.start_ticks,
             "cmdline": leader_cmdline,
+            "cpu_percent": None if leader is None else round(leader.cpu_percent, 1),
+            "rss_bytes": None if leader is None else leader.rss_bytes,
         },
+        "cause": cause_record(session.cause),
         "progress": None if progress is None else progress_record(progress),
         "workers": [
             {

@@ -220,6 +220,28 @@ def judge(one: Suspect, given: Circumstances, rules: Rules) -> Verdict:
     return verdict(rules.action, rule, reason, would)
 
 
+def ends_in_s(one: Suspect, given: Circumstances, rules: Rules) -> float | None:
+    """Return the seconds until ``one`` is to be ended if it goes on as it does now; None where no rule would have it ended.
+
+    0 where the next scan does it. GPU memory is not asked for before the age limit, and does not count until then.
+    """
+    fate = judge(one, given, rules).fate
+    stopped_at_s = given.record.quarantined_at_s
+    if fate is Fate.KILL:
+        return 0.0
+    if fate is Fate.QUARANTINE:
+        return rules.quarantine_for_s - (0.0 if stopped_at_s is None else given.now_s - stopped_at_s)
+    if fate is not Fate.WAIT or rules.action is Fate.REPORT:
+        return None
+    lost_at_s = given.record.lost_at_s
+    for age_s in sorted((rules.age_limit_s, STAYS_S)):
+        then = given._replace(now_s=max(given.now_s, lost_at_s + age_s))
+        if _harm(one, then, rules) is not None:
+            stops_s = rules.quarantine_for_s if rules.action is Fate.QUARANTINE else 0.0
+            return then.now_s - given.now_s + stops_s
+    return None
+
+
 def _identity(one: Suspect) -> tuple[str, ...]:
     if one.signature is not None:
         return (f"{how_recognised(one)}: {one.role.value} of {one.framework}",)

@@ -37,6 +37,9 @@ class Observer:
     asked: list[ProcessId] = field(default_factory=list)
     usage: UsageMeter = field(default_factory=UsageMeter)
 
+    def usage_of(self, id_: ProcessId) -> Usage | None:
+        return Usage(3.0, 8192)
+
     def cmdlines(self, ids: Any) -> dict[int, list[str]]:
         self.asked += ids
         return {id_.pid: ["python", f"{id_.pid}.py"] for id_ in ids if id_.pid != 9}

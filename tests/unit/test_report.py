@@ -248,7 +248,7 @@ def test_a_session_is_told_with_every_field_that_others_rely_on() -> None:
     told = record(
         entry,
         member(201, rss_bytes=4096),
-        usage={ProcessId(201, 2000): Usage(99.96, 8192)},
+        usage={ProcessId(201, 2000): Usage(99.96, 8192), SESSION.leader: Usage(3.04, 4096)},
         leader_cmdline=["python", "train.py"],
         progress=pages.Progress(3.0, 64.0, "fold 3"),
     )
@@ -261,7 +261,14 @@ def test_a_session_is_told_with_every_field_that_others_rely_on() -> None:
         "started_at": "2030-01-01T00:00:00.000Z",
         "attempt": None,
         "isolated": False,
-        "leader": {"pid": 100, "start_ticks": 1000, "cmdline": ["python", "train.py"]},
+        "leader": {
+            "pid": 100,
+            "start_ticks": 1000,
+            "cmdline": ["python", "train.py"],
+            "cpu_percent": 3.0,
+            "rss_bytes": 4096,
+        },
+        "cause": None,
         "progress": {"done": 3, "total": 64, "message": "fold 3"},
         "workers": [
             {

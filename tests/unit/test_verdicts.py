@@ -21,6 +21,7 @@ from reaperd.verdicts import (
     Suspect,
     Verdict,
     add_sample,
+    ends_in_s,
     held_by_groups,
     judge,
     load_of,
@@ -224,3 +225,31 @@ def test_every_verdict_carries_what_it_was_made_of() -> None:
         "200.0 MiB",
     ):
         assert fact in text
+
+
+def due_s(
+    *,
+    age_s: float,
+    row: Signature = LOKY,
+    group_bytes: int = 200 * MIB,
+    rules: Rules = RULES,
+    **remembered: Any,
+) -> float | None:
+    given = Circumstances(Record(1000.0, **remembered), 1000.0 + age_s, group_bytes, None)
+    return ends_in_s(suspect(row), given, rules)
+
+
+def test_an_orphan_that_breaks_a_rule_is_to_end_when_it_is_old_enough() -> None:
+    assert due_s(age_s=100.0) == 200.0
+    assert due_s(age_s=300.0) == 0.0
+    assert due_s(age_s=100.0, rules=Rules(action=Fate.QUARANTINE)) == 800.0
+    assert due_s(age_s=500.0, rules=Rules(action=Fate.QUARANTINE)) == 600.0
+    assert due_s(age_s=900.0, rules=Rules(action=Fate.QUARANTINE), quarantined_at_s=1500.0) == 200.0
+
+
+def test_an_orphan_that_breaks_no_rule_is_to_end_only_where_it_never_does_so_by_itself() -> None:
+    assert due_s(age_s=100.0, group_bytes=MIB) is None
+    assert due_s(age_s=100.0, row=EXECUTOR, group_bytes=MIB) == STAYS_S - 100.0
+    assert due_s(age_s=100.0, rules=Rules(action=Fate.REPORT)) is None
+    assert due_s(age_s=100.0, row=TRACKER) is None
+    assert due_s(age_s=500.0, row=UNCERTAIN) is None
