@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 from reaperd.ctl import DONE, FAILED, render
 from reaperd.ctl.link import Link, follow, so_far
 from reaperd.ctl.terminal import look_of_stdout, put, put_now, tell
-from reaperd.ctl.text import plain
 from reaperd.ctl.units import number_of, text_of
 from reaperd.times import rfc3339
 
@@ -75,32 +74,30 @@ def stop(options: Namespace) -> int:
     """End a session and wait until the daemon says what became of it."""
     link = Link.of(options)
     link.ask("ping")  # settles which daemon is meant: a request that is lost must not go to the next one
-    began = time.monotonic()
-    reply = link.ask("stop", session=options.session)
-    session = text_of(reply, "session") or options.session
-    happened = follow(
-        link,
-        after=int(number_of(reply, "after") or 0),
-        on_lost=tell,
-        until=began + options.wait,
-        session=session,
-    )
-    for one in happened:
-        if text_of(one, "kind") in ENDS:
-            return _report(one, session)
-    tell(
-        f"session {session} was told to stop, but was not gone after {options.wait:g} s; "
-        "`reaperctl ps` shows what is left of it"
-    )
-    return FAILED
-
-
-def _report(one: dict[str, Any], session: str) -> int:
-    name = text_of(one, "name")
-    who = f"{name} ({session})" if name else session
-    put(f"stopped {plain(who)}: {render.what_happened(one) or 'it had no workers'}")
+    session, one = stop_session(link, options.session, wait_s=options.wait, on_lost=tell)
+    if one is None:
+        tell(f"{render.not_stopped(session, options.wait)}; `reaperctl ps` shows what is left of it")
+        return FAILED
+    put(render.stopped(one, session))
     left = render.remaining(one)
     if not left:
         return DONE
     put(f"still there: {', '.join(map(str, left))}; the daemon goes on trying, see `reaperctl ps`")
     return FAILED
+
+
+def stop_session(
+    link: Link, session: str, *, wait_s: float, on_lost: Callable[[str], None]
+) -> tuple[str, dict[str, Any] | None]:
+    """Have a session ended; return its id, and the event that tells of its end, None where none came in time."""
+    began = time.monotonic()
+    reply = link.ask("stop", session=session)
+    found = text_of(reply, "session") or session
+    happened = follow(
+        link,
+        after=int(number_of(reply, "after") or 0),
+        on_lost=on_lost,
+        until=began + wait_s,
+        session=found,
+    )
+    return found, next((one for one in happened if text_of(one, "kind") in ENDS), None)

@@ -17,15 +17,14 @@ from datetime import datetime, timezone
 from typing import Protocol
 
 from reaperd.ctl import DONE, CommandError, render_monitor
+from reaperd.ctl.answers import ask_all
 from reaperd.ctl.link import Link, NoDaemonError
 from reaperd.ctl.render_monitor import Figures
 from reaperd.ctl.screen import Screen, Signalled, drawing
 from reaperd.ctl.terminal import look_of_stdout, put_now, tell
 from reaperd.ctl.text import plain
-from reaperd.ctl.units import list_of
 
 _RETRY_S = 1.0  # a daemon that is back is noticed so soon, whatever the interval
-_LEAST_S = 0.01  # that a question may take
 
 
 class Sheet(Protocol):
@@ -115,15 +114,8 @@ def watch(
 
 def _look(link: Link, end_s: float) -> Figures:
     """Return what there is; NoDaemonError, CommandError. No answer is waited for beyond ``end_s``."""
-    replies = {}
-    for op in ("status", "ps", "orphans"):
-        replies[op] = link.ask(op, within_s=max(_LEAST_S, end_s - time.monotonic()))
-    return render_monitor.figures(
-        list_of(replies["ps"], "sessions"),
-        list_of(replies["orphans"], "orphans"),
-        replies["status"].get("status"),
-        datetime.now(timezone.utc),
-    )
+    found = ask_all(link, end_s)
+    return render_monitor.figures(found.sessions, found.orphans, found.status, found.at)
 
 
 # -- what the figures are put on ------------------------------------------------------------------

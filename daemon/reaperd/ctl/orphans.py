@@ -11,7 +11,6 @@ from reaperd.ctl import DONE, USAGE, CommandError, render_orphans
 from reaperd.ctl.commands import user_of
 from reaperd.ctl.link import Link, NoDaemonError, refused
 from reaperd.ctl.terminal import look_of_stdout, put, put_json
-from reaperd.ctl.text import field
 from reaperd.ctl.units import list_of, number_of
 
 Ask = Callable[..., dict[str, Any]]
@@ -106,14 +105,7 @@ def protect(options: Namespace) -> int:
     if options.json:
         put_json(_process(reply, "name"))
     else:
-        name = field(reply, "name")
-        who = f"pid {options.pid}" + (f" ({name})" if name else "")
-        done = (
-            "is judged as any other again"
-            if undo
-            else "is left alone from now on; what it starts is judged as ever"
-        )
-        put(f"{who} {done}")
+        put(render_orphans.protected(reply, undo=options.undo))
     return DONE
 
 
@@ -123,7 +115,7 @@ def release(options: Namespace) -> int:
     if options.json:
         put_json(_process(reply))
     else:
-        put(f"pid {options.pid} goes on, and is left alone from now on")
+        put(render_orphans.released(reply))
     return DONE
 
 

@@ -191,12 +191,15 @@ def progress_line(progress: Any, look: Look) -> str:
     if total is None or total <= 0:
         return _joined([(f"{plain_number(done)} done", ""), (field(progress, "message"), "")], look)
     share = min(max(done / total, 0.0), 1.0)
-    filled = int(share * _BAR_COLUMNS)
-    bar = look.choose("█", "#") * filled + look.choose("░", "-") * (_BAR_COLUMNS - filled)
+    bar = f"[{''.join(bar_of(share, _BAR_COLUMNS, look))}] {int(share * 100)} %"
     count = f"{plain_number(done)} of {plain_number(total)}"
-    return _joined(
-        [(f"[{bar}] {int(share * 100)} %", ""), (count, ""), (field(progress, "message"), "")], look
-    )
+    return _joined([(bar, ""), (count, ""), (field(progress, "message"), "")], look)
+
+
+def bar_of(share: float, width: int, look: Look) -> tuple[str, str]:
+    """Return the filled and the empty part of a bar; ``share`` is from 0 to 1."""
+    filled = int(share * width)
+    return look.choose("█", "#") * filled, look.choose("░", "-") * (width - filled)
 
 
 # -- events ---------------------------------------------------------------------------------------
@@ -413,6 +416,18 @@ def troubles(found: Any) -> list[str]:
 def _config_of(found: Any) -> str:
     files = [plain(name) for name in list_of(found, "config") if isinstance(name, str)]
     return ", ".join(files) or field(found, "config") or "built-in defaults"
+
+
+def stopped(one: Any, session: str) -> str:
+    """Return what became of a session that was to stop."""
+    name = field(one, "name")
+    who = f"{name} ({plain(session)})" if name else plain(session)
+    return f"stopped {who}: {what_happened(one) or 'it had no workers'}"
+
+
+def not_stopped(session: str, wait_s: float) -> str:
+    """Return what is said where a session takes its time."""
+    return f"session {plain(session)} was told to stop, but was not gone after {wait_s:g} s"
 
 
 def remaining(one: Any) -> list[int]:

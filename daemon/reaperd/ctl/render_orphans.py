@@ -324,6 +324,23 @@ def _event_of(one: Any, found: Any, look: Look) -> list[str]:
     return lines
 
 
+# -- protect, release -----------------------------------------------------------------------------
+
+
+def protected(reply: Any, *, undo: bool) -> str:
+    """Return what the daemon has promised of one process."""
+    name = field(reply, "name")
+    who = f"pid {_pid(reply)}" + (f" ({name})" if name else "")
+    if undo:
+        return f"{who} is judged as any other again"
+    return f"{who} is left alone from now on; what it starts is judged as ever"
+
+
+def released(reply: Any) -> str:
+    """Return what became of one process that was stopped."""
+    return f"pid {_pid(reply)} goes on, and is left alone from now on"
+
+
 # -- cleanup --------------------------------------------------------------------------------------
 
 
