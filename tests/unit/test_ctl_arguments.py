@@ -23,6 +23,7 @@ COMMANDS = [
     ["protect", "4711"],
     ["release", "4711"],
     ["monitor"],
+    ["top"],
     ["ping"],
     ["doctor"],
     ["alerts", "test"],
@@ -239,6 +240,11 @@ def test_monitor_takes_no_time_that_is_none(capsys: pytest.CaptureFixture[str], 
 
 def test_a_duration_that_is_none_is_told_that_0_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert "must be 0, for no end, or a number of seconds" in refused(capsys, "monitor", "--duration=-1")
+
+
+def test_the_screen_looks_every_second_unless_told() -> None:
+    assert main.parse(["top"]).interval == 1.0
+    assert main.parse(["top", "--interval", "0.5"]).interval == 0.5
 
 
 @pytest.mark.parametrize("words", [["orphans"], ["explain", "1"], ["cleanup"], ["monitor"]])

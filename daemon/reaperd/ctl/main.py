@@ -124,6 +124,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from reaperd.ctl import monitor
 
         return monitor.monitor(options)
+    if command == "top":
+        from reaperd.ctl import top
+
+        return top.top(options)
     if command == "run":
         from reaperd.ctl import run
 
@@ -403,6 +407,16 @@ def _monitor_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _top_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--interval",
+        metavar="S",
+        type=_interval,
+        default=1.0,
+        help="seconds from one look to the next (default 1)",
+    )
+
+
 def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.usage = "reaperctl run [OPTIONS] [--] COMMAND [ARGS ...]"
     parser.add_argument(
@@ -455,6 +469,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...
     ("protect", "have one running process left alone", _protect_options),
     ("release", "let a process go on that was stopped, and leave it alone", _process_options),
     ("monitor", "show what there is, and what it takes, again and again", _monitor_options),
+    ("top", "watch sessions, orphans and events on a live screen, and act on them with keys", _top_options),
     ("run", "run a command as a session, and start it again where it fails", _run_options),
     ("events", "print what happened: to sessions, to orphans, and to the daemon itself", _events_options),
     ("report", "sum up the history: what was ended, what that freed, and how fast", _report_options),

@@ -267,16 +267,20 @@ def signal_name(number: float | str | None) -> str:
 
 def event(one: Any, look: Look) -> str:
     """Return one event as one line: time, kind, session, then what happened."""
+    return _joined(event_pieces(one, look), look).rstrip()
+
+
+def event_pieces(one: Any, look: Look) -> list[tuple[str, str]]:
+    """Return the same in pieces, each with its colour."""
     kind = field(one, "kind") or "?"
     who = cut(field(one, "name") or field(one, "session"), _NAME_COLUMNS, look)
     when = moment(text_of(one, "at"))
-    pieces = [
+    return [
         (when.strftime("%Y-%m-%dT%H:%M:%SZ") if when else field(one, "at") or "-", "dim"),
         (_padded(kind, _KIND_COLUMNS), _KIND_COLOURS.get(kind, "")),
         (who, "bold"),
         (what_happened(one), ""),
     ]
-    return _joined(pieces, look).rstrip()
 
 
 def what_happened(one: Any) -> str:
