@@ -171,6 +171,27 @@ class Remains:
         )
 
 
+def of_session(session_id: str, leader: Id | None) -> list[Process]:
+    """Return who belongs to a session, as far as this can be told from outside: leader, workers, trackers and all they started.
+
+    Those that bear its mark, and what is below its ``leader`` while that lives. Nobody is to be signalled on this alone.
+    """
+    listing = _Listing()
+    found = {
+        one.pid: one
+        for one in listing.processes.values()
+        if one.state not in "ZX" and ((session_id and _bears_mark(one, session_id)) or one.id == leader)
+    }
+    for pid in list(found):
+        found.update({one.pid: one for one in listing.below(pid) if one.state not in "ZX"})
+    return [one for one in found.values() if session_id not in _marks_of(one, wire.SPARED_VARIABLE)]
+
+
+def is_tracker(one: Process) -> bool:
+    """Say whether a process guards shared memory for the others."""
+    return _is_tracker(one)
+
+
 # -- the end of processes -------------------------------------------------------------------------
 
 

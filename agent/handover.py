@@ -34,6 +34,7 @@ def take_over(session_id: str) -> HandedOver | None:
         boot_id,
         realm=wire.text_field(record, "realm") if "realm" in record else "",
         attempt=wire.attempt_field(record),
+        status_file=wire.text_field(record, "status_file") if "status_file" in record else None,
         inherited_fd=descriptor,
     )
     return HandedOver(page, sockets, name)

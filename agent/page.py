@@ -36,6 +36,7 @@ class SessionPage:
         *,
         realm: str = "",
         attempt: tuple[int, int] | None = None,
+        status_file: str | None = None,
         for_exec: bool = False,
         inherited_fd: int = -1,
     ) -> None:
@@ -47,7 +48,7 @@ class SessionPage:
         self._identity = (session, name, start_ticks, boot_id)
         self.attempt = attempt
         self._sockets: list[str] = []
-        self._fields: dict[str, Any] = {"realm": realm, "attempt": attempt}
+        self._fields: dict[str, Any] = {"realm": realm, "attempt": attempt, "status_file": status_file}
         self._flags = 0
         self._record_bytes = 0
         self._lock = _thread.RLock()  # a signal handler may write in the middle of a write

@@ -64,14 +64,14 @@ def read_status(path: str | os.PathLike[str]) -> Status:
     status = parse_status(data)
     if status.state != RUNNING:
         return status
-    if status.boot_id != _read_text(_BOOT_ID):
+    if status.boot_id != read_boot_id():
         return status._replace(state=KILLED if status.host == os.uname().nodename else UNKNOWN)
     # Elsewhere, its pid and start time are another process's, or nobody's.
     if status.pid_namespace not in (None, _namespace("pid")) or not proc_is_ours():
         return status._replace(state=UNKNOWN)
     if status.time_namespace not in (None, _namespace("time")):
         return status._replace(state=UNKNOWN)
-    return status if _lives(status.pid, status.start_ticks) else status._replace(state=KILLED)
+    return status if lives(status.pid, status.start_ticks) else status._replace(state=KILLED)
 
 
 def parse_status(data: bytes) -> Status:
@@ -139,7 +139,7 @@ class StatusFile:
             session,
             pid,
             read_start_ticks(),
-            _read_text(_BOOT_ID),
+            read_boot_id(),
             _now(),
             host=os.uname().nodename,
             pid_namespace=_namespace("pid"),
@@ -211,6 +211,25 @@ def write_status(path: str, status: Status) -> None:
         raise
 
 
+def end_for(
+    path: str, ended: tuple[int, int], cause: dict[str, Any], progress: dict[str, Any] | None
+) -> None:
+    """Write the end of a run that has said of itself only that it runs; OSError, StatusError.
+
+    ``ended`` is the pid and the start time of the dead process: a file that speaks of another one is left as it is.
+    """
+    # A FIFO can bear the name.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        told = parse_status(os.read(descriptor, MAX_FILE_BYTES + 1))
+    finally:
+        os.close(descriptor)
+    if told.state == RUNNING and (told.pid, told.start_ticks) == ended:
+        said = progress or told.progress
+        end = told._replace(state=end_of(cause), ended_at=_now(), cause=cause, progress=said)
+        write_status(path, end)
+
+
 def end_of(cause: dict[str, Any] | None) -> str:
     """Return the state of a run whose process ended by ``cause`` without a word of its own."""
     kind, code = (cause or {}).get("kind"), (cause or {}).get("code")
@@ -219,13 +238,18 @@ def end_of(cause: dict[str, Any] | None) -> str:
     return INTERRUPTED if kind == "signal" and code in _ASKING else KILLED
 
 
-def _lives(pid: int, start_ticks: int) -> bool:
-    """Say whether the process that this was still runs; one that has ended and was not waited for does not (proc(5))."""
+def lives(pid: int, start_ticks: int) -> bool:
+    """Say whether the process that this was still runs, on this machine and in this boot; one that has ended and was not waited for does not (proc(5))."""
     try:
-        fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+        fields = read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
         return int(fields[19]) == start_ticks and (fields[0] not in "ZX" or int(fields[17]) > 1)
     except (OSError, ValueError, IndexError):
         return False
+
+
+def read_boot_id() -> str:
+    """Return what names this boot of this machine."""
+    return read_text(_BOOT_ID)
 
 
 def _namespace(kind: str) -> int | None:
@@ -239,6 +263,6 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str) -> str:
     with open(path, encoding="utf-8", errors="replace") as file:
         return file.read().strip()

@@ -429,6 +429,12 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         help="at most N workers, never more than the command asks for (REAPER_MAX_WORKERS, LOKY_MAX_CPU_COUNT)",
     )
     parser.add_argument(
+        "--status-file",
+        metavar="FILE",
+        type=_path,
+        help="write there, as JSON, that the command runs, and in the end how it ended (agent.read_status() reads it)",
+    )
+    parser.add_argument(
         "--isolate",
         action="store_true",
         help="give it a control group of its own, which nothing that it starts can leave",

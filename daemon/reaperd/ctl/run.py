@@ -16,7 +16,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from agent import limits, session, wire
 from agent.family import Remains
-from reaperd.ctl import CommandError, events, render, restarts
+from agent.status import StatusFile, end_for
+from reaperd import report
+from reaperd.ctl import FAILED, CommandError, events, render, restarts
 from reaperd.ctl.link import Link, next_after, sockets_of
 from reaperd.ctl.restarts import Ended, Rules
 from reaperd.ctl.terminal import tell
@@ -78,6 +80,10 @@ def _name_of(command: Sequence[str]) -> str:
     return program
 
 
+class _StatusFileError(Exception):
+    """The status file cannot be written; the text says why."""
+
+
 class _Started(NamedTuple):
     """What the child has told of itself before it became the command."""
 
@@ -99,6 +105,7 @@ class _Run:
         self._rules = Rules(options.restart, options.backoff)
         self._sockets = sockets_of(options)
         self._isolate: bool = options.isolate
+        self._status_file = os.path.abspath(options.status_file) if options.status_file else None
         self._timeout_s: float = min(options.timeout, _LONGEST_TIMEOUT_S)
         self._ended: list[Ended] = []
         self._attempt = 0
@@ -190,6 +197,8 @@ class _Run:
                 attempt=attempt,
                 for_exec=True,
             )
+            if self._status_file is not None:
+                self._begin_status_file(ours)
             self._note(
                 note,
                 session=ours.id,
@@ -205,12 +214,38 @@ class _Run:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
             os.execvp(self._command[0], self._command)  # noqa: S606 - it is what was asked for
+        except _StatusFileError as error:
+            self._note(note, error=str(error), code=FAILED)
+            session.unregister()
         except BaseException as error:  # noqa: BLE001 - the parent's to tell, in a sentence
             code = NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN
             self._note(note, error=getattr(error, "strerror", None) or repr(error), code=code)
             session.unregister()
         finally:
             os._exit(CANNOT_RUN)
+
+    def _begin_status_file(self, ours: session.Session) -> None:
+        """Say that the command runs; where it is killed with us, the daemon writes how it ended."""
+        assert self._status_file is not None, "it is asked for"
+        try:
+            StatusFile(self._status_file, ours.name, ours.id)
+        except OSError as error:
+            raise _StatusFileError(f"cannot write {self._status_file}: {error.strerror}") from None
+        session.say(status_file=self._status_file)
+
+    def _end_status_file(self, started: _Started, found: os.waitid_result, page: Page | None) -> None:
+        """Write how the command ended, before what it left is ended: that may take a minute."""
+        if self._status_file is None:
+            return
+        killed = self._count_oom_kills() > started.oom_kills and found.si_status == signal.SIGKILL
+        kind = "exit" if found.si_code == os.CLD_EXITED else "oom" if killed else "signal"
+        told = None if page is None or page.progress is None else report.progress_record(page.progress)
+        try:
+            ended = started.pid, session.read_start_ticks(started.pid)
+            end_for(self._status_file, ended, {"kind": kind, "code": found.si_status}, told)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            self._tell(f"cannot write {self._status_file}: {why}")
 
     def _note(self, pipe: int, **told: Any) -> None:
         os.write(pipe, json.dumps(told).encode() + b"\n")
@@ -265,8 +300,9 @@ class _Run:
         assert found is not None, "the command has ended"
         # A Ctrl-C that ended the command was sent to us before the command could die of it (kill(2) holds up exits).
         self._take_pending()
-        told = self._wait_for_daemon(started)
         page = _read_page(started.page)
+        self._end_status_file(started, found, page)
+        told = self._wait_for_daemon(started)
         if not told:
             spared, ended = ((), False) if page is None else (page.spared, bool(page.flags & wire.ENDED))
             grace_s = _EXIT_GRACE_S if found.si_code == os.CLD_EXITED else 0.0

@@ -1,0 +1,148 @@
+"""Stops a training that another process leads: by the daemon, or where none answers by signals of this process's own.
+
+A training that runs within this process, or above it, is not stopped: this process would end with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from typing import NamedTuple
+
+from agent import client, family, session, sockets, status, wire
+from agent.family import Id, Process
+from agent.status import Status
+
+GRACE_S = 10.0  # without a daemon: from SIGTERM to SIGKILL
+_WITHIN_S = 60.0  # as `reaperctl stop` has it
+_NOT_KNOWN = ("unknown-session", "ended")  # kinds of refusal: it is no session of that daemon's
+
+
+class StopError(RuntimeError):
+    """The training was not stopped; the text says why."""
+
+
+class Stopped(NamedTuple):
+    """What became of a training that was to be stopped."""
+
+    ended: int  # how many processes are gone, the leader among them
+    left: tuple[int, ...]  # pids of those that are still there
+    without_daemon: str  # why no daemon did it; "" where one did
+
+
+def stop(
+    told: Status, supervisor: Id | None = None, *, socket: str | None = None, grace_s: float = GRACE_S
+) -> Stopped:
+    """End the training of which a status file has ``told`` that it runs, and wait for all that belongs to it, a minute at most.
+
+    ``supervisor`` is the `reaperctl run` that started it, None for none. StopError: it may not, or cannot, be stopped.
+    """
+    if told.state != status.RUNNING:
+        raise StopError(f"the training does not run: it is {told.state}")
+    _refuse_own(told)
+    leader = told.pid, told.start_ticks
+    members = family.of_session(told.session, leader)
+    with contextlib.ExitStack() as stack:
+        handles = {one.pid: _open(one.id, stack) for one in members}
+        handle = handles.get(told.pid, -1)
+        if handle < 0:
+            raise StopError("the training has just ended by itself")
+        why = _ask_daemon(told, socket) if told.session else "it is no session of Reaper's"
+        if why:
+            _end_here(handle, supervisor, grace_s, stack)
+        until_s = time.monotonic() + _WITHIN_S
+        if not _ended(handle, until_s):
+            raise StopError(f"the training was told to stop and has not ended within {_WITHIN_S:g} s")
+        for one in handles.values():
+            _ended(one, until_s)
+        left = tuple(pid for pid, one in handles.items() if not _ended(one, 0.0))
+    return Stopped(len(members) - len(left), left, why)
+
+
+def _refuse_own(told: Status) -> None:
+    """Refuse to end what this process is, or is a part of."""
+    own = wire.parse_lineage(os.environ.get(wire.LINEAGE_VARIABLE, ""))
+    if told.pid == os.getpid() or (told.session and told.session in own) or told.pid in _ancestors():
+        raise StopError(
+            "this training runs inside of this very server, which would end with it: start it with "
+            "agent.streamlit.start_training(), and it can be stopped"
+        )
+
+
+def _ancestors() -> set[int]:
+    found: set[int] = set()
+    pid = os.getppid()
+    while pid > 1 and pid not in found:
+        found.add(pid)
+        try:
+            pid = int(status.read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            break
+    return found
+
+
+def _ask_daemon(told: Status, socket: str | None) -> str:
+    """Have a daemon stop the session; return "" where one does, else why none did. StopError: it may not."""
+    reasons = []
+    for path in sockets.candidate_sockets(socket):
+        try:
+            client.request(path, {"op": "stop", "session": told.session}, timeout_s=5.0)
+        except client.Unreachable as error:
+            reasons.append(str(error))
+        except wire.WireError as error:
+            if error.kind not in _NOT_KNOWN:
+                raise StopError(f"the daemon refused: {error}") from None
+            reasons.append(f"{path}: {error}")
+        else:
+            return ""
+    return "; ".join(reasons)
+
+
+def _end_here(leader: int, supervisor: Id | None, grace_s: float, stack: contextlib.ExitStack) -> None:
+    """Ask the training to end, by its supervisor where it has one, which ends what is left; then make it."""
+    above = -1 if supervisor is None else _open(supervisor, stack)
+    _send(above if above >= 0 else leader, signal.SIGTERM)
+    if not _ended(leader, time.monotonic() + grace_s):
+        _send(leader, signal.SIGKILL)
+    if above >= 0:
+        _ended(above, time.monotonic() + _WITHIN_S)
+
+
+def _send(handle: int, number: signal.Signals) -> None:
+    try:
+        signal.pidfd_send_signal(handle, number)
+    except ProcessLookupError:
+        pass  # it has ended by itself
+    except PermissionError:
+        raise StopError("the training is another user's") from None
+
+
+def _open(one: Id, stack: contextlib.ExitStack) -> int:
+    """Return a pidfd of exactly ``one``; -1 where it has ended."""
+    try:
+        handle = os.pidfd_open(one[0])
+    except OSError:
+        return -1
+    stack.callback(os.close, handle)
+    try:
+        # Opened first, then compared: who bears the pid after that and began then has borne it all along.
+        return handle if session.read_start_ticks(one[0]) == one[1] else -1
+    except (OSError, ValueError, IndexError):
+        return -1
+
+
+def _ended(handle: int, until_s: float) -> bool:
+    """Say whether the process has ended, by the monotonic ``until_s`` at the latest."""
+    if handle < 0:
+        return True
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    return bool(poll.poll(max(0.0, until_s - time.monotonic()) * 1000))
+
+
+def living(told: Status) -> list[Process]:
+    """Return who belongs to a training and lives: its leader, its workers and their trackers."""
+    return family.of_session(told.session, (told.pid, told.start_ticks))
