@@ -94,7 +94,7 @@ def look(training: Training | None, status_file: str | None, socket: str | None,
     view = View(NONE, orphans=asked.orphans, no_daemon=asked.no_daemon)
     if path is None:
         return view
-    view = view._replace(name=training.name if training else os.path.basename(path))
+    view = view._replace(name=training.name if training else "")
     try:
         told = status.read_status(path)
     except FileNotFoundError:
