@@ -154,6 +154,24 @@ test-metrics: $(STAMP) ## test the alert rules with promtool, and have a real Pr
 	promtool check rules packaging/prometheus/reaper-alerts.yml && \
 	promtool test rules packaging/prometheus/reaper-alerts.test.yml && \
 	$(BIN)/python -m pytest tests/metrics -v -rs $(PYTEST_ARGS)
+# An environment of its own: Streamlit, and what drives a browser. The browser is Debian's.
+UI := build/ui
+UI_STAMP := $(UI)/.installed
+BROWSER = command -v chromium >/dev/null && command -v chromedriver >/dev/null
+
+$(UI_STAMP): tests/support/ui.txt pyproject.toml
+	$(call need,PYTHON)
+	@echo 'preparing $(UI) (once, and after a change of its requirements)'
+	@$(PYTHON) -m venv --clear $(UI)
+	@$(UI)/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev,ui]' -r $<
+	@touch $@
+
+.PHONY: test-ui
+test-ui: $(UI_STAMP) ## the panel and the page in a real Chromium, as root; their pictures are in build/shots
+	@$(BROWSER) || { [ -n '$(ROOT)' ] && command -v apt-get >/dev/null && \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; } || $(BROWSER) || { \
+	    echo 'needs a browser: apt-get install chromium chromium-driver' >&2; exit 2; }
+	$(APART) $(UI)/bin/python -m pytest tests/ui $(PYTEST_ARGS)
 
 .PHONY: joblib
 joblib: $(STAMP) ## joblib's own tests of parallel loops, with the backend "reaper" among those that they are about

@@ -132,6 +132,50 @@ class Server:
             return file.read()
 
 
+class Ui:
+    """`reaperctl ui`, run by ``uid``, for the daemon on ``socket``."""
+
+    def __init__(self, run: str, folder: str, socket: str, uid: int | None, *options: str) -> None:
+        self.log = os.path.join(folder, "ui.log")
+        command = [harness.needed_interpreter(uid), "-m", "reaperd.ctl.main", f"--socket={socket}", "ui"]
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                harness.as_user(uid, [*command, "--port=0", *options]),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=harness.test_environment(run, HOME=folder, TMPDIR=folder),
+                start_new_session=True,
+            )
+        self.url = self._read_line()
+
+    def _read_line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().decode().strip()
+        if not line:
+            with open(self.log, encoding="utf-8", errors="replace") as file:
+                raise AssertionError(f"reaperctl ui ended with {self._process.wait()}:\n{file.read()}")
+        return line
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def lives(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> int:
+        """End it as Ctrl-C does, and return its exit code."""
+        if self.lives():
+            self._process.send_signal(signal.SIGINT)
+        try:
+            return self._process.wait(30)
+        finally:
+            self._process.kill()
+            assert self._process.stdout is not None
+            self._process.stdout.close()
+
+
 class Page:
     """One page in the browser; what it shows is waited for."""
 
@@ -186,6 +230,15 @@ class Page:
         """Return the buttons whose text ends with ``label``: an icon's name may stand before it."""
         found = self.browser.find_elements(By.CSS_SELECTOR, "[data-testid='stApp'] button")
         return [one for one in found if one.text.split("\n")[-1].strip() == label]
+
+    def buttons_beginning(self, start: str) -> list[Any]:
+        """Return the buttons whose text begins so, behind the name of an icon."""
+        found = self.browser.find_elements(By.CSS_SELECTOR, "[data-testid='stApp'] button")
+        return [one for one in found if one.text.split("\n")[-1].strip().startswith(start)]
+
+    def press_enter(self) -> None:
+        """Press what has the focus."""
+        self.browser.switch_to.active_element.send_keys(Keys.ENTER)
 
     def is_on(self, label: str) -> bool:
         """Say whether there is such a button that can be clicked."""

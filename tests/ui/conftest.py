@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 
-import harness
 import pytest
 from harness import Scratch
 
@@ -17,8 +16,6 @@ from browsing import Page, Server, chromium
 from ui_users import APPS
 
 StartServer = Callable[..., Server]
-
-
 
 
 @pytest.fixture(scope="session")
@@ -48,5 +45,3 @@ def start_server(run: str, scratch: Scratch) -> Iterator[StartServer]:
             return server.start()
 
         yield start
-
-

@@ -51,8 +51,10 @@ SIGNALLERS = {
         "pidfd_send_signal",
         "terminate",
     },  # what this process or its dead child has started, and its own pools
+    "agent.stopping": {"pidfd_send_signal"},  # the leader of a status file, and who supervises it
     "agent.training": {"raise_signal"},  # itself, once it is told a second time
     "reaperd.ctl.run": {"pidfd_send_signal", "raise_signal"},  # our own child; itself, to end as that did
+    "reaperd.ctl.ui.serve": {"terminate", "kill"},  # our own child
     "reaperd.ctl.screen": {"raise_signal"},  # itself: Ctrl-Z stops it once the terminal is put back
 }
 

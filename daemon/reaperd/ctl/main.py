@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _LONGEST_S = 1_000_000
 _SHORTEST_INTERVAL_S = 0.1
 _HIGHEST_PID = 2**31 - 1
+_HIGHEST_PORT = 65535
 _RESTARTS, _MOST_RESTARTS = 3, 1000  # one less than agent.wire.MAX_ATTEMPTS
 _OF_USERS = ("events", "report")  # the commands whose --user may name one
 _LONGEST_NAME = 200  # agent.wire.MAX_NAME_CHARS, without importing it
@@ -128,6 +129,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from reaperd.ctl import top
 
         return top.top(options)
+    if command == "ui":
+        from reaperd.ctl.ui import serve
+
+        return serve.ui(options)
     if command == "run":
         from reaperd.ctl import run
 
@@ -461,6 +466,23 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _ui_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--port",
+        metavar="N",
+        type=_port,
+        default=8501,
+        help="the port, 0 for any that is free (default 8501)",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="A",
+        type=_some_text,
+        default="127.0.0.1",
+        help="the address, one that no other machine reaches (default 127.0.0.1)",
+    )
+
+
 def _check_options(parser: argparse.ArgumentParser) -> None:
     _reads(parser)
     parser.add_argument("file", metavar="FILE", nargs="?", help="default: the file that reaperd would read")
@@ -480,6 +502,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...
     ("events", "print what happened: to sessions, to orphans, and to the daemon itself", _events_options),
     ("report", "sum up the history: what was ended, what that freed, and how fast", _report_options),
     ("stop", "end a session: its leader, then what that leaves behind", _stop_options),
+    ("ui", "serve a page for the browser, on this machine alone", _ui_options),
     ("ping", "ask the daemon whether it is there", _reads),
     ("doctor", "check whether this machine lets Reaper do its work, and say what to do if not", _reads),
 )
@@ -561,6 +584,14 @@ def _grouping(text: str) -> str:
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < len(text) <= 6 and int(text) > 0):
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r:.40}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < len(text) <= 5 and int(text) <= _HIGHEST_PORT):
+        raise argparse.ArgumentTypeError(
+            f"must be a port, a whole number of at most {_HIGHEST_PORT}, got {text!r:.40}"
+        )
     return int(text)
 
 

@@ -1,0 +1,94 @@
+"""What the buttons of the page do, each in a thread of its own: it returns what came of it in a sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from reaperd.ctl import CommandError, cleanup, render
+from reaperd.ctl.events import ENDS
+from reaperd.ctl.link import follow
+from reaperd.ctl.text import field, plain
+from reaperd.ctl.ui import shaping
+from reaperd.ctl.ui.recorder import Recorder
+from reaperd.ctl.units import number_of, text_of
+
+_WAIT_S = 60.0
+_CHECK_WITHIN_S = 120.0
+
+
+class Outcome(NamedTuple):
+    """What came of a deed."""
+
+    good: bool
+    text: str
+
+
+def stop_session(recorder: Recorder, session: str) -> Outcome:
+    """End a session, and wait until the daemon says what became of it. CommandError."""
+    link = recorder.link
+    reply = link.ask("stop", session=session)
+    happened = follow(
+        link,
+        after=int(number_of(reply, "after") or 0),
+        on_lost=lambda _: None,
+        until=time.monotonic() + _WAIT_S,
+        session=session,
+    )
+    for one in happened:
+        if text_of(one, "kind") in ENDS:
+            name = field(one, "name") or session
+            left = render.remaining(one)
+            how = render.what_happened(one) or "it had no workers"
+            if left:
+                return Outcome(False, f"{name}: {how}; still there: {', '.join(map(str, left))}.")
+            return Outcome(True, f"{name} was stopped: {how}.")
+    return Outcome(False, f"{plain(session)} was told to stop, and was not gone after {_WAIT_S:g} s.")
+
+
+def end(recorder: Recorder, target: cleanup.Target) -> Outcome:
+    """End exactly these orphans, and remove these leftovers. CommandError."""
+    until_s = time.monotonic() + _WAIT_S
+
+    def news(after: int) -> Iterable[dict[str, Any]]:
+        return follow(recorder.link, after=after, on_lost=lambda _: None, until=until_s)
+
+    done = cleanup.carry_out(target, recorder.ask_to_end, news)
+    return Outcome(*shaping.outcome(list(done.processes.values()), list(done.leftovers.values())))
+
+
+def spare(recorder: Recorder, pid: int) -> Outcome:
+    """Have one process left alone. CommandError."""
+    recorder.link.ask("protect", pid=pid)
+    return Outcome(True, f"Pid {pid} is left alone from now on.")
+
+
+def let_go(recorder: Recorder, pid: int) -> Outcome:
+    """Let a process go on that was stopped. CommandError."""
+    recorder.link.ask("release", pid=pid)
+    return Outcome(True, f"Pid {pid} goes on, and is left alone from now on.")
+
+
+def examine(socket: str) -> list[shaping.Check]:
+    """Return what ``reaperctl doctor`` finds, in a process of its own: it forks. CommandError."""
+    command = [sys.executable, "-I", "-m", "reaperd.ctl.main", "doctor", "--json"]
+    command += [f"--socket={socket}"] if socket else []
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=_CHECK_WITHIN_S,
+        )
+        return shaping.checks(json.loads(done.stdout))
+    except subprocess.TimeoutExpired:
+        raise CommandError(f"the checks were not done within {_CHECK_WITHIN_S:g} s") from None
+    except ValueError:
+        raise CommandError(f"the checks ended with {done.returncode}") from None

@@ -1,0 +1,369 @@
+"""Draws the page with Streamlit: what there is to say comes from ``shaping``, what there is to do goes to ``deeds``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+import streamlit as st
+
+from agent.jobs import Job
+from agent.panel import as_markdown
+from reaperd.ctl import CommandError
+from reaperd.ctl.cleanup import Target, target_of
+from reaperd.ctl.commands import user_of
+from reaperd.ctl.ui import deeds, shaping
+from reaperd.ctl.ui.recorder import HISTORY_DAYS, Facts, Recorder
+from reaperd.ctl.units import list_of, plural, text_of
+from reaperd.words import duration
+
+_CARDS = 40  # that are drawn one by one
+_CHART_PX = 180
+_STATES = {"running": "green", "ending": "orange", "ended": "red"}
+_ICONS = {"problem": ":material/error:", "limit": ":material/warning:"}
+_WORKING, _SAID, _ASKED = "working", "said", "asked"
+
+
+# -- what is being done ---------------------------------------------------------------------------
+
+
+def begin(what: str, work: Callable[[], deeds.Outcome]) -> None:
+    """Begin a deed: one at a time, with the buttons off."""
+    st.session_state[_WORKING] = Job(what, work)
+    st.session_state.pop(_SAID, None)
+    st.session_state.pop(_ASKED, None)
+    st.rerun()
+
+
+def is_working() -> bool:
+    """Say whether a deed goes on."""
+    return st.session_state.get(_WORKING) is not None
+
+
+def draw_deeds() -> None:
+    """Say what is being done, or what came of it."""
+    job: Job[deeds.Outcome] | None = st.session_state.get(_WORKING)
+    if job is not None and job.over:
+        try:
+            st.session_state[_SAID] = job.result()
+        except (CommandError, OSError, ValueError) as error:
+            st.session_state[_SAID] = deeds.Outcome(False, f"{str(error)[:1].upper()}{str(error)[1:]}")
+        del st.session_state[_WORKING]
+        st.rerun()
+    if job is not None:
+        st.info(f"{as_markdown(job.what)} … {duration(round(job.lasted_s))}", icon=":material/pending:")
+    said: deeds.Outcome | None = st.session_state.get(_SAID)
+    if said is not None:
+        with st.container(horizontal=True, vertical_alignment="center"):
+            (st.success if said.good else st.warning)(as_markdown(said.text))
+            if st.button("Close", key="close"):
+                del st.session_state[_SAID]
+                st.rerun()
+
+
+def _confirmed(key: str, question: str, yes: str) -> bool:
+    """Ask, where ``key`` is what is asked about, and say whether the answer is yes: in the page itself, which goes on."""
+    if st.session_state.get(_ASKED) != key:
+        return False
+    st.warning(as_markdown(question))
+    with st.container(horizontal=True):
+        agreed = bool(st.button(yes, type="primary", key=f"yes {key}"))
+        if st.button("No", key=f"no {key}"):
+            del st.session_state[_ASKED]
+            st.rerun()
+    return agreed
+
+
+def _ask(key: str, label: str, icon: str, **more: Any) -> None:
+    """Draw the button that asks first."""
+    if st.button(label, key=f"ask {key}", icon=f":material/{icon}:", disabled=is_working(), **more):
+        st.session_state[_ASKED] = key
+        st.rerun(scope="fragment")
+
+
+def draw_daemon(facts: Facts) -> None:
+    """Say who answers, or that nobody does."""
+    if facts.no_daemon:
+        st.error(
+            f"**No daemon.** {as_markdown(facts.no_daemon)}. {as_markdown(facts.advice)}. "
+            "Nothing that a killed script leaves is ended meanwhile; orphans are looked for from here.",
+            icon=":material/cloud_off:",
+        )
+    for trouble in shaping.troubles(facts.status):
+        st.warning(as_markdown(trouble))
+
+
+# -- overview -------------------------------------------------------------------------------------
+
+
+def overview(recorder: Recorder) -> None:
+    """Draw the figures, and their course."""
+    facts = recorder.look()
+    draw_daemon(facts)
+    with st.container(horizontal=True, gap="medium"):
+        for one in shaping.tiles(facts.status, facts.sessions, facts.orphans):
+            value = "-" if facts.no_daemon else one.value
+            st.metric(one.label, value, help=one.note or None, width=130)
+    points = recorder.points()
+    if len(points) < 2:
+        st.caption("The charts begin in a few seconds.")
+    else:
+        _draw_charts(points)
+    st.subheader("Reaped in the last 24 hours", anchor=False)
+    bars = shaping.reaped_by_hour(recorder.events(), facts.at)
+    if any(bars["processes"]):
+        st.bar_chart(bars, x="at", y="processes", x_label="", y_label="processes", height=_CHART_PX)
+    else:
+        st.caption("Nothing had to be ended.")
+
+
+def _draw_charts(points: list[shaping.Point]) -> None:
+    charts = shaping.series(points)
+    titles = {"processes": "Processes", "cpu": "CPU, % of one core", "memory": "Memory, MiB"}
+    for column, (name, title) in zip(st.columns(len(titles)), titles.items(), strict=True):
+        with column:
+            st.subheader(title, anchor=False)
+            y = [key for key in charts[name] if key != "at"]
+            st.line_chart(charts[name], x="at", y=y, x_label="", y_label="", height=_CHART_PX)
+
+
+# -- sessions -------------------------------------------------------------------------------------
+
+
+def sessions(recorder: Recorder) -> None:
+    """Draw each session with its workers."""
+    facts = recorder.look()
+    draw_daemon(facts)
+    cards = shaping.session_cards(facts.sessions, facts.at, user_of)
+    if not cards and not facts.no_daemon:
+        st.info(
+            "No sessions. A script becomes one with `import agent; agent.register()`, any command with "
+            "`reaperctl run -- COMMAND`.",
+            icon=":material/hourglass_empty:",
+        )
+    for card in cards[:_CARDS]:
+        _draw_session(recorder, card)
+    if len(cards) > _CARDS:
+        st.caption(f"{len(cards) - _CARDS} more: `reaperctl ps` has them all.")
+
+
+def _draw_session(recorder: Recorder, card: shaping.SessionCard) -> None:
+    with st.container(border=True, key=f"session {card.id}"):
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.markdown(f"**{as_markdown(card.name)}**", width="content")
+            st.badge(card.state or "?", color=_STATES.get(card.state, "gray"))
+            st.caption(as_markdown(card.facts), width="content")
+        if card.command:
+            st.code(card.command, language=None, wrap_lines=True)
+        if card.share is not None:
+            st.progress(card.share, text=as_markdown(f"{int(card.share * 100)} %, {card.progress}"))
+        elif card.progress:
+            st.caption(as_markdown(card.progress))
+        if card.left_alone:
+            st.caption(as_markdown(card.left_alone))
+        if card.workers:
+            with st.expander(plural(len(card.workers), "process") + " of its own", key=f"workers {card.id}"):
+                st.table(_cells(card.workers), border="horizontal")
+        if card.can_stop:
+            key = f"stop {card.id}"
+            _ask(key, "Stop", "stop_circle")
+            question = f"Stop {card.name}? It is asked to end, then ended, with all its workers."
+            if _confirmed(key, question, "Yes, stop it"):
+                begin(f"Stopping {card.name}", functools.partial(deeds.stop_session, recorder, card.id))
+
+
+def _cells(rows: list[dict[str, str]]) -> dict[str, list[str]]:
+    """Return the columns of a table that shows each text as it is."""
+    return {name: [as_markdown(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+
+
+# -- orphans --------------------------------------------------------------------------------------
+
+
+def orphans(recorder: Recorder) -> None:
+    """Draw who may be an orphan and why, with what can be done about each."""
+    facts = recorder.look()
+    draw_daemon(facts)
+    with_leftovers = st.toggle(
+        "Leftovers in shared memory and temporary folders, too",
+        key="leftovers",
+        help="What dead workers left in /dev/shm and in temporary folders; looking takes longer.",
+    )
+    reply = _cleanable(recorder, leftovers=with_leftovers, from_here=bool(facts.no_daemon))
+    if isinstance(reply, str):
+        st.caption(reply)
+        return
+    target = target_of(reply)
+    listed = list_of(reply, "orphans") if facts.no_daemon else facts.orphans
+    shown = [one for one in listed if text_of(one, "verdict") != "spare"]
+    cards = shaping.orphan_cards(shown, frozenset(target.processes), user_of)
+    if not cards:
+        st.success("No orphans: every worker has its parent.", icon=":material/check_circle:")
+    _draw_end_all(recorder, target)
+    for card in cards[:_CARDS]:
+        _draw_orphan(recorder, card, can_spare=not facts.no_daemon)
+    if len(cards) > _CARDS:
+        st.caption(f"{len(cards) - _CARDS} more: `reaperctl orphans` has them all.")
+    if target.leftovers:
+        st.subheader("Leftovers", anchor=False)
+        st.table(_cells(shaping.leftover_rows(target.leftovers.values())), border="horizontal")
+    elif with_leftovers:
+        st.caption("No leftovers.")
+    spared = len(listed) - len(shown)
+    if spared:
+        st.caption(
+            f"{plural(spared, 'process')} that look like one and are spared: `reaperctl orphans --all` says why."
+        )
+
+
+def _cleanable(recorder: Recorder, *, leftovers: bool, from_here: bool) -> dict[str, Any] | str:
+    """Return what a clean-up would end, else a sentence: without a daemon, looking takes a second or two."""
+    if not from_here and not leftovers:
+        try:
+            return recorder.cleanable(leftovers=False)[0]
+        except CommandError as error:
+            return str(error)
+    looking: Job[tuple[dict[str, Any], str]] | None = st.session_state.get("looking")
+    found: dict[str, Any] | str = st.session_state.get("found here", "Looking …")
+    if looking is None or looking.over:
+        if looking is not None:
+            try:
+                found = looking.result()[0]
+            except CommandError as error:
+                found = str(error)
+            st.session_state["found here"] = found
+        work = functools.partial(recorder.cleanable, leftovers=leftovers)
+        st.session_state["looking"] = Job("Looking", work)
+    return found
+
+
+def _draw_end_all(recorder: Recorder, target: Target) -> None:
+    """Draw the button that ends all; what it ends is what was shown when it was clicked."""
+    if st.session_state.get(_ASKED) != "end all":
+        st.session_state.pop("all", None)
+    if target and "all" not in st.session_state:
+        clicked = st.button(
+            f"{target.in_words()} …",
+            key="ask end all",
+            icon=":material/cleaning_services:",
+            disabled=is_working(),
+        )
+        if clicked:
+            st.session_state[_ASKED], st.session_state["all"] = "end all", target
+            st.rerun(scope="fragment")
+    chosen: Target | None = st.session_state.get("all")
+    if chosen is not None and _confirmed(
+        "end all", f"{chosen.in_words()}? This cannot be undone.", "Yes, do it"
+    ):
+        begin("Cleaning up", functools.partial(deeds.end, recorder, chosen))
+
+
+def _draw_orphan(recorder: Recorder, card: shaping.OrphanCard, *, can_spare: bool) -> None:
+    name = f"{card.pid} {card.start_ticks}"
+    with st.container(border=True, key=f"orphan {name}"):
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.markdown(f"**{as_markdown(card.title)}**", width="content")
+            st.badge(card.verdict, color="orange" if card.can_end else "gray")
+            st.caption(as_markdown(card.facts), width="content")
+        if card.command:
+            st.code(card.command, language=None, wrap_lines=True)
+        with st.expander("Why", key=f"why {name}"):
+            st.markdown("\n".join(f"- {as_markdown(one)}" for one in card.evidence))
+        with st.container(horizontal=True):
+            if card.can_end:
+                _ask(f"end {name}", "End", "stop_circle")
+            if card.stopped and can_spare:
+                _ask(f"release {name}", "Let go on", "play_arrow")
+            elif can_spare:
+                _ask(f"spare {name}", "Spare", "shield")
+        if _confirmed(
+            f"end {name}", f"End {card.title}? SIGTERM, then SIGKILL. This cannot be undone.", "Yes, end it"
+        ):
+            one = Target({(card.pid, card.start_ticks): card.record}, {})
+            begin(f"Ending pid {card.pid}", functools.partial(deeds.end, recorder, one))
+        if _confirmed(f"spare {name}", f"Spare {card.title} for as long as it lives?", "Yes, spare it"):
+            begin(f"Sparing pid {card.pid}", functools.partial(deeds.spare, recorder, card.pid))
+        if _confirmed(f"release {name}", f"Let {card.title} go on, and spare it?", "Yes, let it go on"):
+            begin(f"Letting pid {card.pid} go on", functools.partial(deeds.let_go, recorder, card.pid))
+
+
+# -- history, settings ----------------------------------------------------------------------------
+
+
+def history(recorder: Recorder) -> None:
+    """Draw what happened."""
+    facts = recorder.look()
+    draw_daemon(facts)
+    events = recorder.events()
+    with st.container(horizontal=True):
+        kind = st.selectbox("Kind", ["all", *shaping.kinds_of(events)], key="kind", width=200)
+        about = st.text_input("Session", key="about", placeholder="name or id", width=260)
+    rows = shaping.event_rows(events, only="" if kind == "all" else str(kind or ""), about=str(about or ""))
+    if not rows:
+        st.info(f"Nothing of that in the last {HISTORY_DAYS} days.", icon=":material/hourglass_empty:")
+        return
+    st.table(_cells(rows), border="horizontal")
+    st.caption(
+        f"The newest {len(rows)} of the last {HISTORY_DAYS} days; `reaperctl events` has all, with evidence."
+    )
+
+
+def settings(recorder: Recorder) -> None:
+    """Draw what ``doctor`` finds, and the settings that the daemon uses."""
+    facts = recorder.look()
+    draw_daemon(facts)
+    st.subheader("Health", anchor=False)
+    checking: Job[list[shaping.Check]] | None = st.session_state.get("checking")
+    if st.button("Check this machine", key="check", icon=":material/health_and_safety:") or checking is None:
+        st.session_state["checking"] = checking = Job(
+            "Checking", functools.partial(deeds.examine, facts.socket)
+        )
+    if not checking.over:
+        st.info(f"{checking.what} … {duration(round(checking.lasted_s))}", icon=":material/pending:")
+    else:
+        _draw_checks(checking)
+    st.subheader("Settings", anchor=False)
+    if facts.no_daemon:
+        st.caption("`reaperctl config check` reads the file without a daemon.")
+        return
+    try:
+        st.code(str(recorder.link.ask("config").get("toml", "")), language="toml")
+    except CommandError as error:
+        st.warning(as_markdown(str(error)))
+    st.caption(
+        f"From {as_markdown(text_of(facts.status, 'config'))}; `systemctl reload reaperd` reads it again."
+    )
+
+
+def _draw_checks(checking: Job[list[shaping.Check]]) -> None:
+    try:
+        found = checking.result()
+    except (CommandError, OSError) as error:
+        st.warning(as_markdown(str(error)))
+        return
+    good = [one for one in found if one.level == "ok"]
+    for one in found:
+        if one.level != "ok":
+            draw = st.error if one.level == "problem" else st.warning
+            draw(
+                f"**{as_markdown(one.subject)}**: {as_markdown(one.fact)}  \n{as_markdown(one.advice)}",
+                icon=_ICONS.get(one.level),
+            )
+    with st.expander(f"{plural(len(good), 'check')} found nothing to mend", icon=":material/check_circle:"):
+        st.markdown("\n".join(f"- **{as_markdown(one.subject)}**: {as_markdown(one.fact)}" for one in good))
+
+
+VIEWS: dict[str, Callable[[Recorder], None]] = {
+    "Overview": overview,
+    "Sessions": sessions,
+    "Orphans": orphans,
+    "History": history,
+    "Settings": settings,
+}
+
+
+def stamp(at: datetime | None = None) -> str:
+    """Return the time of day, as the page shows when it looked last."""
+    return (at or datetime.now(timezone.utc)).strftime("%H:%M:%S UTC")

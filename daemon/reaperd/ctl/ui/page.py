@@ -1,0 +1,82 @@
+"""The page itself: Streamlit runs this file anew at every look. It lets nobody in who lacks the secret of the address."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+
+import streamlit as st
+
+from agent.panel import as_markdown
+from reaperd.ctl.commands import user_of
+from reaperd.ctl.ui import drawing
+from reaperd.ctl.ui.recorder import Recorder, of_this_process
+from reaperd.ctl.ui.serve import SOCKETS_VARIABLE, TIMEOUT_VARIABLE, TOKEN_VARIABLE
+
+REFRESH_S, BUSY_REFRESH_S = 3.0, 0.5
+_FIRST = "Overview"
+# The links to headings and the frame that fades while it looks again would flicker every few seconds.
+_STYLE = """<style>
+[data-testid="stMainBlockContainer"] { padding-top: 2.5rem; max-width: 1200px; }
+[data-stale="true"] { opacity: 1 !important; }
+[data-testid="stTable"] { overflow-x: auto; }
+button:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
+</style>"""
+
+
+def is_admitted() -> bool:
+    """Say whether whoever looks has the secret; once is enough for a visit."""
+    secret = os.environ.get(TOKEN_VARIABLE, "")
+    given = str(st.query_params.get("token", ""))
+    if secret and hmac.compare_digest(secret.encode(), given.encode("utf-8", "replace")):
+        st.session_state["admitted"] = True
+    return bool(secret and st.session_state.get("admitted"))
+
+
+def start_recorder() -> Recorder:
+    """Begin to keep what the daemon says, once for this server."""
+    sockets = json.loads(os.environ[SOCKETS_VARIABLE])
+    return of_this_process(sockets, float(os.environ[TIMEOUT_VARIABLE])).start()
+
+
+def chosen_view() -> str:
+    """Return the view that is looked at: the address keeps it, so that it is there again after a reload."""
+    if "view" not in st.session_state:
+        asked = str(st.query_params.get("view", _FIRST))
+        st.session_state["view"] = asked if asked in drawing.VIEWS else _FIRST
+    found = st.segmented_control("View", list(drawing.VIEWS), key="view", label_visibility="collapsed")
+    # None: somebody has clicked the one that was chosen already.
+    view = str(found or st.session_state.get("view before", _FIRST))
+    st.session_state["view before"] = view
+    if st.query_params.get("view") != view:
+        st.query_params["view"] = view
+    return view
+
+
+def main() -> None:
+    """Draw the page."""
+    st.set_page_config(page_title="Reaper", page_icon=":material/agriculture:", layout="wide")
+    st.html(_STYLE)
+    if not is_admitted():
+        st.title("Reaper", anchor=False)
+        st.error(
+            "This page is its owner's. Open the address that `reaperctl ui` has printed, with its token."
+        )
+        return
+    recorder = st.cache_resource(show_spinner=False)(start_recorder)()
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.title("Reaper", anchor=False, width="content")
+        who = "root, who sees and ends everybody's" if os.geteuid() == 0 else user_of(os.geteuid())
+        st.caption(f"as {as_markdown(who)}", width="content")
+    view = chosen_view()
+
+    def draw() -> None:
+        drawing.draw_deeds()
+        drawing.VIEWS[view](recorder)
+        st.caption(f"{drawing.stamp()}, looks again by itself")
+
+    st.fragment(draw, run_every=BUSY_REFRESH_S if drawing.is_working() else REFRESH_S)()
+
+
+main()

@@ -1,0 +1,315 @@
+"""What a page shows of a training, how one is started for a server, and whom the panel refuses to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import launch, panel, session, status, stopping
+from agent.family import Process
+from agent.jobs import Job
+from agent.launch import LaunchError, Training
+from agent.panel import Watch, as_markdown, look, progress_in_words, share_of, size, span
+from agent.status import Status, StatusFile
+
+NOWHERE = "/nonexistent/reaper.sock"
+
+
+def process(pid: int, cpu_ticks: int, start_ticks: int = 1) -> Process:
+    return Process(pid, 1, start_ticks, "R", cpu_ticks, False)
+
+
+def training(path: Path, **more: Any) -> Training:
+    """Return a training that was started in a boot that is over."""
+    facts: dict[str, Any] = {"pid": 1, "start_ticks": 1, "boot_id": "another", **more}
+    return Training("risk", str(path), f"{path}.log", ("true",), **facts)
+
+
+def mine() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "start_ticks": session.read_start_ticks(),
+        "boot_id": status.read_boot_id(),
+    }
+
+
+# -- what it shows --------------------------------------------------------------------------------
+
+
+def test_without_a_training_there_is_nothing_to_stop() -> None:
+    view = look(None, None, NOWHERE, Watch())
+    assert (view.state, view.active) == ("none", False)
+    assert NOWHERE in view.no_daemon
+
+
+def test_a_training_starts_while_its_supervisor_lives_and_has_failed_once_that_is_gone(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "run.json"
+    assert look(training(path, **mine()), None, NOWHERE, Watch()).state == "starting"
+    gone = look(training(path), None, NOWHERE, Watch())
+    assert (gone.state, gone.active) == ("failed", False)
+    assert "log" in gone.error
+
+
+def test_a_running_one_is_shown_with_its_processes(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    StatusFile(path, "risk", "")
+    view = look(None, str(path), NOWHERE, Watch())
+    assert (view.state, view.pid, view.name) == ("running", os.getpid(), "risk")
+    assert view.rss_bytes
+    assert view.cpu_percent is not None
+    assert view.elapsed_s is not None
+    assert view.workers is not None
+
+
+def test_one_whose_process_is_dead_is_killed_whatever_its_file_says(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    StatusFile(path, "risk", "")
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({**told, "start_ticks": told["start_ticks"] - 1}))
+    view = look(None, str(path), NOWHERE, Watch())
+    assert (view.state, view.active, view.workers) == ("killed", False, None)
+
+
+def test_a_file_that_is_none_is_told_of(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("{")
+    view = look(None, str(path), NOWHERE, Watch())
+    assert view.state == "unknown"
+    assert "not JSON" in view.error
+
+
+def test_cpu_is_what_was_used_since_the_last_look() -> None:
+    watch = Watch()
+    assert watch.cpu_percent([]) is None
+    watch.cpu_percent([process(1, 100), process(2, 100)])
+    watch._at_s -= 10
+    # Ten seconds of ten ticks each are 100 %: one process used half of that, the other none.
+    found = watch.cpu_percent([process(1, 100 + 5 * panel._TICKS_PER_S), process(2, 100)])
+    assert found is not None
+    assert 40 < found <= 50
+
+
+def test_nothing_moves_until_cpu_is_used_or_progress_told() -> None:
+    watch = Watch()
+    watch.idle_s(0.0, {"done": 1})
+    watch._moved_at_s -= 400
+    assert watch.idle_s(0.0, {"done": 1}) >= 400
+    assert watch.idle_s(0.0, {"done": 2}) < 1
+    watch._moved_at_s -= 400
+    assert watch.idle_s(50.0, {"done": 2}) < 1
+
+
+def test_who_runs_and_does_not_move_looks_stuck() -> None:
+    assert panel.View("running", idle_s=panel.STUCK_AFTER_S).stuck
+    assert not panel.View("running", idle_s=1).stuck
+    assert not panel.View("completed", idle_s=panel.STUCK_AFTER_S).stuck
+
+
+def test_only_ones_own_orphans_count_and_none_that_a_rule_spares() -> None:
+    found = [
+        {"uid": 1000, "verdict": "kill"},
+        {"uid": 1000, "verdict": "wait"},
+        {"uid": 1000, "verdict": "spare"},
+        {"uid": 1000, "verdict": "report"},
+        {"uid": 1001, "verdict": "kill"},
+        "no record",
+    ]
+    assert panel.count_orphans(found, 1000) == 2
+    assert panel.count_orphans(None, 1000) is None
+
+
+# -- in words -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("progress", "share", "words"),
+    [
+        ({"done": 3, "total": 8, "message": "fold 2"}, 0.375, "3 of 8, fold 2"),
+        ({"done": 9, "total": 8, "message": ""}, 1.0, "9 of 8"),
+        ({"done": -1, "total": 8, "message": ""}, 0.0, "-1 of 8"),
+        ({"done": 3, "total": None, "message": "fold 2"}, None, "3, fold 2"),
+        ({"done": 3, "total": 0, "message": ""}, None, "3"),
+        ({"done": True, "total": "8", "message": 5}, None, ""),
+        (None, None, ""),
+    ],
+)
+def test_progress_is_told_as_far_as_it_is_known(progress: Any, share: float | None, words: str) -> None:
+    assert share_of(progress) == share
+    assert progress_in_words(progress) == words
+
+
+def test_spans_and_sizes_are_for_people() -> None:
+    assert [span(one) for one in (None, 4.2, 200, 7500)] == ["-", "4 s", "3 min 20 s", "2 h 5 min"]
+    assert [size(one) for one in (None, 0, 2048, 3 << 30, 5 << 40)] == [
+        "-", "0 B", "2.0 KiB", "3.0 GiB", "5.0 TiB",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["*a* [b](http://c) ![d](http://e) <b> `f` $g$ :red[h]", "a\nb", "\u202e"])
+def test_what_a_process_calls_itself_is_shown_and_not_obeyed(text: str) -> None:
+    shown = as_markdown(text)
+    bare = shown.replace("\\\\", "")
+    for place, character in enumerate(bare):
+        assert character.isalnum() or character in " \\" or bare[place - 1] == "\\" or not character.isascii()
+    assert shown.isprintable()
+
+
+# -- starting -------------------------------------------------------------------------------------
+
+
+def test_a_command_is_a_list_of_words(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="list of words"):
+        launch.start_training("python train.py", status_file=tmp_path / "run.json")
+    for words in ([], ["a\0b"]):
+        with pytest.raises(ValueError, match="at least one word"):
+            launch.start_training(words, status_file=tmp_path / "run.json")
+    with pytest.raises(ValueError, match="name"):
+        launch.start_training(["true"], name="x" * 201, status_file=tmp_path / "run.json")
+
+
+def test_one_that_runs_is_not_started_a_second_time(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    StatusFile(path, "risk", "")
+    with pytest.raises(LaunchError, match=f"runs already, as pid {os.getpid()}"):
+        launch.start_training(["true"], name="risk", status_file=path)
+    path.unlink()
+    launch._save(training(path, **mine()))
+    with pytest.raises(LaunchError, match=f"runs already, under pid {os.getpid()}"):
+        launch.start_training(["true"], name="risk", status_file=path)
+
+
+def test_where_it_cannot_be_started_the_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LaunchError, match=r"file.*directory|file.*exists"):
+        launch.start_training(["true"], status_file=tmp_path / "file" / "run.json")
+
+
+def test_a_training_is_found_by_its_status_file_until_that_says_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    assert launch.find_training(status_file=path) is None
+    launch._save(training(path))
+    assert launch.find_training(status_file=path) == training(path)
+    Path(launch._launch_file(str(path))).write_text('{"name": 1}')
+    assert launch.find_training(status_file=path) is None
+    with pytest.raises(ValueError, match="either"):
+        launch.find_training()
+
+
+def test_two_names_never_share_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    names = ["risk", "risk model", "risk/model", "risk-model", "../x", ".x", "ü" * 190, "u" * 190, "ü" * 189]
+    paths = [launch.default_status_file(name) for name in names]
+    assert len(set(paths)) == len(names)
+    assert {os.path.dirname(path) for path in paths} == {"/state/reaper/trainings"}
+    assert all(len(os.path.basename(path).encode()) < 200 for path in paths)
+
+
+def test_the_end_of_a_log_is_what_a_terminal_would_show(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"one\n10 %\r20 %\r\x1b[2Jthree\xff\nfour\r\n\n")
+    assert launch.tail(str(path), 2) == "[2Jthree\ufffd\nfour"
+    assert launch.tail(str(path), 20).startswith("one")
+    assert launch.tail(str(tmp_path / "none"), 5) == ""
+    os.mkfifo(tmp_path / "fifo")
+    assert launch.tail(str(tmp_path / "fifo"), 5) == ""
+
+
+# -- stopping -------------------------------------------------------------------------------------
+
+
+def told(pid: int, **more: Any) -> Status:
+    ticks = session.read_start_ticks(pid)
+    return Status("running", "risk", "", pid, ticks, status.read_boot_id(), "")._replace(**more)
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), os.getppid()])
+def test_neither_this_process_nor_one_above_it_is_stopped(pid: int) -> None:
+    with pytest.raises(stopping.StopError, match="inside of this very server"):
+        stopping.stop(told(pid), socket=NOWHERE)
+
+
+def test_what_this_process_is_a_worker_of_is_not_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    id_ = f"{os.getppid()}-1-00000001-00000002"
+    monkeypatch.setenv("REAPER_LINEAGE", id_)
+    with pytest.raises(stopping.StopError, match="inside of this very server"):
+        stopping.stop(told(1, session=id_), socket=NOWHERE)
+
+
+def test_what_has_ended_is_not_stopped() -> None:
+    with pytest.raises(stopping.StopError, match="it is killed"):
+        stopping.stop(told(1, state="killed"), socket=NOWHERE)
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_without_a_daemon_it_is_asked_and_then_made_to_end(stubborn: bool) -> None:
+    handle = "signal.signal(15, signal.SIG_IGN); " if stubborn else ""
+    code = f"import signal, time; {handle}print(1, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        done = stopping.stop(told(child.pid), socket=NOWHERE, grace_s=0.2 if stubborn else 30)
+        assert (done.ended, done.left) == (1, ())
+        assert done.without_daemon
+        assert child.wait() == -(signal.SIGKILL if stubborn else signal.SIGTERM)
+
+
+def test_whoever_has_the_pid_by_now_is_not_stopped() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        other = told(child.pid)
+        with pytest.raises(stopping.StopError, match="ended by itself"):
+            stopping.stop(other._replace(start_ticks=other.start_ticks - 1), socket=NOWHERE)
+        assert child.poll() is None
+        child.kill()
+
+
+# -- jobs -----------------------------------------------------------------------------------------
+
+
+def test_a_job_goes_on_by_itself_and_gives_its_result_or_its_error() -> None:
+    go = threading.Event()
+    job = Job("Working", lambda: go.wait(30))
+    assert not job.over
+    go.set()
+    assert job.wait(30)
+    assert job.over
+    assert job.result() is True
+
+    def fail() -> None:
+        raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        Job("Failing", fail).result()
+
+
+def test_the_end_of_a_run_is_written_for_that_run_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    StatusFile(path, "risk", "")
+    me = os.getpid(), session.read_start_ticks()
+    status.end_for(str(path), (me[0], me[1] - 1), {"kind": "exit", "code": 3}, None)
+    assert status.read_status(path).state == "running"
+    status.end_for(str(path), me, {"kind": "signal", "code": 15}, {"done": 1, "total": 2, "message": ""})
+    found = status.read_status(path)
+    assert (found.state, found.progress) == ("interrupted", {"done": 1, "total": 2, "message": ""})
+    status.end_for(str(path), me, {"kind": "exit", "code": 3}, None)
+    assert status.read_status(path).state == "interrupted"
+
+
+def test_streamlit_that_is_missing_is_named() -> None:
+    code = "import sys; sys.modules['streamlit'] = None\nimport agent.streamlit"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install 'reaperd[ui]'" in done.stderr
+    with contextlib.suppress(ImportError):
+        import agent.streamlit
+
+        assert agent.streamlit.st.__name__ == "streamlit"
