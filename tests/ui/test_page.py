@@ -81,7 +81,7 @@ def test_where_there_is_nothing_each_view_says_so(
     page.wait("exit_grace")  # the place is kept
 
 
-def test_a_session_is_shown_and_stopped_and_so_is_an_orphan(
+def test_a_session_is_shown_and_stopped_without_a_mouse_too(
     page: Page, start_daemon: StartDaemon, start_leader: StartLeader, start_ui: StartUi
 ) -> None:
     daemon = start_daemon(uid=OURS)
@@ -116,8 +116,17 @@ def test_a_session_is_shown_and_stopped_and_so_is_an_orphan(
     page.click("Yes, stop it")
     page.wait(r"grid search was stopped", 60)
     assert not wait_gone([leader.pid, *leader.family.everyone], GONE_WITHIN_S)
+    page.click("History")
+    page.wait("reaped")
+    page.shoot("page-history")
+    harness.end_leftovers(orphan.family.everyone)
 
-    page.click("Orphans")
+
+def test_the_one_orphan_that_was_clicked_is_ended_and_then_all(
+    page: Page, start_daemon: StartDaemon, start_leader: StartLeader, start_ui: StartUi
+) -> None:
+    orphan = orphans_of(OURS, start_leader)
+    page.open(f"{start_ui(start_daemon(uid=OURS).socket, OURS).url}&view=Orphans")
     page.wait(r"loky, pid \d+")
     page.click("Why")
     page.shoot("page-orphans")
@@ -137,8 +146,7 @@ def test_a_session_is_shown_and_stopped_and_so_is_an_orphan(
     assert not wait_gone(orphan.family.everyone, GONE_WITHIN_S)
     page.wait("every worker has its parent")
     page.click("History")
-    page.wait(r"killed[\s\S]*reaped|reaped[\s\S]*killed")
-    page.shoot("page-history")
+    page.wait("killed")
 
 
 def test_when_the_daemon_goes_the_open_page_says_so_and_it_comes_back(

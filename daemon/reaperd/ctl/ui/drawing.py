@@ -164,7 +164,7 @@ def _draw_session(recorder: Recorder, card: shaping.SessionCard) -> None:
         if card.left_alone:
             st.caption(as_markdown(card.left_alone))
         if card.workers:
-            with st.expander(plural(len(card.workers), "process") + " of its own", key=f"workers {card.id}"):
+            with st.expander(plural(len(card.workers), "process") + " of its own"):
                 st.table(_cells(card.workers), border="horizontal")
         if card.can_stop:
             key = f"stop {card.id}"
@@ -269,7 +269,7 @@ def _draw_orphan(recorder: Recorder, card: shaping.OrphanCard, *, can_spare: boo
             st.caption(as_markdown(card.facts), width="content")
         if card.command:
             st.code(card.command, language=None, wrap_lines=True)
-        with st.expander("Why", key=f"why {name}"):
+        with st.expander("Why"):
             st.markdown("\n".join(f"- {as_markdown(one)}" for one in card.evidence))
         with st.container(horizontal=True):
             if card.can_end:
