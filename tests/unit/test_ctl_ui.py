@@ -286,3 +286,10 @@ def test_each_event_is_kept_once_and_a_history_that_begins_anew_replaces_the_old
         one.look()
     assert [each["seq"] for each in one.events()] == [1]
     assert timedelta(0) <= datetime.now(timezone.utc) - one.look().at
+
+
+def test_a_table_shows_each_text_as_it_is() -> None:
+    assert shaping.table([{"PID": "1", "What": "a|b *c*"}, {"PID": "2", "What": "d"}]) == (
+        "| PID | What |\n| --- | --- |\n| 1 | a\\|b \\*c\\* |\n| 2 | d |"
+    )
+    assert shaping.table([]) == ""

@@ -23,7 +23,8 @@ _CARDS = 40  # that are drawn one by one
 _CHART_PX = 180
 _STATES = {"running": "green", "ending": "orange", "ended": "red"}
 _ICONS = {"problem": ":material/error:", "limit": ":material/warning:"}
-_WORKING, _SAID, _ASKED = "working", "said", "asked"
+_WORKING, _SAID, _ASKED, _LOOKING, _FOUND = "working", "said", "asked", "looking", "found"
+_LOOK_AGAIN_S = 10.0  # where looking takes long
 
 
 # -- what is being done ---------------------------------------------------------------------------
@@ -50,7 +51,8 @@ def draw_deeds() -> None:
             st.session_state[_SAID] = job.result()
         except (CommandError, OSError, ValueError) as error:
             st.session_state[_SAID] = deeds.Outcome(False, f"{str(error)[:1].upper()}{str(error)[1:]}")
-        del st.session_state[_WORKING]
+        for name in (_LOOKING, _FOUND, _WORKING):
+            st.session_state.pop(name, None)
         st.rerun()
     if job is not None:
         st.info(f"{as_markdown(job.what)} … {duration(round(job.lasted_s))}", icon=":material/pending:")
@@ -80,15 +82,18 @@ def _ask(key: str, label: str, icon: str, **more: Any) -> None:
     """Draw the button that asks first."""
     if st.button(label, key=f"ask {key}", icon=f":material/{icon}:", disabled=is_working(), **more):
         st.session_state[_ASKED] = key
-        st.rerun(scope="fragment")
+        st.rerun()
 
 
 def draw_daemon(facts: Facts) -> None:
     """Say who answers, or that nobody does."""
     if facts.no_daemon:
+        said = [
+            f"{facts.no_daemon[:1].upper()}{facts.no_daemon[1:]}",
+            *([facts.advice] if facts.advice else []),
+        ]
         st.error(
-            f"**No daemon.** {as_markdown(facts.no_daemon)}. {as_markdown(facts.advice)}. "
-            "Nothing that a killed script leaves is ended meanwhile; orphans are looked for from here.",
+            f"{as_markdown('. '.join(said))}. Nothing that a killed script leaves is ended meanwhile; orphans are looked for from here.",
             icon=":material/cloud_off:",
         )
     for trouble in shaping.troubles(facts.status):
@@ -165,18 +170,13 @@ def _draw_session(recorder: Recorder, card: shaping.SessionCard) -> None:
             st.caption(as_markdown(card.left_alone))
         if card.workers:
             with st.expander(plural(len(card.workers), "process") + " of its own"):
-                st.table(_cells(card.workers), border="horizontal")
+                st.markdown(shaping.table(card.workers))
         if card.can_stop:
             key = f"stop {card.id}"
             _ask(key, "Stop", "stop_circle")
             question = f"Stop {card.name}? It is asked to end, then ended, with all its workers."
             if _confirmed(key, question, "Yes, stop it"):
                 begin(f"Stopping {card.name}", functools.partial(deeds.stop_session, recorder, card.id))
-
-
-def _cells(rows: list[dict[str, str]]) -> dict[str, list[str]]:
-    """Return the columns of a table that shows each text as it is."""
-    return {name: [as_markdown(row[name]) for row in rows] for name in (rows[0] if rows else ())}
 
 
 # -- orphans --------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def orphans(recorder: Recorder) -> None:
         st.caption(f"{len(cards) - _CARDS} more: `reaperctl orphans` has them all.")
     if target.leftovers:
         st.subheader("Leftovers", anchor=False)
-        st.table(_cells(shaping.leftover_rows(target.leftovers.values())), border="horizontal")
+        st.markdown(shaping.table(shaping.leftover_rows(target.leftovers.values())))
     elif with_leftovers:
         st.caption("No leftovers.")
     spared = len(listed) - len(shown)
@@ -221,21 +221,24 @@ def orphans(recorder: Recorder) -> None:
 def _cleanable(recorder: Recorder, *, leftovers: bool, from_here: bool) -> dict[str, Any] | str:
     """Return what a clean-up would end, else a sentence: without a daemon, looking takes a second or two."""
     if not from_here and not leftovers:
+        st.session_state.pop(_LOOKING, None)
         try:
             return recorder.cleanable(leftovers=False)[0]
         except CommandError as error:
             return str(error)
-    looking: Job[tuple[dict[str, Any], str]] | None = st.session_state.get("looking")
-    found: dict[str, Any] | str = st.session_state.get("found here", "Looking …")
-    if looking is None or looking.over:
-        if looking is not None:
-            try:
-                found = looking.result()[0]
-            except CommandError as error:
-                found = str(error)
-            st.session_state["found here"] = found
+    how = (leftovers, from_here)
+    before, looking = st.session_state.get(_LOOKING, (None, None))
+    if before == how and looking.over:
+        try:
+            st.session_state[_FOUND] = looking.result()[0]
+        except CommandError as error:
+            st.session_state[_FOUND] = str(error)
+    elif before != how:
+        st.session_state.pop(_FOUND, None)
+    if before != how or (looking.over and looking.lasted_s > _LOOK_AGAIN_S):
         work = functools.partial(recorder.cleanable, leftovers=leftovers)
-        st.session_state["looking"] = Job("Looking", work)
+        st.session_state[_LOOKING] = how, Job("Looking", work)
+    found: dict[str, Any] | str = st.session_state.get(_FOUND, "Looking …")
     return found
 
 
@@ -252,7 +255,7 @@ def _draw_end_all(recorder: Recorder, target: Target) -> None:
         )
         if clicked:
             st.session_state[_ASKED], st.session_state["all"] = "end all", target
-            st.rerun(scope="fragment")
+            st.rerun()
     chosen: Target | None = st.session_state.get("all")
     if chosen is not None and _confirmed(
         "end all", f"{chosen.in_words()}? This cannot be undone.", "Yes, do it"
@@ -304,7 +307,7 @@ def history(recorder: Recorder) -> None:
     if not rows:
         st.info(f"Nothing of that in the last {HISTORY_DAYS} days.", icon=":material/hourglass_empty:")
         return
-    st.table(_cells(rows), border="horizontal")
+    st.markdown(shaping.table(rows))
     st.caption(
         f"The newest {len(rows)} of the last {HISTORY_DAYS} days; `reaperctl events` has all, with evidence."
     )

@@ -20,7 +20,7 @@ _FIRST = "Overview"
 _STYLE = """<style>
 [data-testid="stMainBlockContainer"] { padding-top: 2.5rem; max-width: 1200px; }
 [data-stale="true"] { opacity: 1 !important; }
-[data-testid="stTable"] { overflow-x: auto; }
+[data-testid="stMarkdownContainer"] table { display: block; overflow-x: auto; font-size: 0.9rem; }
 button:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
 </style>"""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from agent.panel import progress_in_words, share_of
+from agent.panel import as_markdown, progress_in_words, share_of
 from reaperd.ctl import render, render_monitor, render_orphans
 from reaperd.ctl.text import Look, command_line, field
 from reaperd.ctl.units import count_of, list_of, number_of, plural, text_of
@@ -110,6 +110,15 @@ def troubles(status: Any) -> list[str]:
         said.append("Dry run: nothing is signalled, only reported.")
     limits = [one for one in list_of(status, "limits") if text_of(one, "fact")]
     return said + [f"{field(one, 'fact')}: {field(one, 'advice')}" for one in limits]
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """Return rows of the same keys as a table in Markdown; each cell shows exactly its text."""
+    if not rows:
+        return ""
+    lines = [[as_markdown(name) for name in rows[0]], ["---"] * len(rows[0])]
+    lines += [[as_markdown(text) for text in row.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 # -- sessions -------------------------------------------------------------------------------------

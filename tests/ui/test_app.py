@@ -1,0 +1,67 @@
+"""What the panel draws, without a browser: for whom it refuses, and what it makes of hostile text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from agent.status import StatusFile
+
+WITHIN_S = 30.0
+
+
+def app(status_file: str) -> None:
+    import agent.streamlit
+
+    agent.streamlit.training_panel(status_file=status_file, socket="/nonexistent/reaper.sock")
+
+
+@pytest.fixture
+def draw(tmp_path: Path) -> Callable[[str], AppTest]:
+    def drawn(name: str) -> AppTest:
+        path = str(tmp_path / "run.json")
+        StatusFile(path, name, "")
+        return AppTest.from_function(app, args=(path,), default_timeout=WITHIN_S).run()
+
+    return drawn
+
+
+def button(found: AppTest, label: str) -> Any:
+    return next(one for one in found.button if one.label == label)
+
+
+def test_a_training_inside_of_the_server_is_not_stopped_and_the_panel_says_why(
+    draw: Callable[[str], AppTest],
+) -> None:
+    found = draw("risk")
+    found = button(found, "Stop Training").click().run()
+
+    def told() -> bool | None:
+        found.run()
+        return True if found.error else None
+
+    harness.repeat_until(told, WITHIN_S, "the panel says nothing")
+    assert "inside of this very server" in found.error[0].value
+    assert not found.exception
+
+
+def test_a_hostile_name_is_shown_as_it_is(draw: Callable[[str], AppTest]) -> None:
+    found = draw("![x](http://example.org/a.png) <b>\n:red[x]")
+    assert not found.exception
+    assert any(r"\!\[x\]\(http" in one.value for one in found.markdown)
+
+
+def test_the_example_draws_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("REAPER_SOCKET", "/nonexistent/reaper.sock")
+    path = os.path.join(harness.ROOT, "examples", "streamlit_app.py")
+    found = AppTest.from_file(path, default_timeout=WITHIN_S).run()
+    assert not found.exception
+    assert not button(found, "Train").disabled
+    assert button(found, "Stop Training").disabled
