@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from harness import Cgroup, Daemon, children_of, entering, repeat_until, test_environment, wait_gone
 
+import agent
+
 ZOO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "support", "zoo")
 CTL = [sys.executable, "-m", "reaperd.ctl.main"]
 WITHIN_S = 60.0
@@ -619,3 +621,70 @@ def _run_alone(run: str, *words: str) -> subprocess.CompletedProcess[str]:
         timeout=WITHIN_S,
         check=False,
     )
+
+
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize(
+    ("script", "state", "cause"),
+    [
+        (
+            "import agent; agent.register(); agent.progress(3, 4, 'x')",
+            "completed",
+            {"kind": "exit", "code": 0},
+        ),
+        ("raise SystemExit(3)", "failed", {"kind": "exit", "code": 3}),
+        ("import os; os.kill(os.getpid(), 15)", "interrupted", {"kind": "signal", "code": 15}),
+        ("import os; os.kill(os.getpid(), 9)", "killed", {"kind": "signal", "code": 9}),
+    ],
+)
+def test_a_status_file_says_that_the_command_runs_and_how_it_ended(
+    watched: bool, script: str, state: str, cause: dict[str, Any], run: str, daemon: Daemon, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.json"
+    look = f"import agent, sys; sys.stdout.write(agent.read_status({str(path)!r}).state); sys.stdout.flush(); {script}"
+    done = subprocess.run(
+        [*CTL, "run", f"--status-file={path}", "--", sys.executable, "-W", "ignore", "-c", look],
+        env=test_environment(run, REAPER_SOCKET=daemon.socket if watched else NO_DAEMON),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=WITHIN_S,
+        check=False,
+    )
+    assert done.stdout == "running", done.stderr
+    found = agent.read_status(path)
+    assert (found.state, found.cause) == (state, cause)
+    assert (found.progress or {}).get("done") == (3 if state == "completed" else None)
+
+
+def test_a_status_file_is_ended_by_the_daemon_where_the_run_is_killed_with_its_command(
+    run: str, daemon: Daemon, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.json"
+    command = [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"]
+    with subprocess.Popen(
+        [*CTL, "run", f"--status-file={path}", "--", *command],
+        env=test_environment(run, REAPER_SOCKET=daemon.socket),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        session = agent.read_status(path).session
+        os.killpg(process.pid, signal.SIGKILL)
+        daemon.wait_end(session)
+    assert json.loads(path.read_text())["state"] == "killed"
+
+
+def test_a_status_file_that_cannot_be_written_is_a_sentence(run: str) -> None:
+    done = subprocess.run(
+        [*CTL, "run", "--status-file=/nonexistent/run.json", "--", "true"],
+        env=test_environment(run, REAPER_SOCKET=NO_DAEMON),
+        capture_output=True,
+        text=True,
+        timeout=WITHIN_S,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "cannot write /nonexistent/run.json: No such file or directory" in done.stderr
