@@ -623,38 +623,44 @@ def _run_alone(run: str, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+STATUS_FILES = [
+    ("import agent; agent.register(); agent.progress(3, 4, 'x')", "completed", {"kind": "exit", "code": 0}),
+    ("raise SystemExit(3)", "failed", {"kind": "exit", "code": 3}),
+    ("import os; os.kill(os.getpid(), 15)", "interrupted", {"kind": "signal", "code": 15}),
+    ("import os; os.kill(os.getpid(), 9)", "killed", {"kind": "signal", "code": 9}),
+]
+
+
 @pytest.mark.parametrize("watched", [True, False])
-@pytest.mark.parametrize(
-    ("script", "state", "cause"),
-    [
-        (
-            "import agent; agent.register(); agent.progress(3, 4, 'x')",
-            "completed",
-            {"kind": "exit", "code": 0},
-        ),
-        ("raise SystemExit(3)", "failed", {"kind": "exit", "code": 3}),
-        ("import os; os.kill(os.getpid(), 15)", "interrupted", {"kind": "signal", "code": 15}),
-        ("import os; os.kill(os.getpid(), 9)", "killed", {"kind": "signal", "code": 9}),
-    ],
-)
 def test_a_status_file_says_that_the_command_runs_and_how_it_ended(
-    watched: bool, script: str, state: str, cause: dict[str, Any], run: str, daemon: Daemon, tmp_path: Path
+    watched: bool, run: str, daemon: Daemon, tmp_path: Path
 ) -> None:
     path = tmp_path / "run.json"
-    look = f"import agent, sys; sys.stdout.write(agent.read_status({str(path)!r}).state); sys.stdout.flush(); {script}"
-    done = subprocess.run(
-        [*CTL, "run", f"--status-file={path}", "--", sys.executable, "-W", "ignore", "-c", look],
-        env=test_environment(run, REAPER_SOCKET=daemon.socket if watched else NO_DAEMON),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=WITHIN_S,
-        check=False,
-    )
-    assert done.stdout == "running", done.stderr
-    found = agent.read_status(path)
-    assert (found.state, found.cause) == (state, cause)
-    assert (found.progress or {}).get("done") == (3 if state == "completed" else None)
+    look = f"import agent, sys; sys.stdout.write(agent.read_status({str(path)!r}).state); sys.stdout.flush()"
+    for script, state, cause in STATUS_FILES:
+        done = subprocess.run(
+            [
+                *CTL,
+                "run",
+                f"--status-file={path}",
+                "--",
+                sys.executable,
+                "-W",
+                "ignore",
+                "-c",
+                f"{look}; {script}",
+            ],
+            env=test_environment(run, REAPER_SOCKET=daemon.socket if watched else NO_DAEMON),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=WITHIN_S,
+            check=False,
+        )
+        assert done.stdout == "running", done.stderr
+        found = agent.read_status(path)
+        assert (found.state, found.cause) == (state, cause)
+        assert (found.progress or {}).get("done") == (3 if state == "completed" else None)
 
 
 def test_a_status_file_is_ended_by_the_daemon_where_the_run_is_killed_with_its_command(
