@@ -14,7 +14,7 @@ from reaperd.kinds import EVENT_KINDS
 
 # What completes a value or an argument, by the name under which argparse keeps it.
 KINDS = {
-    **dict.fromkeys(("config", "file", "pidfile", "socket"), "file"),
+    **dict.fromkeys(("config", "file", "pidfile", "socket", "status_file"), "file"),
     "state_dir": "directory",
     "pid": "pid",
     "leave": "pid",
@@ -26,7 +26,9 @@ KINDS = {
     "command_line": "command",
 }
 # Numbers, times and names of one's own choice.
-FREE = frozenset({"timeout", "wait", "duration", "interval", "since", "name", "max_workers", "backoff"})
+FREE = frozenset(
+    {"timeout", "wait", "duration", "interval", "since", "name", "max_workers", "backoff", "port", "address"}
+)
 
 
 # The values of those that have but a few.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import os
+from typing import Any
 
 import streamlit as st
 
@@ -12,7 +13,7 @@ from agent.panel import as_markdown
 from reaperd.ctl.commands import user_of
 from reaperd.ctl.ui import drawing
 from reaperd.ctl.ui.recorder import Recorder, of_this_process
-from reaperd.ctl.ui.serve import SOCKETS_VARIABLE, TIMEOUT_VARIABLE, TOKEN_VARIABLE
+from reaperd.ctl.ui.serve import VARIABLE
 
 REFRESH_S, BUSY_REFRESH_S = 3.0, 0.5
 _FIRST = "Overview"
@@ -27,17 +28,22 @@ button:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
 
 def is_admitted() -> bool:
     """Say whether whoever looks has the secret; once is enough for a visit."""
-    secret = os.environ.get(TOKEN_VARIABLE, "")
+    secret = str(_told().get("token", ""))
     given = str(st.query_params.get("token", ""))
     if secret and hmac.compare_digest(secret.encode(), given.encode("utf-8", "replace")):
         st.session_state["admitted"] = True
     return bool(secret and st.session_state.get("admitted"))
 
 
+def _told() -> dict[str, Any]:
+    """Return what `reaperctl ui` has told its server; nothing where somebody else has started it."""
+    return dict(json.loads(os.environ.get(VARIABLE) or "{}"))
+
+
 def start_recorder() -> Recorder:
     """Begin to keep what the daemon says, once for this server."""
-    sockets = json.loads(os.environ[SOCKETS_VARIABLE])
-    return of_this_process(sockets, float(os.environ[TIMEOUT_VARIABLE])).start()
+    told = _told()
+    return of_this_process(told["sockets"], told["timeout_s"]).start()
 
 
 def chosen_view() -> str:

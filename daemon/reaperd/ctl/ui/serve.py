@@ -25,11 +25,7 @@ from reaperd.ctl.link import sockets_of
 from reaperd.ctl.terminal import put_now, tell
 from reaperd.linux import prctl
 
-TOKEN_VARIABLE, SOCKETS_VARIABLE, TIMEOUT_VARIABLE = (
-    "REAPER_UI_TOKEN",
-    "REAPER_UI_SOCKETS",
-    "REAPER_UI_TIMEOUT",
-)
+VARIABLE = "REAPER_UI"  # in the environment of the server: what it is to do, as JSON
 _ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _UP_WITHIN_S = 60.0
 _ENDED_WITHIN_S = 10.0
@@ -127,12 +123,8 @@ def _command(address: str, port: int) -> list[str]:
 
 def _environment(options: Namespace, token: str) -> dict[str, str]:
     # Not on the command line, which everybody may read (proc(5)).
-    told = {
-        TOKEN_VARIABLE: token,
-        SOCKETS_VARIABLE: json.dumps(sockets_of(options)),
-        TIMEOUT_VARIABLE: str(options.timeout),
-    }
-    return {**os.environ, **told}
+    told = {"token": token, "sockets": sockets_of(options), "timeout_s": options.timeout}
+    return {**os.environ, VARIABLE: json.dumps(told)}
 
 
 def _wait_up(server: subprocess.Popen[bytes], address: str, port: int) -> int:
