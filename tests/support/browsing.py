@@ -227,8 +227,8 @@ class Page:
         assert self._until(clicked, SHOWN_WITHIN_S), f"no button {label!r} to click:\n{self.text()}"
 
     def buttons(self, label: str) -> list[Any]:
-        """Return the buttons whose text ends with ``label``: an icon's name may stand before it."""
-        found = self.browser.find_elements(By.CSS_SELECTOR, "[data-testid='stApp'] button")
+        """Return what can be clicked and whose text ends with ``label``: an icon's name may stand before it."""
+        found = self.browser.find_elements(By.CSS_SELECTOR, "[data-testid='stApp'] :is(button, summary)")
         return [one for one in found if one.text.split("\n")[-1].strip() == label]
 
     def buttons_beginning(self, start: str) -> list[Any]:
