@@ -214,6 +214,13 @@ class Page:
         gone = self._until(lambda: (text := self.text()) and not re.search(pattern, text), within_s)
         assert gone, f"the page still shows {pattern!r}:\n{self.text()}"
 
+    def wait_drawn(self, selector: str, count: int) -> None:
+        """Return once the page has so many elements that a CSS selector finds."""
+        found = self._until(
+            lambda: len(self.browser.find_elements(By.CSS_SELECTOR, selector)) >= count, SHOWN_WITHIN_S
+        )
+        assert found, f"the page has no {count} of {selector!r}:\n{self.text()}"
+
     def click(self, label: str, nth: int = 0) -> None:
         """Click a button, once it is there and on."""
 
@@ -259,7 +266,9 @@ class Page:
         raise AssertionError(f"no way to {label!r} by the Tab key: {seen}")
 
     def shoot(self, name: str) -> str:
-        """Keep a picture of the whole page in build/shots."""
+        """Keep a picture of the page in build/shots, once it is drawn to its end."""
+        unfinished = 'document.querySelector(\'[data-testid="stSkeleton"], [data-stale="true"]\')'
+        self._until(lambda: not self.browser.execute_script(f"return {unfinished} !== null"), 5.0)
         os.makedirs(SHOTS, exist_ok=True)
         path = os.path.join(SHOTS, f"{name}.png")
         self.browser.save_screenshot(path)

@@ -90,7 +90,7 @@ def draw_daemon(facts: Facts) -> None:
     if facts.no_daemon:
         said = [
             f"{facts.no_daemon[:1].upper()}{facts.no_daemon[1:]}",
-            *([facts.advice] if facts.advice else []),
+            *([facts.advice.replace("`", "")] if facts.advice else []),
         ]
         st.error(
             f"{as_markdown('. '.join(said))}. Nothing that a killed script leaves is ended meanwhile; orphans are looked for from here.",
@@ -110,7 +110,7 @@ def overview(recorder: Recorder) -> None:
     with st.container(horizontal=True, gap="medium"):
         for one in shaping.tiles(facts.status, facts.sessions, facts.orphans):
             value = "-" if facts.no_daemon else one.value
-            st.metric(one.label, value, help=one.note or None, width=130)
+            st.metric(one.label, value, help=one.note or None, width=150)
     points = recorder.points()
     if len(points) < 2:
         st.caption("The charts begin in a few seconds.")

@@ -17,9 +17,11 @@ from reaperd.ctl.ui.serve import VARIABLE
 
 REFRESH_S, BUSY_REFRESH_S = 3.0, 0.5
 _FIRST = "Overview"
-# The links to headings and the frame that fades while it looks again would flicker every few seconds.
+# It looks again every few seconds: what fades meanwhile, and Streamlit's own button "Stop", would flicker.
 _STYLE = """<style>
-[data-testid="stMainBlockContainer"] { padding-top: 2.5rem; max-width: 1200px; }
+[data-testid="stMainBlockContainer"] { padding-top: 4rem; max-width: 1200px; }
+[data-testid="stMetricValue"] { font-size: 1.6rem; }
+[data-testid="stStatusWidget"] { display: none; }
 [data-stale="true"] { opacity: 1 !important; }
 [data-testid="stMarkdownContainer"] table { display: block; overflow-x: auto; font-size: 0.9rem; }
 button:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }

@@ -114,6 +114,7 @@ def _command(address: str, port: int) -> list[str]:
         "client.showErrorDetails": "none",
         "global.developmentMode": "false",
         "logger.level": "warning",
+        "theme.primaryColor": "#2f6fb5",  # Streamlit's own is the red of an error
     }
     page = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.py")
     options = [f"--{name}={value}" for name, value in settings.items()]
