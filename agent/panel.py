@@ -211,6 +211,17 @@ def progress_in_words(progress: dict[str, Any] | None) -> str:
     return ", ".join(word for word in (words, message if isinstance(message, str) else "") if word)
 
 
+def killed_in_words(told: Status | None) -> str:
+    """Return how a training was killed, in a sentence; as far as somebody has seen it."""
+    cause = (told.cause if told is not None else None) or {}
+    code = _number(cause, "code")
+    if cause.get("kind") == "oom":
+        return "The machine, or its limit, ran out of memory: the kernel has killed it."
+    if cause.get("kind") == "signal" and code is not None:
+        return f"It was killed by signal {code:.0f}."
+    return "Its process has ended without a word: killed, out of memory, or crashed."
+
+
 def _number(source: dict[str, Any] | None, key: str) -> float | None:
     value = (source or {}).get(key)
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None

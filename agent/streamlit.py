@@ -141,7 +141,7 @@ class _Panel:
             st.progress(share, text=as_markdown(f"{int(share * 100)} %, {words}"))
         elif words:
             st.caption(as_markdown(words))
-        if view.state == panel.NONE:
+        if view.elapsed_s is None:
             return
         with st.container(horizontal=True, gap="medium"):
             st.metric("Elapsed", panel.span(view.elapsed_s), width="content")
@@ -155,7 +155,7 @@ class _Panel:
         if view.error:
             st.error(as_markdown(view.error), icon=":material/error:")
         if view.state == "killed":
-            st.warning("Its process has ended without a word: killed, out of memory, or crashed.")
+            st.warning(panel.killed_in_words(view.told))
         if view.stuck:
             st.warning(
                 f"It looks stuck: no CPU used and no progress told for {panel.span(view.idle_s)}. "

@@ -165,6 +165,19 @@ def test_what_a_process_calls_itself_is_shown_and_not_obeyed(text: str) -> None:
     assert shown.isprintable()
 
 
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        ({"kind": "oom", "code": 9}, "out of memory: the kernel"),
+        ({"kind": "signal", "code": 9}, "by signal 9"),
+        ({"kind": "unknown", "code": None}, "without a word"),
+        (None, "without a word"),
+    ],
+)
+def test_of_a_killed_one_it_is_told_how_as_far_as_that_is_known(cause: Any, words: str) -> None:
+    assert words in panel.killed_in_words(told(os.getpid(), state="killed", cause=cause))
+
+
 # -- starting -------------------------------------------------------------------------------------
 
 
