@@ -246,6 +246,8 @@ def test_a_duration_that_is_none_is_told_that_0_is_one(capsys: pytest.CaptureFix
 def test_the_screen_looks_every_second_unless_told() -> None:
     assert main.parse(["top"]).interval == 1.0
     assert main.parse(["top", "--interval", "0.5"]).interval == 0.5
+
+
 @pytest.mark.parametrize("port", ["-1", "65536", "x", ""])
 def test_a_page_takes_no_port_that_is_none(capsys: pytest.CaptureFixture[str], port: str) -> None:
     assert "must be a port" in refused(capsys, "ui", f"--port={port}")

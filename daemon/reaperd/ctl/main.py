@@ -6,6 +6,7 @@ Imports next to nothing, so that ``--help`` is instant; a command's own modules 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -77,67 +78,48 @@ def _run(argv: Sequence[str] | None) -> int:
     return _dispatch(options)
 
 
+# Where each command is: one module for each, so that none is imported for another's sake.
+_CODE = {
+    "alerts test": "alerts.test",
+    "cleanup": "cleanup.cleanup",
+    "config check": "config.check",
+    "config default": "config.default",
+    "config show": "config.show",
+    "doctor": "doctor.doctor",
+    "events": "events.events",
+    "explain": "orphans.explain",
+    "monitor": "monitor.monitor",
+    "orphans": "orphans.orphans",
+    "ping": "commands.ping",
+    "protect": "orphans.protect",
+    "ps": "commands.ps",
+    "release": "orphans.release",
+    "report": "report.report",
+    "run": "run.run",
+    "status": "commands.status",
+    "stop": "events.stop",
+    "top": "top.top",
+    "ui": "ui.serve.ui",
+}
+_WITHOUT_AGENT = ("doctor", "config")  # they must work where `agent` is somebody else's module
+
+
 def _dispatch(options: argparse.Namespace) -> int:
-    """Run the command; one branch a module, so that none is imported for another's sake."""
-    command, _, action = options.command.partition(" ")
-    if command == "doctor":  # imports no `agent`: it must work where that is somebody else's module
-        from reaperd.ctl.doctor import doctor
-
-        return doctor(options)
-    if command == "config":
-        from reaperd.ctl import config
-
-        return {"check": config.check, "show": config.show, "default": config.default}[action](options)
-    try:
-        from reaperd.ctl import commands
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "agent":
-            raise
-        raise CommandError(
-            f"cannot import Reaper's `agent` module: {error}. `reaperctl doctor` says more"
-        ) from None
-    if command == "alerts":
-        from reaperd.ctl import alerts
-
-        return {"test": alerts.test}[action](options)
-    if command in ("events", "stop"):
-        from reaperd.ctl import events
-
-        return {"events": events.events, "stop": events.stop}[command](options)
-    if command == "report":
-        from reaperd.ctl import report
-
-        return report.report(options)
-    if command in ("orphans", "explain", "protect", "release"):
-        from reaperd.ctl import orphans
-
-        return {
-            "orphans": orphans.orphans,
-            "explain": orphans.explain,
-            "protect": orphans.protect,
-            "release": orphans.release,
-        }[command](options)
-    if command == "cleanup":
-        from reaperd.ctl import cleanup
-
-        return cleanup.cleanup(options)
-    if command == "monitor":
-        from reaperd.ctl import monitor
-
-        return monitor.monitor(options)
-    if command == "top":
-        from reaperd.ctl import top
-
-        return top.top(options)
-    if command == "ui":
-        from reaperd.ctl.ui import serve
-
-        return serve.ui(options)
-    if command == "run":
-        from reaperd.ctl import run
-
-        return run.run(options)
-    return {"status": commands.status, "ps": commands.ps, "ping": commands.ping}[command](options)
+    """Run the command."""
+    if options.command.partition(" ")[0] not in _WITHOUT_AGENT:
+        try:
+            importlib.import_module("reaperd.ctl.commands")
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] != "agent":
+                raise
+            raise CommandError(
+                f"cannot import Reaper's `agent` module: {error}. `reaperctl doctor` says more"
+            ) from None
+    module, _, function = _CODE[options.command].rpartition(".")
+    run: Callable[[argparse.Namespace], int] = getattr(
+        importlib.import_module(f"reaperd.ctl.{module}"), function
+    )
+    return run(options)
 
 
 def _fail(message: str, code: int) -> int:
