@@ -297,7 +297,7 @@ class Daemon:
         self._core.step()
         self._see_to_orphans(functools.partial(self._orphans.look, listing))
         if self._metrics is not None and self._scan_due_s > now_s:  # one that was interrupted is done again
-            self._metrics.tally.scans.add(time.monotonic() - now_s)
+            self._metrics.counters.scans.add(time.monotonic() - now_s)
 
     def _count_ended(self, hunt: Hunt) -> None:
         ended, freed = report.ended_by(hunt)

@@ -14,9 +14,9 @@ from reaperd import __version__
 from reaperd.companion import Companion, python
 from reaperd.config import Config
 from reaperd.config_values import Address
+from reaperd.counters import Counters
 from reaperd.poller import Poller
 from reaperd.sessions import Sessions
-from reaperd.tally import Tally
 from reaperd.waiters import News
 
 NAME = "the metrics exporter"
@@ -35,7 +35,7 @@ class Metrics:
         others: Callable[[], Iterable[Companion]] = tuple,
     ) -> None:
         """``read_state`` returns the figures that are as they are now; ``others`` the companions beside the exporter."""
-        self.tally = Tally()
+        self.counters = Counters()
         self.companion = Companion(
             NAME,
             python("reaperd.exporter"),
@@ -54,7 +54,7 @@ class Metrics:
 
     def heed(self, config: Config, now_s: float) -> None:
         """Serve where the settings say; one who serves elsewhere, or could not, is replaced."""
-        self.tally.heed(extra.name[:_MOST_CHARS] for extra in config.scan.extra_signatures)
+        self.counters.heed(extra.name[:_MOST_CHARS] for extra in config.scan.extra_signatures)
         if config.metrics.listen != self._listen or self.companion.hopeless:
             self.companion.stop(now_s)
             self._listen = config.metrics.listen
@@ -82,7 +82,7 @@ class Metrics:
         return min((at_s for at_s in due if at_s is not None), default=None)
 
     def _note(self, news: News) -> None:
-        self.tally.note(news.event)
+        self.counters.note(news.event)
 
     def _greeting(self) -> list[dict[str, Any]]:
         assert self._listen is not None, "it is started once there are settings"
@@ -104,5 +104,5 @@ class Metrics:
             "started_at_epoch_s": self._started_at_epoch_s,
             "companions": companions,
             **state,
-            **self.tally.record(),
+            **self.counters.record(),
         }

@@ -19,8 +19,10 @@ class CannotBeNobody(Exception):
     """The process cannot give up its privileges; the text says why."""
 
 
-def find_user(names: Sequence[str], accounts: str = "/etc/passwd") -> tuple[int, int]:
-    """Return uid and gid of the first of ``names`` that is an account of this host; CannotBeNobody where none is.
+def find_user(names: Sequence[str], who: str, accounts: str = "/etc/passwd") -> tuple[int, int]:
+    """Return uid and gid of the first of ``names`` that is an account of this host, for ``who`` to run as.
+
+    Raises CannotBeNobody where none is.
 
     The file goes first: it has them almost everywhere, and for a name that it has not, getpwnam(3) would load every name
     service of the host into this process: libraries, sockets, half a MiB.
@@ -37,7 +39,7 @@ def find_user(names: Sequence[str], accounts: str = "/etc/passwd") -> tuple[int,
             user = pwd.getpwnam(name)
             return user.pw_uid, user.pw_gid
     raise CannotBeNobody(
-        f"there is none of the users {', '.join(names)} for the gate to run as: make one of them"
+        f"there is none of the users {', '.join(names)} for {who} to run as: make one of them"
     )
 
 
@@ -50,7 +52,7 @@ def give_up_privileges(who: str, *, memory_bytes: int = _MEMORY_BYTES, tasks: in
     """
     be_expendable()
     if os.geteuid() == 0:
-        uid, gid = find_user(GATE_USERS)
+        uid, gid = find_user(GATE_USERS, who)
         try:
             os.setgroups([])
             os.setresgid(gid, gid, gid)

@@ -64,7 +64,7 @@ def test_every_command_is_known_by_its_whole_name(words: list[str]) -> None:
     assert main.parse(words).command == " ".join(word for word in words if word not in ("risk", "4711"))
 
 
-@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] not in ("stop", "ui")])
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] not in ("stop", "top", "ui")])
 def test_every_reading_command_takes_json(words: list[str]) -> None:
     assert main.parse([*words, "--json"]).json is True
     assert main.parse(words).json is False

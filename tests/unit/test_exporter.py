@@ -20,9 +20,9 @@ pytest.importorskip("prometheus_client")
 from prometheus_client.parser import text_string_to_metric_families
 
 from reaperd import exporter
+from reaperd.counters import Counters
 from reaperd.exporter import Figures, Listeners, Server
 from reaperd.exposition import FAMILIES, PRESSURE, Exposition
-from reaperd.tally import Tally
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = {
@@ -41,9 +41,9 @@ STATE = {
 
 
 def figures(**changed: Any) -> dict[str, Any]:
-    tally = Tally()
-    tally.scans.add(0.002)
-    return {**STATE, **tally.record(), **changed}
+    counters = Counters()
+    counters.scans.add(0.002)
+    return {**STATE, **counters.record(), **changed}
 
 
 @pytest.fixture

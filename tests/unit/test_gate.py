@@ -180,20 +180,20 @@ reaper-gate:!:978:977:Reaper's gate:/:/usr/sbin/nologin
 def test_the_gate_becomes_the_first_of_its_users_that_the_host_has(tmp_path: Path) -> None:
     accounts = tmp_path / "passwd"
     accounts.write_text(ACCOUNTS)
-    assert find_user(("reaper-gate", "nobody"), str(accounts)) == (978, 977)
-    assert find_user(("none", "nobody"), str(accounts)) == (65534, 65533)
+    assert find_user(("reaper-gate", "nobody"), "the gate", str(accounts)) == (978, 977)
+    assert find_user(("none", "nobody"), "the gate", str(accounts)) == (65534, 65533)
 
 
 def test_a_user_that_only_a_name_service_has_is_asked_for(tmp_path: Path) -> None:
     me = pwd.getpwuid(0)
-    assert find_user(("none", me.pw_name), str(tmp_path / "missing")) == (me.pw_uid, me.pw_gid)
+    assert find_user(("none", me.pw_name), "the gate", str(tmp_path / "missing")) == (me.pw_uid, me.pw_gid)
 
 
 def test_there_is_no_gate_where_there_is_nobody_to_be(tmp_path: Path) -> None:
     accounts = tmp_path / "passwd"
     accounts.write_text("none\nnone:x:1\n")
-    with pytest.raises(CannotBeNobody, match="none of the users none"):
-        find_user(("none",), str(accounts))
+    with pytest.raises(CannotBeNobody, match="none of the users none for the gate"):
+        find_user(("none",), "the gate", str(accounts))
 
 
 def test_a_core_that_is_gone_before_the_gate_is_up_ends_the_gate_without_a_word() -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PURE = [
     *("model", "policy", "signatures", "lineage", "decide", "escalation", "ledger", "report"),
-    *("verdicts", "hunt", "stored", "words", "isolation", "rights", "kinds", "questions", "tally"),
+    *("verdicts", "hunt", "stored", "words", "isolation", "rights", "kinds", "questions", "counters"),
     *("config", "config_values", "gate_frames", "pages", "roster", "turns", "waiters", "alert_groups"),
 ]
 PURE_MODULES = ["agent.wire", *(f"reaperd.{name}" for name in PURE)]
@@ -254,7 +254,7 @@ def test_what_serves_keeps_no_module_in_memory_that_it_can_do_without() -> None:
 
 def test_a_daemon_without_figures_loads_nothing_of_what_serves_them() -> None:
     loaded = modules_after("import reaperd.__main__")
-    assert not loaded & {"reaperd.metrics", "reaperd.tally", "reaperd.companion", "prometheus_client"}
+    assert not loaded & {"reaperd.metrics", "reaperd.counters", "prometheus_client"}
 
 
 def test_the_core_never_loads_what_its_companions_need() -> None:

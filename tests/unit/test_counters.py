@@ -11,12 +11,12 @@ import pytest
 
 from reaperd import metrics
 from reaperd.config import EventKind
+from reaperd.counters import LATENCY_BUCKETS_S, Counters, Histogram
 from reaperd.metrics import Metrics
 from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.sessions import Sessions
 from reaperd.store import Store
-from reaperd.tally import LATENCY_BUCKETS_S, Histogram, Tally
 
 
 def process(
@@ -36,18 +36,20 @@ def reaped(*processes: dict[str, Any], cause: str = "signal", **fields: Any) -> 
 
 
 def killed(*events: dict[str, Any], extra: tuple[str, ...] = ()) -> dict[tuple[str, str, str], int]:
-    tally = Tally()
-    tally.heed(extra)
+    counters = Counters()
+    counters.heed(extra)
     for one in events:
-        tally.note(one)
-    return {(cause, framework, signal): count for cause, framework, signal, count in tally.record()["killed"]}
+        counters.note(one)
+    return {
+        (cause, framework, signal): count for cause, framework, signal, count in counters.record()["killed"]
+    }
 
 
 def ended(*events: dict[str, Any]) -> dict[tuple[str, str], int]:
-    tally = Tally()
+    counters = Counters()
     for one in events:
-        tally.note(one)
-    return {(cause, outcome): count for cause, outcome, count in tally.record()["ended"] if count}
+        counters.note(one)
+    return {(cause, outcome): count for cause, outcome, count in counters.record()["ended"] if count}
 
 
 def test_each_process_that_was_killed_is_counted_by_cause_framework_and_last_signal() -> None:
@@ -96,20 +98,20 @@ def test_sessions_are_counted_by_their_end_and_a_dry_run_apart() -> None:
 
 
 def test_what_was_freed_is_summed_by_kind() -> None:
-    tally = Tally()
-    tally.note(reaped(process(), rss=5, shm=7))
-    tally.note(event("killed", process(), rss=1, gpu=2**40))
-    assert tally.record()["freed_bytes"] == {"rss": 6, "shm": 7, "gpu": 2**40}
+    counters = Counters()
+    counters.note(reaped(process(), rss=5, shm=7))
+    counters.note(event("killed", process(), rss=1, gpu=2**40))
+    assert counters.record()["freed_bytes"] == {"rss": 6, "shm": 7, "gpu": 2**40}
 
 
 def test_only_the_latency_of_who_was_ended_counts() -> None:
-    tally = Tally()
-    tally.note(reaped(process(), latency_s=0.004))
-    tally.note(reaped(process("kept"), latency_s=0.004, dry_run=True))
-    tally.note(reaped(process("stuck")))
-    tally.note(event("ended", session="s", latency_s=3.0))
-    assert sum(tally.latencies.counts) == 1
-    assert tally.latencies.sum_s == 0.004
+    counters = Counters()
+    counters.note(reaped(process(), latency_s=0.004))
+    counters.note(reaped(process("kept"), latency_s=0.004, dry_run=True))
+    counters.note(reaped(process("stuck")))
+    counters.note(event("ended", session="s", latency_s=3.0))
+    assert sum(counters.latencies.counts) == 1
+    assert counters.latencies.sum_s == 0.004
 
 
 def test_a_bucket_has_its_upper_bound() -> None:
@@ -121,7 +123,7 @@ def test_a_bucket_has_its_upper_bound() -> None:
 
 
 def test_all_kinds_of_event_are_told_of_before_there_are_any() -> None:
-    record = Tally().record()
+    record = Counters().record()
     assert record["events"] == dict.fromkeys(get_args(EventKind), 0)
     assert len(record["ended"]) == 12
     assert record["killed"] == []
@@ -129,10 +131,10 @@ def test_all_kinds_of_event_are_told_of_before_there_are_any() -> None:
 
 
 def test_a_reload_with_faults_is_told_until_there_is_a_good_one() -> None:
-    tally = Tally()
+    counters = Counters()
     for faults, good in (([], True), (["x"], False), ([], True)):
-        tally.note(event("reload", faults=faults))
-        assert tally.record()["reload_was_good"] is good
+        counters.note(event("reload", faults=faults))
+        assert counters.record()["reload_was_good"] is good
 
 
 def test_the_core_counts_no_more_often_than_figures_may_be_fresh(

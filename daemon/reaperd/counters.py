@@ -46,7 +46,7 @@ class Histogram:
         return {"bounds": list(self.bounds_s), "counts": list(self.counts), "sum": self.sum_s}
 
 
-class Tally:
+class Counters:
     """All that has been counted since it was made."""
 
     def __init__(self) -> None:
