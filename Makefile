@@ -132,45 +132,35 @@ test-docker: $(STAMP) ## build the image with Podman, as root, and have it reap 
 	    $(BIN)/python -m pytest tests/docker -v -rs $(PYTEST_ARGS)
 
 # An environment of its own: some gigabytes.
-FRAMEWORKS := build/frameworks
-FRAMEWORKS_STAMP := $(FRAMEWORKS)/.installed
-
-$(FRAMEWORKS_STAMP): tests/support/frameworks.txt pyproject.toml | $(STAMP)
-	@echo 'preparing $(FRAMEWORKS) (once, and after a change of its requirements)'
-	@$(BIN)/python -m venv --clear $(FRAMEWORKS)
-	@$(FRAMEWORKS)/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -r $<
+# Environments of their own, for what is none of Reaper's dependencies: build/NAME has what tests/support/NAME.txt asks for.
+build/%/.installed: tests/support/%.txt pyproject.toml | $(STAMP)
+	@echo 'preparing $(@D) (once, and after a change of its requirements)'
+	@$(BIN)/python -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -r $<
 	@touch $@
 
 .PHONY: frameworks
-frameworks: $(FRAMEWORKS_STAMP) ## the tests of orphans, as root, with PyTorch, celery, gunicorn, Jupyter and loky for real
-	$(FRAMEWORKS)/bin/python -m pytest tests/system/test_orphans.py tests/system/test_orphan_zoo.py $(PYTEST_ARGS)
+frameworks: build/frameworks/.installed ## the tests of orphans, as root, with PyTorch, celery, gunicorn, Jupyter and loky for real
+	build/frameworks/bin/python -m pytest tests/system/test_orphans.py tests/system/test_orphan_zoo.py $(PYTEST_ARGS)
 
-# Prometheus itself is none of Reaper's dependencies: Debian and Ubuntu have it as `prometheus`.
+# Grafana's own schema of dashboards comes from PyPI; Prometheus Debian and Ubuntu have as `prometheus`.
 .PHONY: test-metrics
-test-metrics: $(STAMP) ## test the alert rules with promtool, and have a real Prometheus scrape a real daemon
+test-metrics: build/metrics/.installed ## test the alert rules with promtool, have a real Prometheus scrape a real daemon, and check the dashboard
 	@command -v promtool >/dev/null && command -v prometheus >/dev/null || { \
 	    echo 'skipped: there is no promtool and prometheus here (Debian and Ubuntu: apt-get install prometheus)'; exit 0; }; \
 	promtool check rules packaging/prometheus/reaper-alerts.yml && \
 	promtool test rules packaging/prometheus/reaper-alerts.test.yml && \
-	$(BIN)/python -m pytest tests/metrics -v -rs $(PYTEST_ARGS)
-# An environment of its own: Streamlit, and what drives a browser. The browser is Debian's.
-UI := build/ui
-UI_STAMP := $(UI)/.installed
+	build/metrics/bin/python -m pytest tests/metrics -v -rs $(PYTEST_ARGS)
+
+# Streamlit, and what drives a browser. The browser is Debian's.
 BROWSER = command -v chromium >/dev/null && command -v chromedriver >/dev/null
 
-$(UI_STAMP): tests/support/ui.txt pyproject.toml
-	$(call need,PYTHON)
-	@echo 'preparing $(UI) (once, and after a change of its requirements)'
-	@$(PYTHON) -m venv --clear $(UI)
-	@$(UI)/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev,ui]' -r $<
-	@touch $@
-
 .PHONY: test-ui
-test-ui: $(UI_STAMP) ## the panel and the page in a real Chromium, as root; their pictures are in build/shots
+test-ui: build/ui/.installed ## the panel and the page in a real Chromium, as root; their pictures are in build/shots
 	@$(BROWSER) || { [ -n '$(ROOT)' ] && command -v apt-get >/dev/null && \
 	    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; } || $(BROWSER) || { \
 	    echo 'needs a browser: apt-get install chromium chromium-driver' >&2; exit 2; }
-	$(APART) $(UI)/bin/python -m pytest tests/ui $(PYTEST_ARGS)
+	$(APART) build/ui/bin/python -m pytest tests/ui $(PYTEST_ARGS)
 
 .PHONY: joblib
 joblib: $(STAMP) ## joblib's own tests of parallel loops, with the backend "reaper" among those that they are about
