@@ -146,7 +146,7 @@ class Terminal:
             stdin=theirs,
             stdout=theirs,
             stderr=subprocess.DEVNULL,
-            process_group=0 if sys.version_info >= (3, 11) else None,
+            **({"process_group": 0} if sys.version_info >= (3, 11) else {}),
         )
         os.close(theirs)
 

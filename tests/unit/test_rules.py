@@ -244,11 +244,14 @@ def test_the_daemon_runs_without_zeromq_loaded() -> None:
 def test_what_serves_keeps_no_module_in_memory_that_it_can_do_without() -> None:
     """Each of these takes a quarter of a MiB and more, for months: what needs one now and then imports it then."""
     for module in ("reaperd.__main__", "reaperd.gate"):
-        assert not modules_after(f"import {module}") & {
+        found = modules_after(f"import {module}") & {
             *("argparse", "asyncio", "difflib", "gettext", "ipaddress", "locale", "multiprocessing"),
             *("shutil", "subprocess", "tempfile", "tracemalloc", "unittest", "urllib.parse"),
             *("dataclasses", "inspect"),
-        }, module
+        }
+        if sys.version_info < (3, 11) and module == "reaperd.gate":
+            found -= {"subprocess"}  # which platform loads there, and pyzmq platform
+        assert not found, module
     assert "ctypes" not in modules_after("import reaperd.__main__")
 
 
