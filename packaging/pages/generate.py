@@ -21,7 +21,7 @@ from commandline import Command, read_command  # noqa: E402
 
 from reaperd import __main__ as reaperd  # noqa: E402
 from reaperd import __version__  # noqa: E402
-from reaperd.ctl import main as reaperctl  # noqa: E402
+from reaperd.ctl import arguments as reaperctl  # noqa: E402
 
 
 def read(name: str) -> str:
@@ -30,7 +30,7 @@ def read(name: str) -> str:
 
 def programs() -> tuple[Command, Command]:
     """Return the command lines of reaperd and reaperctl."""
-    return read_command(reaperd.parser(), "reaperd"), read_command(reaperctl._parser(), "reaperctl")
+    return read_command(reaperd.parser(), "reaperd"), read_command(reaperctl.build_parser(), "reaperctl")
 
 
 def man_pages() -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from harness import ROOT, Daemon, Leader, Scratch, test_environment
 from shells import Completer
 
 from reaperd import __main__ as reaperd
-from reaperd.ctl import main as reaperctl
+from reaperd.ctl import arguments as reaperctl
 
 StartLeader = Callable[..., Leader]
 
@@ -86,7 +86,7 @@ def commands_of(parser: argparse.ArgumentParser, *words: str) -> set[str]:
 
 def test_every_command_and_option_is_offered_where_it_may_stand(start: Callable[..., Completer]) -> None:
     shell = start(REAPER_SOCKET="/nonexistent")
-    control = reaperctl._parser()
+    control = reaperctl.build_parser()
     assert offered(shell, "reaperd --") == flags_of(reaperd.parser())
     assert offered(shell, "reaperctl --") == flags_of(control)
     assert offered(shell, "reaperctl ") == commands_of(control)

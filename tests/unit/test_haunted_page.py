@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reaperd.config import Config, parse_config
-from reaperd.ctl import main, render_report
+from reaperd.ctl import arguments, render_report
 from reaperd.ctl.tally import fold
 from reaperd.ctl.text import Look
 from reaperd.kinds import EVENT_KINDS
@@ -45,7 +45,7 @@ def test_every_symptom_shows_a_command_with_what_it_prints_and_says_what_comes_n
 @pytest.mark.parametrize("line", sorted({*SHOWN, *NAMED}))
 def test_every_command_and_option_exists(line: str) -> None:
     for _, *words in typed(line):
-        main.parse(words)
+        arguments.parse(words)
 
 
 def test_the_commands_are_found() -> None:
@@ -63,7 +63,7 @@ def test_every_option_that_is_named_alone_is_one_of_a_command_that_is_shown_ther
             known = {
                 flag
                 for one in commands
-                for action in main._parser()._subparsers._group_actions[0].choices[one]._actions  # type: ignore[union-attr, index]
+                for action in arguments.build_parser()._subparsers._group_actions[0].choices[one]._actions  # type: ignore[union-attr, index]
                 for flag in action.option_strings
             }
             assert option in known, f"{option}, of one of {sorted(commands)}"

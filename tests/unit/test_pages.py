@@ -20,7 +20,7 @@ import pytest
 from reaperd import __main__ as reaperd
 from reaperd.config import Config, parse_config
 from reaperd.ctl import DONE, FAILED, INTERRUPTED, NO_DAEMON, NOT_ALLOWED, PIPE_CLOSED, USAGE
-from reaperd.ctl import main as reaperctl
+from reaperd.ctl import arguments as reaperctl
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "packaging" / "pages"
@@ -111,7 +111,7 @@ def test_every_page_has_the_sections_that_readers_look_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parser"), [("reaperctl.1", reaperctl._parser()), ("reaperd.8", reaperd.parser())]
+    ("name", "parser"), [("reaperctl.1", reaperctl.build_parser()), ("reaperd.8", reaperd.parser())]
 )
 def test_every_command_and_option_is_told_of(name: str, parser: argparse.ArgumentParser) -> None:
     text = shown(text_of(name))
