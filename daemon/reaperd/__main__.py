@@ -47,15 +47,10 @@ def run(arguments: list[str] | None = None) -> int:
 
     try:
         config = read()
-        faults, warnings = alert_check.faults_and_warnings(config.alerts.urls)
-        if faults:
-            raise ConfigError([f"{config_path}: {fault}" for fault in faults])
         if options.check_config:
-            return _say_good(config_path, warnings)
+            return _check_alerts(config_path, config)
         logs.set_up(config.daemon.log_format)
         set_log_level(config)
-        for warning in warnings:
-            logging.getLogger("reaperd").warning("%s", warning)
         daemon = Daemon(
             mode=paths.mode,
             socket_path=options.socket or os.environ.get("REAPER_SOCKET") or paths.socket,
@@ -78,7 +73,11 @@ def run(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _say_good(path: str, warnings: Sequence[str]) -> int:
+def _check_alerts(path: str, config: Config) -> int:
+    """Not at a start: whom the daemon can alert must keep it from nothing, and who sends the alerts says the same."""
+    faults, warnings = alert_check.faults_and_warnings(config.alerts.urls)
+    if faults:
+        raise ConfigError([f"{path}: {fault}" for fault in faults])
     for name in secrets_open_to_others(path):
         logs.say_fault(f"warning: every user can read the passwords of [alerts] urls in {name}: chmod o-r it")
     for warning in warnings:

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import logging
 import os
+import select
 import signal
 import ssl
 import subprocess
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from reaperd.alert_check import be_silent, why_no_apprise
+from reaperd.alert_check import be_silent, not_understood, why_no_apprise
 from reaperd.alert_groups import Outcome
 from reaperd.alert_words import NO_REASON, reason_in
 from reaperd.linux import prctl
+from reaperd.linux.helper import end_children
 
 NOT_UNDERSTOOD = "Apprise does not understand this URL: `apprise --details` lists what it knows"
 _LATE = ("encodings.idna", "http.cookiejar", "netrc", "smtplib", "stringprep")
@@ -95,30 +95,49 @@ def send(url: str, title: str, body: str, gravity: str) -> Result:
     return Outcome.FAILED.value, reason_in(ear.said)
 
 
-def run_command(command: Sequence[str], event: Mapping[str, Any], most_s: float) -> Result:
-    """Run a command with an event as JSON on its stdin, and end it after ``most_s``; what it says is not kept."""
+def check(url: str) -> Result:
+    """Say whether Apprise can use a URL; nothing is sent."""
     _begin()
+    found = not_understood([url])
+    if isinstance(found, str):
+        return Outcome.HOPELESS.value, found
+    return (Outcome.HOPELESS.value, NOT_UNDERSTOOD) if found else (Outcome.SENT.value, "")
+
+
+def run_command(command: Sequence[str], event: str, most_s: float) -> Result:
+    """Run a command with an event, as JSON, on its stdin, and end it after ``most_s``; what it says is not kept.
+
+    Whatever it has started ends with it.
+    """
+    _begin()
+    prctl.adopt_orphans()
+    stdin = os.memfd_create("event")  # not a pipe: nobody has to wait until all of it is read
+    with open(stdin, "wb", closefd=False) as file:
+        file.write(f"{event}\n".encode())
+    os.lseek(stdin, 0, os.SEEK_SET)
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
-            input=json.dumps(event).encode() + b"\n",
+            stdin=stdin,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
-            timeout=most_s,
-            check=False,
             start_new_session=True,
-            preexec_fn=_end_with_parent,  # a helper has one thread
+            preexec_fn=_end_with_parent,  # noqa: PLW1509  a helper has one thread
         )
-    except subprocess.TimeoutExpired:
-        return Outcome.FAILED.value, f"it took longer than {most_s:g} s"
     except OSError as error:
         return Outcome.FAILED.value, f"it cannot be run: {(error.strerror or NO_REASON).lower()}"
-    if done.returncode == 0:
+    poller = select.poll()
+    poller.register(os.pidfd_open(process.pid), select.POLLIN)
+    code = process.wait() if poller.poll(most_s * 1000) else None
+    end_children()
+    if code == 0:
         return Outcome.SENT.value, ""
-    if done.returncode < 0:
-        return Outcome.FAILED.value, f"it was ended by signal {-done.returncode}"
-    return Outcome.FAILED.value, f"it left with {done.returncode}"
+    if code is None:
+        return Outcome.FAILED.value, f"it took longer than {most_s:g} s"
+    if code < 0:
+        return Outcome.FAILED.value, f"it was ended by signal {-code}"
+    return Outcome.FAILED.value, f"it left with {code}"
 
 
 def _end_with_parent() -> None:

@@ -15,7 +15,7 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -23,13 +23,15 @@ from reaperd import alert_delivery, companion_process
 from reaperd.alert_groups import Group, Outbox, Outcome
 from reaperd.alert_words import body_of, gravity_of, line_of, title_of
 from reaperd.config_values import hidden_url
-from reaperd.linux.helper import Helper, finish_helper, start_helper
+from reaperd.linux import prctl
+from reaperd.linux.helper import Helper, end_children, finish_helper, start_helper
 from reaperd.words import duration
 
 AT_ONCE = 4  # helpers
 SEND_S, COMMAND_S, TEST_S = 30.0, 30.0, 20.0
+_END_COMMAND_S = 2.0  # that a helper has for it, beyond what the command has
 LAST_WORDS_S = 2.0
-_MAX_EVENTS = 1000  # that wait for the command
+_MAX_EVENTS, _MAX_EVENT_CHARS = 1000, 16 * 1024 * 1024  # that wait for the command
 _MEMORY_BYTES = 512 * 1024 * 1024
 _CHUNK_BYTES = 256 * 1024
 _NO_ANSWER = "it did not answer within {:g} s"
@@ -74,13 +76,23 @@ class Target:
 
 
 class Sender:
-    """Everything that is to be sent, and the helpers at it. ``say`` tells the core something."""
+    """Everything that is to be sent, and the helpers at it.
 
-    def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
+    ``say`` tells the core something; ``end_strays`` is to end what helpers have left behind: every child but the pids it is
+    given.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[dict[str, Any]], None],
+        end_strays: Callable[[Container[int]], None] = lambda _: None,
+    ) -> None:
         self._say = say
+        self._end_strays = end_strays
         self._settings = Settings()
         self._targets: list[Target] = []
-        self._events: collections.deque[Mapping[str, Any]] = collections.deque()
+        self._events: collections.deque[str] = collections.deque()  # for the command, as JSON
+        self._event_chars = 0
         self._not_run = 0  # events that the command was not given
         self._jobs: collections.deque[Job] = collections.deque()  # beside those that the targets have
         self._running: dict[int, _Running] = {}  # by pidfd
@@ -116,15 +128,26 @@ class Sender:
             target = kept.get(url) or Target(url)
             target.number, target.outbox.window_s = number, settings.group_within_s
             self._targets.append(target)
+            if url not in kept:
+                work = functools.partial(alert_delivery.check, url)
+                self._jobs.append(Job(work, SEND_S, functools.partial(self._checked, target)))
         self._settings = settings
+        if self._events and not settings.command:
+            self._log(
+                "warning", f"not given to a command, as there is none any more: {_events(len(self._events))}"
+            )
+            self._events.clear()
+            self._event_chars = 0
 
     def _note(self, event: Mapping[str, Any], now_s: float) -> None:
         kind, at = str(event.get("kind")), str(event.get("at"))
         if self._targets:
             self._note_group(Group(kind, 1, at, at, (line_of(event),)), now_s)
         if self._settings.command:
-            if len(self._events) < _MAX_EVENTS:
-                self._events.append({"host": self._settings.host, **event})
+            text = json.dumps({"host": self._settings.host, **event})
+            if len(self._events) < _MAX_EVENTS and self._event_chars + len(text) <= _MAX_EVENT_CHARS:
+                self._events.append(text)
+                self._event_chars += len(text)
             else:
                 self._not_run += 1
 
@@ -147,13 +170,19 @@ class Sender:
 
     def step(self, now_s: float) -> None:
         """See to the helpers that are done, or have taken too long, and start those that are due."""
-        for descriptor in self._ended(now_s):
+        ended = self._ended(now_s)
+        for descriptor in ended:
             running = self._running.pop(descriptor)
             late = running.until_s <= now_s
             running.job.done(
                 *_what_came_of(finish_helper(running.helper), running.job.most_s if late else None)
             )
+        if ended:
+            self._end_strays(self._helpers())
         self._start_due(now_s)
+
+    def _helpers(self) -> set[int]:
+        return {running.helper.pid for running in self._running.values()}
 
     def _ended(self, now_s: float) -> list[int]:
         poller = select.poll()
@@ -167,10 +196,11 @@ class Sender:
             self._start(self._jobs.popleft(), now_s)
         if self._events and not self._is_at_command():
             event = self._events.popleft()
+            self._event_chars -= len(event)
             work = functools.partial(alert_delivery.run_command, self._settings.command, event, COMMAND_S)
-            self._start(Job(work, COMMAND_S + 1, self._command_done), now_s)
+            self._start(Job(work, COMMAND_S + _END_COMMAND_S, self._command_done), now_s)
         at_once = self._last is not None
-        for target in list(self._targets if self._last is None else self._last):
+        for target in self._by_turn() if self._last is None else list(self._last):
             if len(self._running) >= AT_ONCE:
                 break
             if self._last is not None:
@@ -180,6 +210,14 @@ class Sender:
                 text = title_of(message, self._settings.host), body_of(message)
                 work = functools.partial(alert_delivery.send, target.url, *text, gravity)
                 self._start(Job(work, SEND_S, functools.partial(self._sent, target)), now_s)
+
+    def _by_turn(self) -> list[Target]:
+        """Return who has something to be sent, who has waited longest first: those that hang must not keep taking all helpers."""
+        due = [(target.outbox.next_deadline(), target) for target in self._targets]
+        return [
+            target
+            for _, target in sorted((one for one in due if one[0] is not None), key=lambda one: one[0] or 0.0)
+        ]
 
     def _is_at_command(self) -> bool:
         return any(running.job.done == self._command_done for running in self._running.values())
@@ -203,15 +241,25 @@ class Sender:
 
     def close(self) -> None:
         """End the helpers, and tell what is lost with us."""
+        not_done = len(self._events) + self._not_run + self._is_at_command()
         for running in self._running.values():
             finish_helper(running.helper)
+        self._end_strays(())
         for target in self._targets:
             if count := target.outbox.count():
                 self._log("warning", f"not sent to {target.shown}, as the daemon ends: {_events(count)}")
-        if count := len(self._events) + self._not_run:
-            self._log("warning", f"not given to the command, as the daemon ends: {_events(count)}")
+        if not_done:
+            self._log(
+                "warning",
+                f"not given to the command, or not to its end, as the daemon ends: {_events(not_done)}",
+            )
 
     # -- what came of it ---------------------------------------------------------------------
+
+    def _checked(self, target: Target, outcome: Outcome, reason: str) -> None:
+        if outcome is Outcome.HOPELESS and not target.is_hopeless and target in self._targets:
+            target.is_hopeless = True
+            self._log("error", f"nothing can be sent to {target.shown}: {reason}")
 
     def _sent(self, target: Target, outcome: Outcome, reason: str) -> None:
         now_s, failing_since_s = time.monotonic(), target.outbox.failing_since_s
@@ -250,13 +298,14 @@ class Sender:
             f"Reaper on {host}: a test",
             "Somebody ran `reaperctl alerts test`. Alerts reach this place.",
         )
-        work: list[tuple[str, Callable[[], Any]]] = [
-            (target.shown, functools.partial(alert_delivery.send, target.url, title, body, "info"))
+        work: list[tuple[str, float, Callable[[], Any]]] = [
+            (target.shown, TEST_S, functools.partial(alert_delivery.send, target.url, title, body, "info"))
             for target in self._targets
         ]
         if command := self._settings.command:
-            event = {"host": host, "kind": "test", "message": body}
-            work.append((command[0], functools.partial(alert_delivery.run_command, command, event, TEST_S)))
+            event = json.dumps({"host": host, "kind": "test", "message": body})
+            run = functools.partial(alert_delivery.run_command, command, event, TEST_S)
+            work.append((command[0], TEST_S + _END_COMMAND_S, run))
         results: list[dict[str, Any] | None] = [None] * len(work)
 
         def note(place: int, outcome: Outcome, reason: str) -> None:
@@ -268,8 +317,8 @@ class Sender:
             if None not in results:
                 self._say({"tested": number, "results": results})
 
-        for place, (_, one) in enumerate(work):
-            self._jobs.append(Job(one, TEST_S, functools.partial(note, place)))
+        for place, (_, most_s, one) in enumerate(work):
+            self._jobs.append(Job(one, most_s, functools.partial(note, place)))
         if not work:
             self._say({"tested": number, "results": []})
 
@@ -287,7 +336,7 @@ def _what_came_of(result: Any, late_after_s: float | None) -> tuple[Outcome, str
     return Outcome.FAILED, "whoever was to send it ended before it was done"
 
 
-def serve(channel: socket.socket, sender: Sender) -> None:
+def serve(channel: socket.socket, sender: Sender, last_words_s: float = LAST_WORDS_S) -> None:
     """Do what the core says until it hangs up, then send at once what waits, as far as there is time."""
     unread = b""
     while True:
@@ -307,7 +356,7 @@ def serve(channel: socket.socket, sender: Sender) -> None:
             sender.take(json.loads(line), now_s)
         sender.step(now_s)
     sender.end()
-    until_s = time.monotonic() + LAST_WORDS_S
+    until_s = time.monotonic() + last_words_s
     sender.step(time.monotonic())
     while not sender.is_done() and time.monotonic() < until_s:
         _wait(sender, time.monotonic(), until_s=until_s)
@@ -336,7 +385,8 @@ def main() -> None:
         alert_delivery.find_certificates()
     with contextlib.suppress(OSError):
         os.nice(5)  # what it does is never urgent; systemd's filter may not allow it
-    serve(channel, Sender(say))
+    prctl.adopt_orphans()
+    serve(channel, Sender(say, end_children))
 
 
 def _tell_uncaught(

@@ -240,12 +240,16 @@ def one_of(literal: Any) -> Kind:
     return Kind(parse, lambda word: f'"{word}"')
 
 
-def list_of(item: Kind, what: str, *, may_be_empty: bool = True) -> Kind:
+def list_of(item: Kind, what: str, *, may_be_empty: bool = True, at_most: int | None = None) -> Kind:
     """A TOML array of ``item``, parsed to a tuple; refused with the faults of all its entries. ``what`` is a plural."""
     rule = f"a list of {what}" if may_be_empty else f"a list of {what}, one at least"
+    if at_most is not None:
+        rule += f", {at_most} at most"
 
     def parse(value: object) -> tuple[Any, ...]:
         if not isinstance(value, list) or not (value or may_be_empty):
+            raise must_be(rule, value)
+        if at_most is not None and len(value) > at_most:
             raise must_be(rule, value)
         items, faults = [], []
         for number, each in enumerate(value, 1):
@@ -316,7 +320,7 @@ COUNT = Kind(_parse_count, str)
 SWITCH = Kind(_parse_switch, lambda on: "true" if on else "false")
 TEXT = Kind(_parse_text, lambda text: f'"{escaped(text)}"')
 TEXTS = list_of(TEXT, "texts")
-ALERT_URLS = list_of(Kind(_parse_url, lambda url: f'"{escaped(url)}"'), "URLs")
+ALERT_URLS = list_of(Kind(_parse_url, lambda url: f'"{escaped(url)}"'), "URLs", at_most=64)
 COMMAND = Kind(_parse_command, TEXTS.render)
 ADDRESS = Kind(_parse_address, lambda address: f'"{address}"')
 

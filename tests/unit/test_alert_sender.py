@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import select
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
+import pytest
 from harness import repeat_until
 
-from reaperd import alert_delivery, report
+from reaperd import alert_delivery, alert_sender, report
 from reaperd.alert_check import MISSING, faults_and_warnings, why_no_apprise
-from reaperd.alert_groups import SETTLE_S, Outcome
-from reaperd.alert_sender import _MAX_EVENTS, Sender
-from reaperd.linux.helper import finish_helper, start_helper
+from reaperd.alert_groups import SETTLE_S, Group, Outcome
+from reaperd.alert_sender import AT_ONCE, COMMAND_S, SEND_S, Sender
+from reaperd.linux import prctl
+from reaperd.linux.helper import end_children, finish_helper, start_helper
 
 SOON_S = 20.0
 BAD = "nosuchservice://hunter2/token"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def apprise_is_loaded() -> None:
+    """Once, as it is where alerts are sent, and not in each helper."""
+    alert_delivery.load()
 
 
 def in_helper(work: Callable[[], Any]) -> Any:
@@ -99,9 +110,11 @@ def test_a_command_that_fails_is_told_of_and_the_next_event_is_given_to_it(tmp_p
     assert here.logged() == ["the command for an event failed: it left with 3"] * 2
 
 
+def run(command: str, most_s: float = 5.0, event: str = "{}") -> Any:
+    return in_helper(functools.partial(alert_delivery.run_command, [command], event, most_s))
+
+
 def test_what_is_wrong_with_a_command_is_said_in_words(tmp_path: Path) -> None:
-    def run(command: str, most_s: float = 5.0) -> Any:
-        return in_helper(functools.partial(alert_delivery.run_command, [command], {"kind": "x"}, most_s))
 
     assert run(str(tmp_path / "none")) == ["failed", "it cannot be run: no such file or directory"]
     assert run(script(tmp_path / "killed", "kill -9 $$")) == ["failed", "it was ended by signal 9"]
@@ -109,28 +122,155 @@ def test_what_is_wrong_with_a_command_is_said_in_words(tmp_path: Path) -> None:
     assert run(script(tmp_path / "deaf", "exit 0")) == ["sent", ""]
 
 
-def test_more_events_than_a_command_can_be_given_are_counted_and_told_of(tmp_path: Path) -> None:
+# It leaves a child, an orphan, and an orphan in a session of its own, all of which hold what it had as stdin.
+STAYS = "sleep 600 <&0 & (sleep 600 <&0 &)\nsetsid sh -c 'sleep 600 & echo up > {out}; wait' <&0 &\nuntil test -s {out}; do :; done"
+
+
+@pytest.mark.parametrize("end", ["exit 0", "sleep 600"])
+def test_what_a_command_leaves_behind_ends_with_it_and_nobody_waits_until_its_input_is_read(
+    tmp_path: Path, end: str
+) -> None:
+    out = tmp_path / "out"
+    mark = f"REAPER_TEST_{os.getpid()}_{time.monotonic_ns()}"
+    command = script(tmp_path / "hook", f"export {mark}=1\n{STAYS.format(out=out)}\n{end}")
+    result = run(command, 1.0, "x" * 300_000)
+    assert result == (["sent", ""] if end == "exit 0" else ["failed", "it took longer than 1 s"])
+    assert out.read_text() == "up\n"
+    assert alive_with(mark) == []
+
+
+def alive_with(mark: str) -> list[bytes]:
+    """Return the command lines of the processes that have ``mark`` in their environment."""
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [
+        harness.read_proc(pid, "cmdline")
+        for pid in pids
+        if mark.encode() in harness.read_proc(pid, "environ")
+    ]
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_has_started(tmp_path: Path) -> None:
+    """Here the helper itself does not end it in time: it is stopped."""
+    mark = f"REAPER_TEST_{os.getpid()}_{time.monotonic_ns()}"
+    command = script(tmp_path / "hook", f"export {mark}=1\n(sleep 600 &)\nkill -STOP $PPID\nsleep 600")
+
+    def work() -> list[str]:
+        prctl.adopt_orphans()
+        said: list[dict[str, Any]] = []
+        sender = Sender(said.append, end_children)
+        given = {"urls": [], "command": [command], "group_within_s": 60.0, "host": "node7"}
+        sender.take({"settings": given}, time.monotonic())
+        sender.take({"event": report.event("reaped")}, time.monotonic())
+        sender.step(time.monotonic())
+        ((running),) = sender._running.values()
+        os.waitid(os.P_PID, running.helper.pid, os.WSTOPPED)
+        sender.step(time.monotonic() + COMMAND_S + 5)
+        return [one["text"] for one in said]
+
+    assert in_helper(work) == ["the command for an event failed: it did not answer within 32 s"]
+    assert alive_with(mark) == []
+
+
+def test_more_events_than_a_command_can_be_given_are_counted_and_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(alert_sender, "_MAX_EVENTS", 2)
     here = World(command=["/nowhere"])
-    for _ in range(_MAX_EVENTS + 7):
+    for _ in range(9):
         here.note()
     here.take({"lost": {"reaped": 3}, "at": "now"})
-    assert len(here.sender._events) == _MAX_EVENTS
-    while len(here.sender._events) > 1:
-        here.sender._events.pop()
     here.until(here.sender.is_done)
     assert here.logged()[-1] == "the command was not run for 10 events: there were too many at a time"
 
 
+def test_events_of_thousands_of_processes_take_only_so_much_memory_while_they_wait() -> None:
+    here = World(command=["/nowhere"])
+    for _ in range(400):
+        here.note(processes=[{"pid": 1, "evidence": ["e" * 100_000]}])
+    assert sum(map(len, here.sender._events)) <= 16 * 1024 * 1024
+    assert len(here.sender._events) + here.sender._not_run == 400
+    here.set()
+    assert here.sender._event_chars == 0
+
+
+def test_what_waits_for_a_command_that_was_taken_out_is_told_of_and_not_run() -> None:
+    here = World(urls=["a://x"], command=["/nowhere"])
+    here.note()
+    here.note()
+    here.set(urls=["a://x"])
+    assert here.logged() == ["not given to a command, as there is none any more: 2 events"]
+    here.sender._jobs.clear()
+    here.sender.step(time.monotonic())
+    assert here.sender.descriptors() == []
+
+
+def test_who_has_waited_longest_is_sent_to_first() -> None:
+    """However many hang: each of those takes a helper for half a minute, and is due again when it gets none."""
+    here = World(urls=[f"a://{number}" for number in range(2 * AT_ONCE + 1)])
+    for target in here.sender._targets:
+        target.outbox.note(group(), 0.0)
+    sent_to: list[int] = []
+    for second in range(0, 7 * int(SEND_S), int(SEND_S) + 1):
+        at_s = 2.0 + second
+        for target in [one for one in here.sender._by_turn() if (one.outbox.next_deadline() or 0) <= at_s][
+            :AT_ONCE
+        ]:
+            assert target.outbox.take(at_s)
+            target.outbox.done(Outcome.FAILED, at_s + SEND_S)
+            sent_to.append(target.number)
+    assert sent_to[: 2 * AT_ONCE + 1] == list(range(1, 2 * AT_ONCE + 2))
+
+
+def group() -> Group:
+    return Group("reaped", 1, "first", "last", ("x",))
+
+
+def test_a_target_that_hangs_has_its_time_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alert_delivery, "send", lambda *_: time.sleep(600))  # a helper that does hang
+    here = World(urls=["json://localhost/hunter2"])
+    here.sender._jobs.clear()
+    here.note()
+    here.sender.step(time.monotonic() + SETTLE_S)
+    assert here.logged() == []
+    (running,) = here.sender._running.values()
+    here.sender.step(time.monotonic() + SETTLE_S + SEND_S)
+    assert here.logged() == [
+        "cannot send to json://*** (entry 1 of urls): it did not answer within 30 s; trying again"
+    ]
+    assert not os.path.exists(f"/proc/{running.helper.pid}")
+    assert here.sender._targets[0].outbox.count() == 1
+
+
+def test_as_the_daemon_ends_what_hangs_has_a_moment_and_no_more(tmp_path: Path) -> None:
+    mark = f"REAPER_TEST_{os.getpid()}_{time.monotonic_ns()}"
+    command = script(tmp_path / "hook", f"export {mark}=1\n(sleep 600 &)\nsleep 600")
+
+    def work() -> list[str]:
+        prctl.adopt_orphans()
+        said: list[dict[str, Any]] = []
+        ours, theirs = socket.socketpair()
+        given = {"urls": [], "command": [command], "group_within_s": 60.0, "host": "node7"}
+        for message in ({"settings": given}, *({"event": report.event("reaped")} for _ in range(3))):
+            ours.sendall(json.dumps(message).encode() + b"\n")
+        ours.shutdown(socket.SHUT_WR)
+        alert_sender.serve(theirs, Sender(said.append, end_children), last_words_s=0.3)
+        return [one["text"] for one in said]
+
+    assert in_helper(work) == ["not given to the command, or not to its end, as the daemon ends: 3 events"]
+    assert alive_with(mark) == []
+
+
 def test_a_url_that_apprise_does_not_know_is_told_of_once_and_without_its_secret() -> None:
-    here = World(urls=[BAD])
-    here.note()
-    here.until(lambda: bool(here.said), SETTLE_S)
-    here.note()
-    here.until(lambda: not here.sender.descriptors() and not here.sender._targets[0].outbox.count(), 1e4)
+    here = World(urls=["json://localhost", BAD])
+    here.until(lambda: bool(here.said))
     (said,) = here.logged()
     assert said.startswith(
-        "gave up sending 1 event to nosuchservice://*** (entry 1 of urls): Apprise does not understand"
+        "nothing can be sent to nosuchservice://*** (entry 2 of urls): Apprise does not understand this URL"
     )
+    here.set(urls=[BAD])
+    here.note()
+    here.until(lambda: not here.sender.descriptors() and not here.sender._targets[0].outbox.count(), 1e4)
+    assert here.logged() == [said]
     assert "hunter2" not in json.dumps(here.said)
 
 
@@ -160,8 +300,8 @@ def test_a_test_tells_of_each_target_what_came_of_it(tmp_path: Path) -> None:
     out = tmp_path / "out"
     here = World(urls=[BAD], command=[script(tmp_path / "hook", f"cat > {out}")])
     here.take({"test": 5})
-    here.until(lambda: bool(here.said))
-    (told,) = here.said
+    here.until(lambda: len(here.said) == 2)
+    told = here.said[1]
     bad, command = told["results"]
     assert (told["tested"], bad["target"], bad["sent"]) == (5, "nosuchservice://*** (entry 1 of urls)", False)
     assert "Apprise does not understand" in bad["reason"]
@@ -182,7 +322,7 @@ def test_what_is_left_as_the_daemon_ends_is_told_of() -> None:
     here.sender.close()
     assert here.logged() == [
         "not sent to a://*** (entry 1 of urls), as the daemon ends: 3 events",
-        "not given to the command, as the daemon ends: 3 events",
+        "not given to the command, or not to its end, as the daemon ends: 3 events",
     ]
 
 

@@ -12,7 +12,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 from reaperd.linux import pidfd
@@ -271,6 +271,35 @@ def _wait_for_left_behind() -> None:
     for pid in tuple(_left_behind):
         if os.waitpid(pid, os.WNOHANG)[0]:
             _left_behind.remove(pid)
+
+
+def end_children(keep: Container[int] = (), *, within_s: float = 1.0) -> None:
+    """SIGKILL this process's children but ``keep``, with those that it adopts as their parents end, and wait for them.
+
+    For a process of one thread. What forks faster than that, or is in state D, is left after ``within_s``.
+    """
+    end_s = time.monotonic() + within_s
+    while (pids := [pid for pid in _children() if pid not in keep]) and time.monotonic() < end_s:
+        for pid in pids:
+            descriptor = os.pidfd_open(pid)
+            try:
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                poller = select.poll()
+                poller.register(descriptor, select.POLLIN)
+                if poller.poll(_END_S * 1000):
+                    os.waitpid(pid, 0)
+                    if pid in _left_behind:
+                        _left_behind.remove(pid)
+            finally:
+                os.close(descriptor)
+
+
+def _children() -> list[int]:
+    try:
+        with open("/proc/thread-self/children", "rb") as file:
+            return list(map(int, file.read().split()))
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN
+        return []
 
 
 def run_as(uid: int, gid: int, work: Callable[[], Any], *, longest_s: int, groups: Sequence[int] = ()) -> Any:
