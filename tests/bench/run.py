@@ -21,6 +21,7 @@ sys.path.insert(1, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(
 
 import record
 import row_agent
+import row_alerts
 import row_growth
 import row_idle
 import row_orphans
@@ -42,6 +43,7 @@ PAGE = os.path.join(DOCS, "performance.md")
 
 ROWS: dict[str, Measure] = {
     "reap": row_reap.measure,
+    "alerts": row_alerts.measure,
     "scan": row_scan.measure,
     "idle": row_idle.measure,
     "import": row_agent.measure_import,

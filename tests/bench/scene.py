@@ -52,9 +52,11 @@ class Bench:
         return quick if self.quick else full
 
     @contextlib.contextmanager
-    def daemon(self, config: str = "", *, started: bool = True) -> Iterator[Daemon]:
+    def daemon(
+        self, config: str = "", *, started: bool = True, inside: Sequence[str] = ()
+    ) -> Iterator[Daemon]:
         """A daemon with the built-in settings, save for what ``config`` says; ready, unless ``started`` is False."""
-        daemon = Daemon(self.scratch, self.run, config=config)
+        daemon = Daemon(self.scratch, self.run, config=config, inside=inside)
         try:
             yield daemon.start() if started else daemon
         finally:
