@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
+import re
 import select
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -142,6 +145,27 @@ SERVICE = ("systemd-run", "--quiet", "--property=KillMode=process")
 
 def as_service(*more: str) -> tuple[str, ...]:
     return (*SERVICE, f"--uid={USER}", *more)
+
+
+def lend(system: BootedSystem, *names: str) -> None:
+    """Copy distributions of the tests' own Python, with what they need, to the installation's: nobody is asked for them."""
+    (packages,) = system.path("/opt/reaper/lib").glob("python3*/site-packages")
+    todo, seen = list(names), set()
+    while todo:
+        if (name := todo.pop()) in seen:
+            continue
+        seen.add(name)
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:  # for another system, or another Python
+            continue
+        todo += [re.split("[^A-Za-z0-9._-]", need)[0] for need in found.requires or () if "extra" not in need]
+        for file in found.files or ():
+            if ".." not in file.parts:
+                (packages / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(
+                    file.locate(), packages / file
+                )  # what is compiled goes by the time of its source
 
 
 def uid(system: BootedSystem) -> str:

@@ -28,7 +28,6 @@ from reaperd.policy import Policy
 from reaperd.poller import Poller
 from reaperd.sessions import Sessions
 from reaperd.store import Store
-from reaperd.waiters import News
 
 StartDaemon = Callable[..., harness.Daemon]
 StartLeader = Callable[..., harness.Leader]

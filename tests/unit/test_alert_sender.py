@@ -8,9 +8,9 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import harness
 import pytest
@@ -22,6 +22,7 @@ from reaperd.alert_groups import SETTLE_S, Group, Outcome
 from reaperd.alert_sender import AT_ONCE, COMMAND_S, SEND_S, Sender
 from reaperd.linux import prctl
 from reaperd.linux.helper import end_children, finish_helper, start_helper
+from reaperd.linux.procfs import ProcFS
 
 SOON_S = 20.0
 BAD = "nosuchservice://hunter2/token"
@@ -31,6 +32,15 @@ BAD = "nosuchservice://hunter2/token"
 def apprise_is_loaded() -> None:
     """Once, as it is where alerts are sent, and not in each helper."""
     alert_delivery.load()
+
+
+@pytest.fixture(autouse=True)
+def all_helpers_end() -> Iterator[None]:
+    World.made.clear()
+    yield
+    for one in World.made:
+        one.sender.close()
+    assert ProcFS().children(os.getpid()) == []
 
 
 def in_helper(work: Callable[[], Any]) -> Any:
@@ -51,7 +61,10 @@ def script(path: Path, text: str) -> str:
 class World:
     """A sender, told things by the test."""
 
+    made: ClassVar[list[World]] = []
+
     def __init__(self, **settings: Any) -> None:
+        self.made.append(self)
         self.said: list[dict[str, Any]] = []
         self.sender = Sender(self.said.append)
         self.set(**settings)
@@ -300,8 +313,8 @@ def test_a_test_tells_of_each_target_what_came_of_it(tmp_path: Path) -> None:
     out = tmp_path / "out"
     here = World(urls=[BAD], command=[script(tmp_path / "hook", f"cat > {out}")])
     here.take({"test": 5})
-    here.until(lambda: len(here.said) == 2)
-    told = here.said[1]
+    here.until(lambda: any("tested" in one for one in here.said))
+    (told,) = (one for one in here.said if "tested" in one)
     bad, command = told["results"]
     assert (told["tested"], bad["target"], bad["sent"]) == (5, "nosuchservice://*** (entry 1 of urls)", False)
     assert "Apprise does not understand" in bad["reason"]
