@@ -20,10 +20,12 @@ from reaperd.alert_groups import Outcome
 from reaperd.alert_words import NO_REASON, reason_in
 from reaperd.linux import prctl
 from reaperd.linux.helper import end_children
+from reaperd.unprivileged import limit_memory
 
 NOT_UNDERSTOOD = "Apprise does not understand this URL: `apprise --details` lists what it knows"
 _LATE = ("encodings.idna", "http.cookiejar", "netrc", "smtplib", "stringprep")
 _MAX_SAID_CHARS = 64 * 1024
+_MEMORY_BYTES = 128 * 1024 * 1024  # beyond what is mapped: a service may answer without end
 
 
 Result = tuple[str, str]  # an Outcome's value, and the reason in words, "" where it was sent
@@ -88,6 +90,7 @@ def send(url: str, title: str, body: str, gravity: str) -> Result:
         return Outcome.HOPELESS.value, NOT_UNDERSTOOD
     all_of_one = apprise.Apprise(asset=asset)
     all_of_one.add(service)
+    limit_memory(_MEMORY_BYTES)
     if all_of_one.notify(
         title=title, body=body, notify_type=apprise.NotifyType(gravity), body_format=apprise.NotifyFormat.TEXT
     ):

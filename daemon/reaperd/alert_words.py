@@ -25,6 +25,7 @@ _HARMLESS = str.maketrans(
         "<": "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}",
         ">": "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}",
         "@": "\N{FULLWIDTH COMMERCIAL AT}",
+        "&": "\N{FULLWIDTH AMPERSAND}",  # as "&commat;"
         "#": "\N{FULLWIDTH NUMBER SIGN}",
         "*": "\N{ASTERISK OPERATOR}",
         "|": "\N{BROKEN BAR}",

@@ -66,13 +66,20 @@ def give_up_privileges(who: str, *, memory_bytes: int = _MEMORY_BYTES, tasks: in
     prctl.forbid_tracing()
     descriptors = min(_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
-    with open("/proc/self/statm", encoding="ascii") as file:
-        mapped_bytes = int(file.read().split()[0]) * resource.getpagesize()
-    most_bytes = mapped_bytes + memory_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+    limit_memory(memory_bytes)
     # Its threads are there by now; whoever takes it over starts nothing.
     if tasks is not None:
         resource.setrlimit(resource.RLIMIT_NPROC, (tasks, tasks))
+
+
+def limit_memory(memory_bytes: int) -> None:
+    """Map no more than so much beyond what is mapped, for good."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        mapped_bytes = int(file.read().split()[0]) * resource.getpagesize()
+    before_bytes = resource.getrlimit(resource.RLIMIT_AS)[1]
+    most_bytes = mapped_bytes + memory_bytes
+    if before_bytes == resource.RLIM_INFINITY or most_bytes < before_bytes:
+        resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
 
 
 def be_expendable(score: str = "/proc/self/oom_score_adj") -> None:

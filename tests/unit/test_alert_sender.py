@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from reaperd import alert_delivery, alert_sender, report
 from reaperd.alert_check import MISSING, faults_and_warnings, why_no_apprise
 from reaperd.alert_groups import SETTLE_S, Group, Outcome
 from reaperd.alert_sender import AT_ONCE, COMMAND_S, SEND_S, Sender
+from reaperd.alert_words import NO_REASON
 from reaperd.linux import prctl
 from reaperd.linux.helper import end_children, finish_helper, start_helper
 from reaperd.linux.procfs import ProcFS
@@ -146,9 +149,11 @@ def test_what_a_command_leaves_behind_ends_with_it_and_nobody_waits_until_its_in
     out = tmp_path / "out"
     mark = f"REAPER_TEST_{os.getpid()}_{time.monotonic_ns()}"
     command = script(tmp_path / "hook", f"export {mark}=1\n{STAYS.format(out=out)}\n{end}")
-    result = run(command, 1.0, "x" * 300_000)
-    assert result == (["sent", ""] if end == "exit 0" else ["failed", "it took longer than 1 s"])
-    assert out.read_text() == "up\n"
+    if end == "exit 0":
+        assert run(command, SOON_S, "x" * 300_000) == ["sent", ""]
+        assert out.read_text() == "up\n"
+    else:
+        assert run(command, 1.0, "x" * 300_000) == ["failed", "it took longer than 1 s"]
     assert alive_with(mark) == []
 
 
@@ -252,6 +257,28 @@ def test_a_target_that_hangs_has_its_time_and_no_more(monkeypatch: pytest.Monkey
     ]
     assert not os.path.exists(f"/proc/{running.helper.pid}")
     assert here.sender._targets[0].outbox.count() == 1
+
+
+def test_of_a_service_that_answers_without_end_no_more_is_taken_than_there_is_memory_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(alert_delivery, "_MEMORY_BYTES", 32 << 20)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+                for _ in range(128):
+                    connection.sendall(bytes(1 << 20))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"json://127.0.0.1:{server.getsockname()[1]}/"
+        found = in_helper(functools.partial(alert_delivery.send, url, "title", "body", "info"))
+        thread.join()
+    assert found == ["failed", NO_REASON]
 
 
 def test_as_the_daemon_ends_what_hangs_has_a_moment_and_no_more(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def test_processes_that_were_left_out_are_counted() -> None:
     [
         "<!channel>",
         "@everyone",
+        "&commat;everyone",
         "<@U123>",
         "[click](http://evil/)",
         "<http://evil|bank>",
@@ -75,7 +76,7 @@ def test_processes_that_were_left_out_are_counted() -> None:
 )
 def test_a_name_rings_no_channel_hides_no_link_and_breaks_no_line(name: str) -> None:
     line = line_of(reaped(name=name))
-    assert not set(line) & set("<>@[]`*|")
+    assert not set(line) & set("<>@&[]`*|")
     assert "://" not in line
     assert line.isprintable()
 
