@@ -209,6 +209,10 @@ def test_events_of_thousands_of_processes_take_only_so_much_memory_while_they_wa
     assert len(here.sender._events) + here.sender._not_run == 400
     here.set()
     assert here.sender._event_chars == 0
+    here.set(command=["/nowhere"])
+    here.note()
+    here.until(here.sender.is_done)
+    assert here.sender._event_chars == 0
 
 
 def test_what_waits_for_a_command_that_was_taken_out_is_told_of_and_not_run() -> None:
@@ -241,6 +245,43 @@ def test_who_has_waited_longest_is_sent_to_first() -> None:
 
 def group() -> Group:
     return Group("reaped", 1, "first", "last", ("x",))
+
+
+def test_only_so_many_are_sent_to_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alert_delivery, "check", lambda *_: time.sleep(600))
+    monkeypatch.setattr(alert_delivery, "send", lambda *_: time.sleep(600))
+    here = World(urls=[f"json://localhost/{number}" for number in range(2 * AT_ONCE)])
+    here.note()
+    here.sender.step(time.monotonic() + SETTLE_S)
+    assert len(here.sender.descriptors()) == AT_ONCE
+    here.sender._jobs.clear()
+    here.sender.step(time.monotonic() + SETTLE_S + SEND_S)
+    assert len(here.sender.descriptors()) == AT_ONCE
+
+
+def test_nothing_that_a_library_writes_reaches_the_log(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def write(said: str) -> str:
+        for descriptor in (1, 2):
+            os.write(descriptor, f"hunter2 {said}".encode())
+        return "it was written"
+
+    monkeypatch.setattr(alert_delivery, "reason_in", write)
+    work = functools.partial(alert_delivery.send, "json://127.0.0.1:1/hunter2", "title", "body", "info")
+    assert in_helper(work) == ["failed", "it was written"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_of_an_error_in_who_sends_it_is_told_where_and_not_with_what() -> None:
+    said: list[dict[str, Any]] = []
+    try:
+        raise ValueError("json://hunter2")
+    except ValueError as error:
+        alert_sender._tell_uncaught(said.append, type(error), error, error.__traceback__)
+    (text,) = (one["text"] for one in said)
+    assert text.startswith("failed: ValueError at test_alert_sender.py:")
+    assert "hunter2" not in text
 
 
 def test_a_target_that_hangs_has_its_time_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

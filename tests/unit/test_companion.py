@@ -229,6 +229,14 @@ def test_one_that_may_say_last_words_says_them_and_one_that_goes_on_is_ended() -
             loop.until(lambda pid=pid: not os.path.exists(f"/proc/{pid}"))
 
 
+def test_as_the_daemon_ends_one_that_does_not_is_ended_after_its_time() -> None:
+    with running("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", last_words_s=0.2) as loop:
+        pid = pid_of(loop)
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+        loop.companion.close(time.monotonic())
+        assert not os.path.exists(f"/proc/{pid}")
+
+
 def test_it_has_of_our_descriptors_its_channel_alone_and_of_our_environment_what_it_is_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -421,6 +421,14 @@ def test_a_password_in_an_alert_url_is_in_no_fault_wherever_it_stands(text):
     assert "hunter2" not in "".join(faults_of(text))
 
 
+def test_there_may_be_only_so_many_alert_urls_for_what_came_of_each_is_told_in_one_message():
+    urls = ", ".join([f'"{SECRET}"'] * 65)
+    assert fault_of(f"[alerts]\nurls = [{urls}]") == (
+        "reaper.toml: [alerts] urls: must be a list of URLs, 64 at most"
+    )
+    assert len(parse(f"[alerts]\nurls = [{urls[: urls.rindex(',')]}]").alerts.urls) == 64
+
+
 def test_of_an_alert_url_only_the_service_is_shown():
     config = parse(f'[alerts]\nurls = ["{SECRET}", "Slack://hunter2/B/C"]')
     assert "hunter2" not in repr(config)
