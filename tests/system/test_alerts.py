@@ -22,6 +22,7 @@ from harness import SETTINGS, STRANGER, Scratch, repeat_until
 from agent import client
 from agent.wire import WireError
 from reaperd import report
+from reaperd.alert_delivery import NOT_UNDERSTOOD
 from reaperd.alerts import Alerts
 from reaperd.config import AlertsConfig
 from reaperd.policy import Policy
@@ -34,6 +35,7 @@ StartLeader = Callable[..., harness.Leader]
 
 SOON_S = 30.0
 SECRET = "hunter2hunter2"
+UNKNOWN = f"nosuchservice://{SECRET}"
 
 
 class Web:
@@ -150,7 +152,7 @@ def test_a_reaped_session_is_told_of_while_other_targets_hang_or_are_down(
         file.write(f"#!/bin/sh\nid -u >> {out}; cat >> {out}\n")
     os.chmod(hook, 0o755)
     down = f"json://127.0.0.1:{port}/{SECRET}"
-    text = settings([web.url, hanging.url, down], command=[hook], on=["started", "reaped"])
+    text = settings([web.url, hanging.url, down, UNKNOWN], command=[hook], on=["started", "reaped"])
     daemon = start_daemon(config=text)
     _check_that_each_can_be_tried(daemon, hook)
     _check_that_who_sends_has_no_rights(daemon)
@@ -158,6 +160,9 @@ def test_a_reaped_session_is_told_of_while_other_targets_hang_or_are_down(
     started = web.wait_post("1 started")
     assert (started["title"], started["type"]) == (f"Reaper on {os.uname().nodename}: 1 started", "info")
     wait_logged(daemon, "json://*** (entry 3 of urls): connection refused; trying again")
+    assert (
+        f"nothing can be sent to nosuchservice://*** (entry 4 of urls): {NOT_UNDERSTOOD}" in daemon.read_log()
+    )
     late = Web(port)
     stack.callback(late.close)
     leader = start_leader("pools.py", "executor", "--idle", "--method", "fork", socket=daemon.socket)
@@ -215,6 +220,7 @@ def _check_that_each_can_be_tried(daemon: harness.Daemon, hook: str) -> None:
         "json://*** (entry 1 of urls): sent",
         "json://*** (entry 2 of urls): sent",
         "json://*** (entry 3 of urls): not sent: connection refused",
+        f"nosuchservice://*** (entry 4 of urls): not sent: {NOT_UNDERSTOOD}",
         f"{hook}: sent",
     ]
     assert f"every user can read the passwords of [alerts] urls in {daemon.config}" in daemon.read_log()
@@ -240,7 +246,7 @@ def _check_that_who_sends_has_no_rights(daemon: harness.Daemon) -> None:
 def _check_secrets(daemon: harness.Daemon, scratch: Scratch) -> None:
     """Nobody is shown a URL: not by the log, ps, the control command, or a file other than the settings."""
     shown = daemon.ctl("config", "show").stdout
-    assert 'urls = ["json://***", "json://***", "json://***"]' in shown
+    assert 'urls = ["json://***", "json://***", "json://***", "nosuchservice://***"]' in shown
     replies = [ask(daemon, operation) for operation in ("config", "events", "status")]
     assert SECRET not in daemon.read_log() + shown + json.dumps(replies)
     family = descendants(daemon.pid)
