@@ -237,7 +237,7 @@ $(BENCH_STAMP): tests/bench/requirements.txt pyproject.toml | $(STAMP)
 	@echo 'preparing $(BENCH) (once, and after a change of its requirements)'
 	@$(BIN)/python -m venv --clear $(BENCH)
 	@# Reaper for its dependencies alone: what is measured is the tree.
-	@$(BENCH)/bin/python -m pip install -qq --disable-pip-version-check '.[train]' -r $<
+	@$(BENCH)/bin/python -m pip install -qq --disable-pip-version-check '.[train,alerts]' -r $<
 	@$(BENCH)/bin/python -m pip uninstall -qq --yes reaperd
 	@touch $@
 
