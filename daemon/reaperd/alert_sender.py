@@ -180,6 +180,11 @@ class Sender:
         if ended:
             self._end_strays(self._helpers())
         self._start_due(now_s)
+        if self._not_run and not self._events and not self._is_at_command():
+            count, self._not_run = self._not_run, 0
+            self._log(
+                "warning", f"the command was not run for {_events(count)}: there were too many at a time"
+            )
 
     def _helpers(self) -> set[int]:
         return {running.helper.pid for running in self._running.values()}
@@ -279,12 +284,6 @@ class Sender:
     def _command_done(self, outcome: Outcome, reason: str) -> None:
         if outcome is not Outcome.SENT:
             self._log("warning", f"the command for an event failed: {reason}")
-        if self._not_run and not self._events:
-            self._log(
-                "warning",
-                f"the command was not run for {_events(self._not_run)}: there were too many at a time",
-            )
-            self._not_run = 0
 
     def _log(self, level: str, text: str) -> None:
         self._say({"log": level, "text": text})

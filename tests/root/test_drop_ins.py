@@ -73,7 +73,7 @@ def alerted(system: BootedSystem) -> list[str]:
 
 
 def is_scraped(system: BootedSystem) -> bool:
-    return "reaper_sessions" in system.run("curl", "--silent", FIGURES, check=False).stdout
+    return "reaper_sessions" in system.run("curl", "--silent", "--max-time", "5", FIGURES, check=False).stdout
 
 
 def test_alerts_and_figures_leave_the_unit_with_their_drop_ins_and_without_it_is_said_why_not(

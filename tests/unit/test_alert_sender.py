@@ -201,6 +201,13 @@ def test_more_events_than_a_command_can_be_given_are_counted_and_told_of(
     assert here.logged()[-1] == "the command was not run for 10 events: there were too many at a time"
 
 
+def test_events_that_did_not_come_through_to_a_command_are_told_of_though_no_other_comes() -> None:
+    here = World(command=["/nowhere"])
+    here.take({"lost": {"reaped": 3}, "at": "now"})
+    here.sender.step(time.monotonic())
+    assert here.logged() == ["the command was not run for 3 events: there were too many at a time"]
+
+
 def test_events_of_thousands_of_processes_take_only_so_much_memory_while_they_wait() -> None:
     here = World(command=["/nowhere"])
     for _ in range(400):
