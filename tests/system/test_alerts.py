@@ -156,6 +156,7 @@ def test_a_reaped_session_is_told_of_while_other_targets_hang_or_are_down(
     daemon = start_daemon(config=text)
     _check_that_each_can_be_tried(daemon, hook)
     _check_that_who_sends_has_no_rights(daemon)
+    leader = start_leader("pools.py", "executor", "--idle", "--method", "fork", socket=daemon.socket)
     hanging.wait_post("1 started")
     started = web.wait_post("1 started")
     assert (started["title"], started["type"]) == (f"Reaper on {os.uname().nodename}: 1 started", "info")
@@ -165,7 +166,6 @@ def test_a_reaped_session_is_told_of_while_other_targets_hang_or_are_down(
     )
     late = Web(port)
     stack.callback(late.close)
-    leader = start_leader("pools.py", "executor", "--idle", "--method", "fork", socket=daemon.socket)
     leader.kill9()
     assert harness.broken_promise(leader) == ""
     told = web.wait_post("1 reaped")
