@@ -104,6 +104,9 @@ class OrphanRequests:
             uid = pidfd.uid_of(pid, self._core.observer.proc)
         except ProcessGone:
             raise wire.WireError("unknown-process", f"there is no process {pid}") from None
+        meant = wire.integer_field(message, "start_ticks", default=stat.id.start_ticks)
+        if meant != stat.id.start_ticks:
+            raise wire.WireError("unknown-process", f"process {pid} has ended, and another one has its pid")
         if not self._may_act(peer, uid, pid):
             raise wire.WireError("not-allowed", "that process is another user's")
         return stat.id, stat.comm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from reaperd.ctl import CommandError
 from reaperd.ctl.link import NoDaemonError
-from reaperd.ctl.ui import serve, shaping
+from reaperd.ctl.ui import deeds, serve, shaping
 from reaperd.ctl.ui.recorder import Recorder
 
 NOW = datetime(2026, 1, 31, 12, 30, tzinfo=timezone.utc)
@@ -210,9 +211,14 @@ class Answering:
         self.socket = "/s"
         self.events: list[dict[str, Any]] = []
         self.asked: list[str] = []
+        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.pids: dict[int, int] = {}  # of what processes there are: when each began
 
     def ask(self, op: str, **fields: Any) -> dict[str, Any]:
         self.asked.append(op)
+        self.told.append((op, fields))
+        if op in ("protect", "release"):  # as an older daemon does it, by the pid alone
+            return {"pid": fields["pid"], "start_ticks": self.pids[fields["pid"]]}
         if self.gone:
             raise NoDaemonError("no daemon answers: /s", "Start one")
         if op == "events":
@@ -257,6 +263,18 @@ def test_others_sessions_and_orphans_are_left_out_but_for_root() -> None:
     assert (len(facts.sessions), len(facts.orphans)) == (1, 1)
     facts = recorder(0)[0].look()
     assert (len(facts.sessions), len(facts.orphans)) == (2, 2)
+
+
+@pytest.mark.parametrize(("deed", "op"), [(deeds.spare, "protect"), (deeds.let_go, "release")])
+def test_who_is_spared_is_named_by_pid_and_start_time(deed: Callable[..., deeds.Outcome], op: str) -> None:
+    one, link, _ = recorder()
+    link.pids = {7: 5}
+    assert deed(one, 7, 5).good
+    assert link.told[-1] == (op, {"pid": 7, "start_ticks": 5})
+    with pytest.raises(CommandError, match="process 7 has ended, and another one has its pid"):
+        deed(one, 7, 4)
+    # A daemon that passed over the start time has spared somebody whom nobody meant.
+    assert (link.told[-1][1].get("undo") is True) == (op == "protect")
 
 
 def test_a_daemon_that_went_and_came_back_is_told_of() -> None:

@@ -237,6 +237,20 @@ def test_whoever_was_protected_is_forgotten_once_it_has_ended(world: World) -> N
     assert {one.pid for one in world.core.store.spared()} == {ME}
 
 
+@pytest.mark.parametrize("operation", ["protect", "release"])
+def test_a_process_that_is_named_with_its_start_time_is_not_taken_for_another_with_its_pid(
+    world: World, operation: str
+) -> None:
+    for undo in (False, True):
+        refused = world.ask(operation, pid=ME, start_ticks=world.ticks - 1, undo=undo)
+        assert refused["kind"] == "unknown-process"
+        assert "another one has its pid" in refused["message"]
+    assert world.core.policy.spared == frozenset()
+    assert world.ask(operation, pid=ME, start_ticks="1")["kind"] == "bad-request"
+    named = world.ask("protect", pid=ME, start_ticks=world.ticks)
+    assert named["start_ticks"] == world.ticks
+
+
 def event(kind: str, pid: int, **more: Any) -> dict[str, Any]:
     return report.event(kind, uid=os.getuid(), processes=[{"pid": pid, "start_ticks": 1}], **more)
 

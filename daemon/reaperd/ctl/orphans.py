@@ -119,6 +119,18 @@ def release(options: Namespace) -> int:
     return DONE
 
 
+def ask_about(link: Link, op: str, pid: int, start_ticks: int | None, **fields: Any) -> dict[str, Any]:
+    """Ask the daemon for ``protect`` or ``release`` of exactly this process; CommandError where another has its pid by now."""
+    if start_ticks is None:
+        raise CommandError(f"since when process {pid} runs is not known: say `reaperctl {op} {pid}`")
+    reply = link.ask(op, pid=pid, start_ticks=start_ticks, **fields)
+    if number_of(reply, "start_ticks") != start_ticks:  # said by a daemon that passes over the field
+        if op == "protect" and not fields.get("undo"):
+            link.ask("protect", pid=pid, undo=True)
+        raise CommandError(f"process {pid} has ended, and another one has its pid")
+    return reply
+
+
 def _process(reply: dict[str, Any], *more: str) -> dict[str, Any]:
     return {key: reply.get(key) for key in ("pid", "start_ticks", *more)}
 

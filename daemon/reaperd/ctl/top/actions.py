@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from reaperd.ctl import CommandError, render, render_orphans
+from reaperd.ctl import render, render_orphans
 from reaperd.ctl.cleanup import Id, Target, carry_out, target_of
 from reaperd.ctl.commands import user_of
 from reaperd.ctl.events import stop_session
 from reaperd.ctl.link import Link, follow
-from reaperd.ctl.orphans import complete
+from reaperd.ctl.orphans import ask_about, complete
 from reaperd.ctl.text import Look
 from reaperd.ctl.top.model import Family, Kind, Row
-from reaperd.ctl.units import number_of, plural
+from reaperd.ctl.units import plural
 from reaperd.words import size
 
 WAIT_S = 60.0  # for the end of what is to be ended
@@ -45,18 +45,14 @@ def explain(link: Link, pid: int, look: Look) -> Answer:
 
 def protect(link: Link, row: Row, *, undo: bool = False) -> Answer:
     """Have a process left alone, or judged as any other again."""
-    if undo:
-        return Answer((render_orphans.protected(link.ask("protect", pid=row.pid, undo=True), undo=True),))
-    reply = link.ask("protect", pid=row.pid)
-    if number_of(reply, "start_ticks") != row.start_ticks:  # whom nobody has seen here
-        link.ask("protect", pid=row.pid, undo=True)
-        raise CommandError(f"pid {row.pid} has ended, and is another process's by now: nothing was done")
-    return Answer((render_orphans.protected(reply, undo=False),))
+    more = {"undo": True} if undo else {}
+    reply = ask_about(link, "protect", row.pid, row.start_ticks, **more)
+    return Answer((render_orphans.protected(reply, undo=undo),))
 
 
 def release(link: Link, row: Row) -> Answer:
     """Let a process go on that was stopped."""
-    return Answer((render_orphans.released(link.ask("release", pid=row.pid)),))
+    return Answer((render_orphans.released(ask_about(link, "release", row.pid, row.start_ticks)),))
 
 
 # -- ending ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from reaperd.ctl import CommandError, cleanup, render
 from reaperd.ctl.events import ENDS
 from reaperd.ctl.link import follow
+from reaperd.ctl.orphans import ask_about
 from reaperd.ctl.text import field, plain
 from reaperd.ctl.ui import shaping
 from reaperd.ctl.ui.recorder import Recorder
@@ -61,15 +62,15 @@ def end(recorder: Recorder, target: cleanup.Target) -> Outcome:
     return Outcome(*shaping.outcome(list(done.processes.values()), list(done.leftovers.values())))
 
 
-def spare(recorder: Recorder, pid: int) -> Outcome:
-    """Have one process left alone. CommandError."""
-    recorder.link.ask("protect", pid=pid)
+def spare(recorder: Recorder, pid: int, start_ticks: int) -> Outcome:
+    """Have exactly this process left alone. CommandError."""
+    ask_about(recorder.link, "protect", pid, start_ticks)
     return Outcome(True, f"Pid {pid} is left alone from now on.")
 
 
-def let_go(recorder: Recorder, pid: int) -> Outcome:
-    """Let a process go on that was stopped. CommandError."""
-    recorder.link.ask("release", pid=pid)
+def let_go(recorder: Recorder, pid: int, start_ticks: int) -> Outcome:
+    """Let exactly this process go on, which was stopped. CommandError."""
+    ask_about(recorder.link, "release", pid, start_ticks)
     return Outcome(True, f"Pid {pid} goes on, and is left alone from now on.")
 
 

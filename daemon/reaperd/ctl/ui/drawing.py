@@ -287,9 +287,15 @@ def _draw_orphan(recorder: Recorder, card: shaping.OrphanCard, *, can_spare: boo
             one = Target({(card.pid, card.start_ticks): card.record}, {})
             begin(f"Ending pid {card.pid}", functools.partial(deeds.end, recorder, one))
         if _confirmed(f"spare {name}", f"Spare {card.title} for as long as it lives?", "Yes, spare it"):
-            begin(f"Sparing pid {card.pid}", functools.partial(deeds.spare, recorder, card.pid))
+            begin(
+                f"Sparing pid {card.pid}",
+                functools.partial(deeds.spare, recorder, card.pid, card.start_ticks),
+            )
         if _confirmed(f"release {name}", f"Let {card.title} go on, and spare it?", "Yes, let it go on"):
-            begin(f"Letting pid {card.pid} go on", functools.partial(deeds.let_go, recorder, card.pid))
+            begin(
+                f"Letting pid {card.pid} go on",
+                functools.partial(deeds.let_go, recorder, card.pid, card.start_ticks),
+            )
 
 
 # -- history, settings ----------------------------------------------------------------------------
