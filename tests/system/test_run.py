@@ -624,62 +624,59 @@ def _run_alone(run: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 STATUS_FILES = [
-    ("import agent; agent.register(); agent.progress(3, 4, 'x')", "completed", {"kind": "exit", "code": 0}),
+    ("agent.register(); agent.progress(3, 4, 'x')", "completed", {"kind": "exit", "code": 0}),
+    ("os.kill(os.getpid(), 9)", "killed", {"kind": "signal", "code": 9}),
+    ("os.kill(os.getpid(), 15)", "interrupted", {"kind": "signal", "code": 15}),
     ("raise SystemExit(3)", "failed", {"kind": "exit", "code": 3}),
-    ("import os; os.kill(os.getpid(), 15)", "interrupted", {"kind": "signal", "code": 15}),
-    ("import os; os.kill(os.getpid(), 9)", "killed", {"kind": "signal", "code": 9}),
 ]
 
 
-@pytest.mark.parametrize("watched", [True, False])
-def test_a_status_file_says_that_the_command_runs_and_how_it_ended(
-    watched: bool, run: str, daemon: Daemon, tmp_path: Path
+@contextlib.contextmanager
+def _telling(run: str, socket: str, path: Path, script: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a script that prints the state that its status file tells, then does what ``script`` says."""
+    look = f"import agent, os, sys; print(agent.read_status({str(path)!r}).state, flush=True)"
+    with subprocess.Popen(
+        [*CTL, "run", f"--status-file={path}", "--", sys.executable, "-c", f"{look}; {script}"],
+        env=test_environment(run, REAPER_SOCKET=socket, PYTHONWARNINGS="ignore"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        yield process
+
+
+def _tell_how_they_end(
+    run: str, socket: str, folder: Path, cases: list[tuple[str, str, dict[str, Any]]]
 ) -> None:
-    path = tmp_path / "run.json"
-    look = f"import agent, sys; sys.stdout.write(agent.read_status({str(path)!r}).state); sys.stdout.flush()"
-    for script, state, cause in STATUS_FILES:
-        done = subprocess.run(
-            [
-                *CTL,
-                "run",
-                f"--status-file={path}",
-                "--",
-                sys.executable,
-                "-W",
-                "ignore",
-                "-c",
-                f"{look}; {script}",
-            ],
-            env=test_environment(run, REAPER_SOCKET=daemon.socket if watched else NO_DAEMON),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=WITHIN_S,
-            check=False,
-        )
-        assert done.stdout == "running", done.stderr
-        found = agent.read_status(path)
+    with contextlib.ExitStack() as stack:  # at once: each is mostly waited for
+        runs = [
+            stack.enter_context(_telling(run, socket, folder / state, script)) for script, state, _ in cases
+        ]
+        said = [one.communicate(timeout=WITHIN_S) for one in runs]
+    for (_, state, cause), (printed, errors) in zip(cases, said, strict=True):
+        assert printed == "running\n", errors
+        found = agent.read_status(folder / state)
         assert (found.state, found.cause) == (state, cause)
         assert (found.progress or {}).get("done") == (3 if state == "completed" else None)
 
 
-def test_a_status_file_is_ended_by_the_daemon_where_the_run_is_killed_with_its_command(
+def test_a_status_file_says_that_the_command_runs_and_how_it_ended(run: str, tmp_path: Path) -> None:
+    _tell_how_they_end(run, NO_DAEMON, tmp_path, STATUS_FILES)
+
+
+def test_a_status_file_is_as_true_with_a_daemon_which_ends_it_where_the_run_is_killed_with_its_command(
     run: str, daemon: Daemon, tmp_path: Path
 ) -> None:
     path = tmp_path / "run.json"
-    command = [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"]
-    with subprocess.Popen(
-        [*CTL, "run", f"--status-file={path}", "--", *command],
-        env=test_environment(run, REAPER_SOCKET=daemon.socket),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    ) as process:
+    with _telling(run, daemon.socket, path, "import time; time.sleep(60)") as process:
         assert process.stdout is not None
-        process.stdout.readline()
+        assert process.stdout.readline() == "running\n"
         session = agent.read_status(path).session
         os.killpg(process.pid, signal.SIGKILL)
-        daemon.wait_end(session)
+        _tell_how_they_end(run, daemon.socket, tmp_path, STATUS_FILES[:2])
+    daemon.wait_end(session)
     assert json.loads(path.read_text())["state"] == "killed"
 
 
