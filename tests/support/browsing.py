@@ -233,6 +233,17 @@ class Page:
 
         assert self._until(clicked, SHOWN_WITHIN_S), f"no button {label!r} to click:\n{self.text()}"
 
+    def click_beginning(self, start: str) -> None:
+        """Click the first button whose text begins so, once it is there and on."""
+
+        def clicked() -> bool:
+            found = [one for one in self.buttons_beginning(start) if one.is_enabled()]
+            if found:
+                found[0].click()
+            return bool(found)
+
+        assert self._until(clicked, SHOWN_WITHIN_S), f"no button {start!r} to click:\n{self.text()}"
+
     def buttons(self, label: str) -> list[Any]:
         """Return what can be clicked and whose text ends with ``label``: an icon's name may stand before it."""
         found = self.browser.find_elements(By.CSS_SELECTOR, "[data-testid='stApp'] :is(button, summary)")
@@ -271,6 +282,22 @@ class Page:
         self._until(lambda: not self.browser.execute_script(f"return {unfinished} !== null"), 5.0)
         os.makedirs(SHOTS, exist_ok=True)
         path = os.path.join(SHOTS, f"{name}.png")
+        self.browser.save_screenshot(path)
+        return path
+
+    def shoot_all(self, name: str) -> str:
+        """Keep a picture of the whole page, beyond the screen's edge too."""
+        path = self.shoot(name)
+        main = 'document.querySelector("[data-testid=stMain]")'
+        height = int(self.browser.execute_script(f"return {main}.scrollHeight"))
+        size = self.browser.execute_script("return [innerWidth, innerHeight]")
+        screen = {
+            "width": size[0],
+            "height": max(height, size[1]),
+            "deviceScaleFactor": 1,
+            "mobile": size[0] < 500,
+        }
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         self.browser.save_screenshot(path)
         return path
 

@@ -139,7 +139,7 @@ def test_the_one_orphan_that_was_clicked_is_ended_and_then_all(
     page.wait(r"1 process ended", 60)
     assert not wait_gone([first], 0)
     assert wait_gone(orphan.family.workers, 0)  # the others were not asked about
-    page.click(next(one.text.split("\n")[-1] for one in page.buttons_beginning("End th")))
+    page.click_beginning("End th")
     page.wait("This cannot be undone")
     page.click("Yes, do it")
     page.wait(r"process(es)? ended", 60)
@@ -162,7 +162,7 @@ def test_when_the_daemon_goes_the_open_page_says_so_and_it_comes_back(
     page.shoot("page-no-daemon")
     orphan = orphans_of(OURS, start_leader)
     page.wait(r"loky, pid \d+", 60)
-    page.click(next(one.text.split("\n")[-1] for one in page.buttons_beginning("End th")))
+    page.click_beginning("End th")
     page.click("Yes, do it")
     page.wait(r"process(es)? ended", 60)
     assert not wait_gone(orphan.family.everyone, GONE_WITHIN_S)

@@ -94,7 +94,7 @@ def test_only_what_is_ones_own_is_shown_and_to_root_everything() -> None:
 def test_a_session_is_a_card() -> None:
     (card,) = shaping.session_cards([session()], NOW, lambda uid: f"u{uid}")
     assert (card.id, card.name, card.state, card.can_stop) == ("1-2-3-4", "risk", "running", True)
-    assert card.facts == "u1000, for 30 min, pid 1"
+    assert card.facts == "u1000, for 30 min, pid 1, 50 % CPU, 1.0 MiB"
     assert (card.command, card.share, card.progress) == ("python train.py", 0.25, "1 of 4, fold")
     assert card.workers == [{"PID": "2", "What": "loky worker", "CPU": "50.0 %", "Memory": "1.0 MiB"}]
 

@@ -20,9 +20,10 @@ from reaperd.ctl.units import list_of, plural, text_of
 from reaperd.words import duration
 
 _CARDS = 40  # that are drawn one by one
-_CHART_PX = 180
+_CHART_PX, _LEGEND_PX = 180, 54
+_COLOURS = {"leaders": "#3465a4", "workers": "#5b9bdf", "trackers": "#9a9a9a", "orphans": "#d9534f"}
 _STATES = {"running": "green", "ending": "orange", "ended": "red"}
-_ICONS = {"problem": ":material/error:", "limit": ":material/warning:"}
+_ICONS = {"problem": ":material/error:", "limit": ":material/info:"}
 _WORKING, _SAID, _ASKED, _LOOKING, _FOUND = "working", "said", "asked", "looking", "found"
 _LOOK_AGAIN_S = 10.0  # where looking takes long
 
@@ -59,7 +60,7 @@ def draw_deeds() -> None:
     said: deeds.Outcome | None = st.session_state.get(_SAID)
     if said is not None:
         with st.container(horizontal=True, vertical_alignment="center"):
-            (st.success if said.good else st.warning)(as_markdown(said.text))
+            (st.success if said.good else st.warning)(as_markdown(said.text), width="content")
             if st.button("Close", key="close"):
                 del st.session_state[_SAID]
                 st.rerun()
@@ -107,7 +108,7 @@ def overview(recorder: Recorder) -> None:
     """Draw the figures, and their course."""
     facts = recorder.look()
     draw_daemon(facts)
-    with st.container(horizontal=True, gap="medium"):
+    with st.container(horizontal=True, gap="small"):
         for one in shaping.tiles(facts.status, facts.sessions, facts.orphans):
             value = "-" if facts.no_daemon else one.value
             st.metric(one.label, value, help=one.note or None, width=150)
@@ -119,7 +120,15 @@ def overview(recorder: Recorder) -> None:
     st.subheader("Reaped in the last 24 hours", anchor=False)
     bars = shaping.reaped_by_hour(recorder.events(), facts.at)
     if any(bars["processes"]):
-        st.bar_chart(bars, x="at", y="processes", x_label="", y_label="processes", height=_CHART_PX)
+        st.bar_chart(
+            bars,
+            x="at",
+            y="processes",
+            x_label="",
+            y_label="processes",
+            color=_COLOURS["orphans"],
+            height=_CHART_PX,
+        )
     else:
         st.caption("Nothing had to be ended.")
 
@@ -131,7 +140,17 @@ def _draw_charts(points: list[shaping.Point]) -> None:
         with column:
             st.subheader(title, anchor=False)
             y = [key for key in charts[name] if key != "at"]
-            st.line_chart(charts[name], x="at", y=y, x_label="", y_label="", height=_CHART_PX)
+            # One above the other: lines of the same height would hide each other.
+            st.area_chart(
+                charts[name],
+                x="at",
+                y=y,
+                x_label="",
+                y_label="",
+                color=[_COLOURS.get(key, _COLOURS["workers"]) for key in y],
+                height=_CHART_PX + (_LEGEND_PX if len(y) > 1 else 0),
+                stack=True,
+            )
 
 
 # -- sessions -------------------------------------------------------------------------------------
@@ -141,7 +160,7 @@ def sessions(recorder: Recorder) -> None:
     """Draw each session with its workers."""
     facts = recorder.look()
     draw_daemon(facts)
-    cards = shaping.session_cards(facts.sessions, facts.at, user_of)
+    cards = shaping.session_cards(facts.sessions, facts.at, who)
     if not cards and not facts.no_daemon:
         st.info(
             "No sessions. A script becomes one with `import agent; agent.register()`, any command with "
@@ -198,7 +217,7 @@ def orphans(recorder: Recorder) -> None:
     target = target_of(reply)
     listed = list_of(reply, "orphans") if facts.no_daemon else facts.orphans
     shown = [one for one in listed if text_of(one, "verdict") != "spare"]
-    cards = shaping.orphan_cards(shown, frozenset(target.processes), user_of)
+    cards = shaping.orphan_cards(shown, frozenset(target.processes), who)
     if not cards:
         st.success("No orphans: every worker has its parent.", icon=":material/check_circle:")
     _draw_end_all(recorder, target)
@@ -313,7 +332,8 @@ def history(recorder: Recorder) -> None:
     if not rows:
         st.info(f"Nothing of that in the last {HISTORY_DAYS} days.", icon=":material/hourglass_empty:")
         return
-    st.markdown(shaping.table(rows))
+    with st.container(key="events"):
+        st.markdown(shaping.table(rows))
     st.caption(
         f"The newest {len(rows)} of the last {HISTORY_DAYS} days; `reaperctl events` has all, with evidence."
     )
@@ -355,10 +375,10 @@ def _draw_checks(checking: Job[list[shaping.Check]]) -> None:
     good = [one for one in found if one.level == "ok"]
     for one in found:
         if one.level != "ok":
-            draw = st.error if one.level == "problem" else st.warning
+            draw = st.error if one.level == "problem" else st.info
+            advice = f"  \n→ {as_markdown(one.advice)}" if one.advice else ""
             draw(
-                f"**{as_markdown(one.subject)}**: {as_markdown(one.fact)}  \n{as_markdown(one.advice)}",
-                icon=_ICONS.get(one.level),
+                f"**{as_markdown(one.subject)}**: {as_markdown(one.fact)}{advice}", icon=_ICONS.get(one.level)
             )
     with st.expander(f"{plural(len(good), 'check')} found nothing to mend", icon=":material/check_circle:"):
         st.markdown("\n".join(f"- **{as_markdown(one.subject)}**: {as_markdown(one.fact)}" for one in good))
@@ -371,6 +391,12 @@ VIEWS: dict[str, Callable[[Recorder], None]] = {
     "History": history,
     "Settings": settings,
 }
+
+
+def who(uid: int) -> str:
+    """Return a user's name, "uid 1000" for one without."""
+    name = user_of(uid)
+    return f"uid {uid}" if name == str(uid) else name
 
 
 def stamp(at: datetime | None = None) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import streamlit as st
 
 from agent.panel import as_markdown
-from reaperd.ctl.commands import user_of
 from reaperd.ctl.ui import drawing
 from reaperd.ctl.ui.recorder import Recorder, of_this_process
 from reaperd.ctl.ui.serve import VARIABLE
@@ -19,12 +18,16 @@ REFRESH_S, BUSY_REFRESH_S = 3.0, 0.5
 _FIRST = "Overview"
 # It looks again every few seconds: what fades meanwhile, and Streamlit's own button "Stop", would flicker.
 _STYLE = """<style>
-[data-testid="stMainBlockContainer"] { padding-top: 4rem; max-width: 1200px; }
+[data-testid="stMainBlockContainer"] { padding-top: 3rem; max-width: 1200px; }
 [data-testid="stMetricValue"] { font-size: 1.6rem; }
+[data-testid="stHeading"] h3 { font-size: 1.15rem; padding: 0.6rem 0 0.3rem; }
 [data-testid="stStatusWidget"] { display: none; }
 [data-stale="true"] { opacity: 1 !important; }
 [data-testid="stMarkdownContainer"] table { display: block; overflow-x: auto; font-size: 0.9rem; }
+.st-key-events td:first-child { white-space: nowrap; }
+.st-key-events td:last-child { min-width: 15rem; }
 button:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
+@media (max-width: 480px) { [data-testid="stButtonGroup"] button { padding: 0 0.45rem; font-size: 0.85rem; } }
 </style>"""
 
 
@@ -75,7 +78,7 @@ def main() -> None:
     recorder = st.cache_resource(show_spinner=False)(start_recorder)()
     with st.container(horizontal=True, vertical_alignment="center"):
         st.title("Reaper", anchor=False, width="content")
-        who = "root, who sees and ends everybody's" if os.geteuid() == 0 else user_of(os.geteuid())
+        who = "root, who sees and ends everybody's" if os.geteuid() == 0 else drawing.who(os.geteuid())
         st.caption(f"as {as_markdown(who)}", width="content")
     view = chosen_view()
 

@@ -114,7 +114,9 @@ def _command(address: str, port: int) -> list[str]:
         "client.showErrorDetails": "none",
         "global.developmentMode": "false",
         "logger.level": "warning",
-        "theme.primaryColor": "#2f6fb5",  # Streamlit's own is the red of an error
+        # Streamlit's own may be the red of an error. One for both themes would be the light one's, in the dark as well.
+        "theme.light.primaryColor": "#2f6fb5",
+        "theme.dark.primaryColor": "#3f80c8",
     }
     page = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.py")
     options = [f"--{name}={value}" for name, value in settings.items()]

@@ -55,7 +55,7 @@ def series(points: Sequence[Point]) -> dict[str, dict[str, list[Any]]]:
     at = [one.at for one in points]
     processes = {
         name: [None if one.processes is None else one.processes[name] for one in points]
-        for name in render_monitor.CATEGORIES
+        for name in ("leaders", "workers", "trackers", "orphans")
     }
     return {
         "processes": {"at": at, **processes},
@@ -99,7 +99,11 @@ def tiles(status: Any, sessions: Sequence[Any], orphans: Sequence[Any]) -> list[
         Tile("Orphans", str(found.sum_of("orphans").processes), "workers whose parent is gone"),
         Tile("CPU", "-" if total.cpu_percent is None else f"{total.cpu_percent:.0f} %", "100 % is one core"),
         Tile("Memory", size(total.rss_bytes), "pages that processes share count for each"),
-        Tile("Reaped", str(count_of(status, "reaped_total")), f"processes so far; {freed} given back"),
+        Tile(
+            "Reaped",
+            str(count_of(status, "reaped_total")),
+            f"processes that the daemon has ended so far, of all users; {freed} given back",
+        ),
     ]
 
 
@@ -154,12 +158,15 @@ def _session_card(one: Any, now: datetime, user_of: Callable[[int], str]) -> Ses
     lives = text_of(one, "phase") in ("watched", "")
     argv = leader.get("cmdline") if isinstance(leader, dict) else None
     progress = one.get("progress") if isinstance(one.get("progress"), dict) else None
+    held = render_monitor.figures([one], [], None, now).sum_of()
     facts = [
         "" if uid is None else plain(user_of(int(uid))),
         "" if began is None else f"for {duration(max(0.0, (now - began).total_seconds()))}",
         "" if pid is None else f"pid {int(pid)}",
         render.attempt_in_words(one),
         "isolated" if one.get("isolated") is True else "",
+        "" if held.cpu_percent is None else f"{held.cpu_percent:.0f} % CPU",
+        "" if held.rss_bytes is None else size(held.rss_bytes),
     ]
     left_alone = list_of(one, "left_alone")
     return SessionCard(
