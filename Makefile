@@ -155,12 +155,14 @@ test-metrics: build/metrics/.installed ## test the alert rules with promtool, ha
 # Streamlit, and what drives a browser. The browser is Debian's.
 BROWSER = command -v chromium >/dev/null && command -v chromedriver >/dev/null
 
+.PHONY: browser
+browser:
+	@$(BROWSER) || { echo 'this needs a browser and its driver: apt-get install chromium chromium-driver' >&2; exit 2; }
+	@[ -n '$(ROOT)' ] || echo 'without root, only the tests that need no users of their own run: sudo make test-ui'
+
 .PHONY: test-ui
-test-ui: build/ui/.installed ## the panel and the page in a real Chromium, as root; their pictures are in build/shots
-	@$(BROWSER) || { [ -n '$(ROOT)' ] && command -v apt-get >/dev/null && \
-	    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; } || $(BROWSER) || { \
-	    echo 'needs a browser: apt-get install chromium chromium-driver' >&2; exit 2; }
-	$(APART) build/ui/bin/python -m pytest tests/ui $(PYTEST_ARGS)
+test-ui: | browser build/ui/.installed ## the panel and the page in a real Chromium, as root; their pictures are in build/shots
+	$(APART) build/ui/bin/python -m pytest tests/ui -rs $(PYTEST_ARGS)
 
 .PHONY: joblib
 joblib: $(STAMP) ## joblib's own tests of parallel loops, with the backend "reaper" among those that they are about

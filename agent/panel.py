@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
 import time
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -22,6 +24,10 @@ _BUSY_PERCENT = 1.0  # of a core: less is no work
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _ASK_WITHIN_S = 1.0
+_ABSURD = 10**100
+# Of these, escaped or not, Streamlit makes arrows and dashes where they stand alone, and links: a mark that nobody sees, behind
+# them, keeps it from that.
+_REPLACED = re.compile(r"(?<!\S)(?:<->|->|<-|--|>=|<=|~=)(?!\S)|https?://|www(?=\.)|@", re.IGNORECASE)
 
 
 class View(NamedTuple):
@@ -41,6 +47,7 @@ class View(NamedTuple):
     no_daemon: str = ""  # why no daemon answers; "" where one does
     idle_s: float = 0.0  # for how long it has used no CPU and told no progress
     told: Status | None = None
+    owner: int | None = None  # the uid whose file has told so
 
     @property
     def active(self) -> bool:
@@ -96,17 +103,25 @@ def look(training: Training | None, status_file: str | None, socket: str | None,
         return view
     view = view._replace(name=training.name if training else "")
     try:
-        told = status.read_status(path)
+        told, owner = status.read_status(path), os.stat(path).st_uid
     except FileNotFoundError:
         return view if training is None else _begun(training, view)
     except (OSError, StatusError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         return view._replace(state=status.UNKNOWN, error=f"{path}: {reason}")
     view = view._replace(
-        state=told.state, name=told.name or view.name, session=told.session, progress=told.progress, told=told
+        state=told.state,
+        name=_cut(told.name or view.name, wire.MAX_NAME_CHARS),
+        session=told.session,
+        progress=told.progress,
+        told=told,
+        owner=owner,
     )
     if told.state != status.RUNNING:
-        return view._replace(error=told.error or "", elapsed_s=_between(told.started_at, told.ended_at))
+        return view._replace(
+            error=_cut(told.error or "", status.MAX_ERROR_CHARS),
+            elapsed_s=_between(told.started_at, told.ended_at),
+        )
     return _running(view, told, asked, watch)
 
 
@@ -205,10 +220,11 @@ def progress_in_words(progress: dict[str, Any] | None) -> str:
     """Return "3 of 8, fold 2"; "" where nothing is told."""
     done, total = (_number(progress, key) for key in ("done", "total"))
     message = (progress or {}).get("message")
+    message = _cut(message, wire.MAX_MESSAGE_BYTES) if isinstance(message, str) else ""
     words = "" if done is None else f"{done:.10g}"
     if words and total is not None and total > 0:
         words += f" of {total:.10g}"
-    return ", ".join(word for word in (words, message if isinstance(message, str) else "") if word)
+    return ", ".join(word for word in (words, message) if word)
 
 
 def killed_in_words(told: Status | None) -> str:
@@ -218,13 +234,27 @@ def killed_in_words(told: Status | None) -> str:
     if cause.get("kind") == "oom":
         return "The machine, or its limit, ran out of memory: the kernel has killed it."
     if cause.get("kind") == "signal" and code is not None:
-        return f"It was killed by signal {code:.0f}."
+        return f"It was killed by {_signal_in_words(int(code))}."
     return "Its process has ended without a word: killed, out of memory, or crashed."
+
+
+def _signal_in_words(number: int) -> str:
+    try:
+        return f"{signal.Signals(number).name} (signal {number})"
+    except ValueError:
+        return f"signal {number}"
 
 
 def _number(source: dict[str, Any] | None, key: str) -> float | None:
     value = (source or {}).get(key)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return value if abs(value) < _ABSURD else None  # more than a float holds cannot be shown
+
+
+def _cut(text: str, most: int) -> str:
+    """Return a text from a file of whoever's as far as it may be long."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def span(seconds: float | None) -> str:
@@ -257,4 +287,10 @@ def printable(text: str) -> str:
 
 def as_markdown(text: str) -> str:
     """Return Markdown that shows exactly ``text``: no picture is fetched, and no link made, for what a process calls itself."""
-    return "".join(f"\\{c}" if c.isascii() and not c.isalnum() and c != " " else c for c in printable(text))
+    shown = _REPLACED.sub("\\g<0>\u2060", printable(text))
+    return "".join(f"\\{c}" if c.isascii() and not c.isalnum() and c != " " else c for c in shown)
+
+
+def bold(text: str) -> str:
+    """Return Markdown that shows exactly ``text``, in bold: blanks at its ends would leave the asterisks."""
+    return f"**{as_markdown(text.strip())}**" if text.strip() else ""

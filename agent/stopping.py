@@ -34,11 +34,17 @@ class Stopped(NamedTuple):
 
 
 def stop(
-    told: Status, supervisor: Id | None = None, *, socket: str | None = None, grace_s: float = GRACE_S
+    told: Status,
+    supervisor: Id | None = None,
+    *,
+    owner: int | None = None,
+    socket: str | None = None,
+    grace_s: float = GRACE_S,
 ) -> Stopped:
     """End the training of which a status file has ``told`` that it runs, and wait for all that belongs to it, a minute at most.
 
-    ``supervisor`` is the `reaperctl run` that started it, None for none. StopError: it may not, or cannot, be stopped.
+    ``supervisor`` is the `reaperctl run` that started it, None for none. ``owner`` is the uid whose file has told so, None where
+    it is known to be true. StopError: it may not, or cannot, be stopped.
     """
     if told.state != status.RUNNING:
         raise StopError(f"the training does not run: it is {told.state}")
@@ -50,6 +56,12 @@ def stop(
         handle = handles.get(told.pid, -1)
         if handle < 0:
             raise StopError("the training has just ended by itself")
+        if owner not in (None, 0, _uid_of(told.pid)):  # else any user could have us end what is ours
+            raise StopError(
+                f"its status file is uid {owner}'s, who does not run that process: it is not believed"
+            )
+        if supervisor is not None and supervisor[0] not in _above(told.pid):
+            supervisor = None
         why = _ask_daemon(told, socket) if told.session else "it is no session of Reaper's"
         if why:
             _end_here(handle, supervisor, grace_s, stack)
@@ -65,23 +77,33 @@ def stop(
 def _refuse_own(told: Status) -> None:
     """Refuse to end what this process is, or is a part of."""
     own = wire.parse_lineage(os.environ.get(wire.LINEAGE_VARIABLE, ""))
-    if told.pid == os.getpid() or (told.session and told.session in own) or told.pid in _ancestors():
+    if told.pid == os.getpid() or (told.session and told.session in own) or told.pid in _above(os.getpid()):
         raise StopError(
             "this training runs inside of this very server, which would end with it: start it with "
             "agent.streamlit.start_training(), and it can be stopped"
         )
 
 
-def _ancestors() -> set[int]:
+def _above(pid: int) -> set[int]:
+    """Return who is above a process: its parent, and so on."""
     found: set[int] = set()
-    pid = os.getppid()
-    while pid > 1 and pid not in found:
-        found.add(pid)
+    while True:
         try:
             pid = int(status.read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):
-            break
-    return found
+            return found
+        if pid <= 1 or pid in found:
+            return found
+        found.add(pid)
+
+
+def _uid_of(pid: int) -> int | None:
+    """Return whose process it is; None where it has ended."""
+    try:
+        lines = status.read_text(f"/proc/{pid}/status").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Uid:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
 
 
 def _ask_daemon(told: Status, socket: str | None) -> str:

@@ -24,7 +24,7 @@ from agent import launch, panel, stopping
 from agent.cleanup import CleanupError, CleanupReport, emergency_cleanup
 from agent.jobs import Job
 from agent.launch import LaunchError, Training, default_status_file, find_training, start_training
-from agent.panel import View, as_markdown
+from agent.panel import View, as_markdown, bold
 from agent.stopping import StopError, Stopped
 
 __all__ = [
@@ -132,7 +132,7 @@ class _Panel:
         label, colour, icon = _BADGES.get(view.state, _BADGES["unknown"])
         with st.container(horizontal=True, vertical_alignment="center"):
             named = f"{self._title}: {view.name}" if view.name else self._title
-            st.markdown(f"**{as_markdown(named)}**", width="content")
+            st.markdown(bold(named), width="content")
             st.badge(label, color=colour, icon=icon)
 
     def _draw_figures(self, view: View) -> None:
@@ -213,12 +213,12 @@ class _Panel:
         above = (training.pid, training.start_ticks) if training is not None and training.supervised else None
 
         def work() -> Stopped:
-            told = view.told
+            told, owner = view.told, view.owner
             if told is None and training is not None:  # it had just been started
-                told = launch.wait_begun(training)
+                told, owner = launch.wait_begun(training), os.stat(training.status_file).st_uid
             if told is None:
                 raise StopError("the training has not begun")
-            return stopping.stop(told, above, socket=socket)
+            return stopping.stop(told, above, owner=owner, socket=socket)
 
         return work
 

@@ -124,6 +124,12 @@ class Server:
                 self._process.kill()
                 self._process.wait()
 
+    def kill(self) -> None:
+        """End the server at once, as the kernel does where memory runs out."""
+        assert self._process is not None, "the server was not started"
+        self._process.kill()
+        self._process.wait()
+
     def lives(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
@@ -189,6 +195,23 @@ class Page:
         self.browser.get(url)
         return self
 
+    @contextlib.contextmanager
+    def second_tab(self) -> Iterator[Callable[[], None]]:
+        """Open a second tab, with what it shows cut loose from the first; what is given goes from one to the other."""
+        first = self.browser.current_window_handle
+        self.browser.switch_to.new_window("tab")
+        second = self.browser.current_window_handle
+
+        def change() -> None:
+            self.browser.switch_to.window(first if self.browser.current_window_handle == second else second)
+
+        try:
+            yield change
+        finally:
+            self.browser.switch_to.window(second)
+            self.browser.close()
+            self.browser.switch_to.window(first)
+
     def look(self, *, dark: bool = False, size: tuple[int, int] = DESKTOP) -> None:
         """Prefer light or dark, on a screen of that size."""
         width, height = size
@@ -232,6 +255,13 @@ class Page:
             return True
 
         assert self._until(clicked, SHOWN_WITHIN_S), f"no button {label!r} to click:\n{self.text()}"
+
+    def click_if_on(self, label: str) -> None:
+        """Click a button unless it is off, or gone."""
+        with contextlib.suppress(WebDriverException):
+            for one in self.buttons(label)[:1]:
+                if one.is_enabled():
+                    one.click()
 
     def click_beginning(self, start: str) -> None:
         """Click the first button whose text begins so, once it is there and on."""
@@ -280,6 +310,10 @@ class Page:
         """Keep a picture of the page in build/shots, once it is drawn to its end."""
         unfinished = 'document.querySelector(\'[data-testid="stSkeleton"], [data-stale="true"]\')'
         self._until(lambda: not self.browser.execute_script(f"return {unfinished} !== null"), 5.0)
+        # Where the pointer rests something is lit up, and tells what it is for.
+        pointer = {"type": "mouseMoved", "x": 1, "y": 1}
+        self.browser.execute_cdp_cmd("Input.dispatchMouseEvent", pointer)
+        self._until(lambda: not self.browser.find_elements(By.CSS_SELECTOR, "[role=tooltip]"), 3.0)
         os.makedirs(SHOTS, exist_ok=True)
         path = os.path.join(SHOTS, f"{name}.png")
         self.browser.save_screenshot(path)

@@ -12,7 +12,7 @@ from harness import Scratch
 pytest.importorskip("streamlit", reason="`make test-ui` has Streamlit and a browser")
 pytest.importorskip("selenium", reason="`make test-ui` has Streamlit and a browser")
 
-from browsing import Page, Server, chromium
+from browsing import Page, Server, Ui, chromium
 from ui_users import APPS
 
 StartServer = Callable[..., Server]
@@ -43,5 +43,20 @@ def start_server(run: str, scratch: Scratch) -> Iterator[StartServer]:
             server = Server(run, folder, path, uid, **environment)
             stack.callback(server.stop)
             return server.start()
+
+        yield start
+
+
+@pytest.fixture
+def start_ui(run: str, scratch: Scratch) -> Iterator[Callable[..., Ui]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(socket: str, uid: int | None = None, *options: str) -> Ui:
+            folder = scratch.directory("home", 0o777)
+            if uid is not None:
+                os.chown(folder, uid, uid)
+            one = Ui(run, folder, socket, uid, *options)
+            stack.callback(one.stop)
+            return one
 
         yield start

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import harness
 import pytest
 from browsing import PHONE, Page, Ui
-from harness import Daemon, Leader, Scratch, wait_gone
+from harness import Daemon, Leader, wait_gone
 from ui_users import OURS, THEIRS
 
 StartDaemon = Callable[..., Daemon]
@@ -22,21 +20,6 @@ pytestmark = pytest.mark.needs_root
 GONE_WITHIN_S = 15.0
 UNREGISTERED = {"REAPER_DISABLE": "1", "REAPER_TEST_LIGHT": "1"}
 VIEWS = ("Overview", "Sessions", "Orphans", "History", "Settings")
-
-
-@pytest.fixture
-def start_ui(run: str, scratch: Scratch) -> Iterator[StartUi]:
-    with contextlib.ExitStack() as stack:
-
-        def start(socket: str, uid: int | None = None, *options: str) -> Ui:
-            folder = scratch.directory("home", 0o777)
-            if uid is not None:
-                os.chown(folder, uid, uid)
-            one = Ui(run, folder, socket, uid, *options)
-            stack.callback(one.stop)
-            return one
-
-        yield start
 
 
 def orphans_of(uid: int, start_leader: StartLeader) -> Leader:

@@ -99,9 +99,11 @@ def test_a_training_outlives_its_server_and_is_found_again(
     app = start_app(OURS, start_daemon(uid=OURS).socket)
     page.open(app.server.url).click("Start")
     page.wait(r"Running[\s\S]*Workers\n2")
-    before = app.told()
+    before, members = app.told(), app.members()
     page.open("about:blank")
-    app.server.stop()
+    app.server.kill()
+    assert app.told().state == "running"
+    assert len(wait_gone(members, 0)) == len(members) - 1  # the server
     app.server.start()
     page.open(app.server.url).wait(r"Running[\s\S]*Workers\n2")
     assert app.told()[:5] == before[:5]
@@ -145,6 +147,56 @@ def test_a_run_killed_while_the_daemon_is_away_is_never_shown_as_running(
     daemon.start()
     page.wait_without("No Reaper daemon answers")
     page.wait("state=killed")
+
+
+def test_one_that_is_killed_while_it_is_looked_at_reads_so_and_the_next_one_completes(
+    page: Page, start_daemon: StartDaemon, start_app: Callable[..., App]
+) -> None:
+    app = start_app(OURS, start_daemon(uid=OURS).socket)
+    page.open(app.server.url).click("Start")
+    page.wait(r"Running[\s\S]*Workers\n2")
+    members = [pid for pid in app.members() if pid != app.server.pid]
+    assert end_process(app.told().pid)
+    page.wait(r"Killed[\s\S]*It was killed by SIGKILL \(signal 9\)[\s\S]*state=killed")
+    assert not page.is_on("Stop Training")
+    page.shoot("panel-killed-by-signal")
+    assert not wait_gone(members, GONE_WITHIN_S)
+    page.click("Start")
+    page.wait(r"Running[\s\S]*Workers\n2")
+    with open(f"{app.status_file}.done", "wb"):
+        pass
+    page.wait(r"Completed[\s\S]*100 %, 8 of 8, done[\s\S]*state=completed")
+    page.click("Log")
+    page.wait("the search begins")
+    page.shoot("panel-completed")
+
+
+def test_two_tabs_start_one_training_and_stop_it_once(
+    page: Page, start_daemon: StartDaemon, start_app: Callable[..., App]
+) -> None:
+    app = start_app(OURS, start_daemon(uid=OURS).socket)
+    page.open(app.server.url).wait("No training yet")
+    with page.second_tab() as change:
+        page.open(app.server.url).wait("No training yet")
+        for _ in range(2):
+            page.click_if_on("Start")
+            change()
+        for _ in range(2):
+            page.wait(r"Running[\s\S]*Workers\n2")
+            change()
+        leaders = harness.children_of(harness.parent_of(app.told().pid))
+        assert leaders == [app.told().pid]
+        members = [pid for pid in app.members() if pid != app.server.pid]
+        for _ in range(2):
+            page.click_if_on("Stop Training")
+            change()
+        page.wait(r"was stopped[\s\S]*state=interrupted")
+        change()
+        page.wait("state=interrupted")
+        assert "Traceback" not in page.text()
+        change()
+    assert not wait_gone(members, GONE_WITHIN_S)
+    assert app.told().state == "interrupted"
 
 
 def test_the_button_leaves_no_orphan_and_begins_the_app_anew(

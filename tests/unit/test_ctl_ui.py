@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from reaperd.ctl import CommandError
-from reaperd.ctl.link import NoDaemonError
+from reaperd.ctl.link import Link, NoDaemonError
 from reaperd.ctl.ui import deeds, serve, shaping
 from reaperd.ctl.ui.recorder import Recorder
 
@@ -242,6 +242,11 @@ class Clock:
 def recorder(uid: int = 1000) -> tuple[Recorder, Answering, Clock]:
     link, clock = Answering(), Clock()
     return Recorder(link, uid, clock=clock), link, clock  # type: ignore[arg-type]
+
+
+def test_the_checks_are_of_the_daemon_that_the_page_is_about() -> None:
+    assert Link(["/one"], timeout_s=1).place == "/one"
+    assert Link(["/one", "/two"], timeout_s=1).place == ""
 
 
 def test_who_looks_again_at_once_does_not_ask_again() -> None:

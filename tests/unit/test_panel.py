@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent import launch, panel, session, status, stopping
+from agent import launch, panel, session, status, stopping, wire
 from agent.family import Process
 from agent.jobs import Job
 from agent.launch import LaunchError, Training
@@ -149,6 +150,17 @@ def test_progress_is_told_as_far_as_it_is_known(progress: Any, share: float | No
     assert progress_in_words(progress) == words
 
 
+def test_a_file_of_absurd_size_is_shown_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    absurd = {"done": 10**4000, "total": 3, "message": "m" * 10_000}
+    ended = Status("failed", "n" * 10_000, "", 1, 1, "", "", progress=absurd, error="e" * 10_000)
+    status.write_status(str(path), ended)
+    view = look(None, str(path), NOWHERE, Watch())
+    assert (len(view.name), len(view.error), view.name[-1]) == (200, 2000, "…")
+    assert share_of(view.progress) is None
+    assert len(progress_in_words(view.progress)) <= wire.MAX_MESSAGE_BYTES
+
+
 def test_spans_and_sizes_are_for_people() -> None:
     assert [span(one) for one in (None, 4.2, 200, 7500)] == ["-", "4 s", "3 min 20 s", "2 h 5 min"]
     assert [size(one) for one in (None, 0, 2048, 3 << 30, 5 << 40)] == [
@@ -162,14 +174,26 @@ def test_what_a_process_calls_itself_is_shown_and_not_obeyed(text: str) -> None:
     bare = shown.replace("\\\\", "")
     for place, character in enumerate(bare):
         assert character.isalnum() or character in " \\" or bare[place - 1] == "\\" or not character.isascii()
-    assert shown.isprintable()
+    assert shown.replace("\u2060", "").isprintable()
+
+
+@pytest.mark.parametrize("text", ["--", "a -> b", "http://a.b/c", "WWW.a.b", "a@b.c"])
+def test_what_becomes_an_arrow_or_a_link_however_it_is_escaped_is_broken_up(text: str) -> None:
+    assert as_markdown(text).replace("\\", "").replace("\u2060", "", 1) == text
+    assert "\u2060" in as_markdown(text)
+
+
+def test_bold_is_bold_with_blanks_around_it_too() -> None:
+    assert panel.bold(" *a ") == r"**\*a**"
+    assert panel.bold("  ") == ""
 
 
 @pytest.mark.parametrize(
     ("cause", "words"),
     [
         ({"kind": "oom", "code": 9}, "out of memory: the kernel"),
-        ({"kind": "signal", "code": 9}, "by signal 9"),
+        ({"kind": "signal", "code": 9}, "by SIGKILL (signal 9)"),
+        ({"kind": "signal", "code": 99}, "by signal 99"),
         ({"kind": "unknown", "code": None}, "without a word"),
         (None, "without a word"),
     ],
@@ -200,6 +224,29 @@ def test_one_that_runs_is_not_started_a_second_time(tmp_path: Path) -> None:
     launch._save(training(path, **mine()))
     with pytest.raises(LaunchError, match=f"runs already, under pid {os.getpid()}"):
         launch.start_training(["true"], name="risk", status_file=path)
+
+
+def test_of_two_who_start_it_at_once_one_does(tmp_path: Path) -> None:
+    path, begin = tmp_path / "run.json", threading.Barrier(2)
+
+    def start() -> Training:
+        begin.wait(30)
+        return launch.start_training(["sleep", "60"], name="risk", status_file=path, socket=NOWHERE)
+
+    jobs = [Job("Starting", start) for _ in range(2)]
+    started, refused = [], []
+    for one in jobs:
+        try:
+            started.append(one.result())
+        except LaunchError as error:
+            refused.append(str(error))
+    assert (len(started), len(refused)) == (1, 1)
+    assert "runs already" in refused[0]
+    begun = launch.wait_begun(started[0], 30)
+    assert begun is not None
+    above = started[0].pid, started[0].start_ticks
+    assert stopping.stop(begun, above, owner=os.geteuid(), socket=NOWHERE).left == ()
+    assert not started[0].supervised
 
 
 def test_where_it_cannot_be_started_the_place_is_named(tmp_path: Path) -> None:
@@ -284,6 +331,38 @@ def test_whoever_has_the_pid_by_now_is_not_stopped() -> None:
             stopping.stop(other._replace(start_ticks=other.start_ticks - 1), socket=NOWHERE)
         assert child.poll() is None
         child.kill()
+
+
+@contextlib.contextmanager
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def test_a_file_of_somebody_who_does_not_run_the_process_is_not_believed() -> None:
+    with sleeper() as child:
+        with pytest.raises(stopping.StopError, match="not believed"):
+            stopping.stop(told(child.pid), owner=os.geteuid() + 1, socket=NOWHERE)
+        assert child.poll() is None
+        assert stopping.stop(told(child.pid), owner=os.geteuid(), socket=NOWHERE).ended == 1
+
+
+def test_what_is_not_above_the_training_is_no_supervisor_of_it() -> None:
+    with sleeper() as child, sleeper() as other:
+        claimed = other.pid, session.read_start_ticks(other.pid)
+        assert stopping.stop(told(child.pid), claimed, socket=NOWHERE).ended == 1
+        assert other.poll() is None
+
+
+def test_who_presses_stop_twice_is_told_so_the_second_time() -> None:
+    with sleeper() as child:
+        found = told(child.pid)
+        assert stopping.stop(found, socket=NOWHERE).ended == 1
+        with pytest.raises(stopping.StopError, match="ended by itself"):
+            stopping.stop(found, socket=NOWHERE)
 
 
 # -- jobs -----------------------------------------------------------------------------------------

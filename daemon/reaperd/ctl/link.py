@@ -56,6 +56,11 @@ class Link:
         self._timeout_s = timeout_s
         self.socket = ""  # the one that answered
 
+    @property
+    def place(self) -> str:
+        """The socket that is asked: that which answered, or the only one that may; "" where it may be one of several."""
+        return self.socket or (self._sockets[0] if len(self._sockets) == 1 else "")
+
     @classmethod
     def of(cls, options: Namespace) -> Link:
         """Return the link that the global options ask for; nothing is opened yet."""

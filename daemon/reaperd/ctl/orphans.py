@@ -119,10 +119,10 @@ def release(options: Namespace) -> int:
     return DONE
 
 
-def ask_about(link: Link, op: str, pid: int, start_ticks: int | None, **fields: Any) -> dict[str, Any]:
+def ask_about(link: Link, op: str, pid: int | None, start_ticks: int | None, **fields: Any) -> dict[str, Any]:
     """Ask the daemon for ``protect`` or ``release`` of exactly this process; CommandError where another has its pid by now."""
-    if start_ticks is None:
-        raise CommandError(f"since when process {pid} runs is not known: say `reaperctl {op} {pid}`")
+    if pid is None or start_ticks is None:
+        raise CommandError("the daemon has not told which process that is")
     reply = link.ask(op, pid=pid, start_ticks=start_ticks, **fields)
     if number_of(reply, "start_ticks") != start_ticks:  # said by a daemon that passes over the field
         if op == "protect" and not fields.get("undo"):

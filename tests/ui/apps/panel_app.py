@@ -24,8 +24,14 @@ view = reaper.training_panel(
     training, status_file=STATUS_FILE, refresh_s=0.5, reset_keys=["clicks"], on_reset=note
 )
 if st.button("Start", disabled=view.active):
-    reaper.start_training(json.loads(os.environ["UI_COMMAND"]), name="grid search", status_file=STATUS_FILE)
-    st.rerun()
+    try:
+        reaper.start_training(
+            json.loads(os.environ["UI_COMMAND"]), name="grid search", status_file=STATUS_FILE
+        )
+    except reaper.LaunchError as error:
+        st.error(str(error))
+    else:
+        st.rerun()
 if st.button("Count"):
     state.clicks = state.get("clicks", 0) + 1
 st.text(f"clicks={state.get('clicks', 0)} resets={state.get('resets', [])} state={view.state}")

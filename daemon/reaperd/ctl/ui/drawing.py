@@ -10,7 +10,7 @@ from typing import Any
 import streamlit as st
 
 from agent.jobs import Job
-from agent.panel import as_markdown
+from agent.panel import as_markdown, bold
 from reaperd.ctl import CommandError
 from reaperd.ctl.cleanup import Target, target_of
 from reaperd.ctl.commands import user_of
@@ -59,11 +59,11 @@ def draw_deeds() -> None:
         st.info(f"{as_markdown(job.what)} … {duration(round(job.lasted_s))}", icon=":material/pending:")
     said: deeds.Outcome | None = st.session_state.get(_SAID)
     if said is not None:
-        with st.container(horizontal=True, vertical_alignment="center"):
-            (st.success if said.good else st.warning)(as_markdown(said.text), width="content")
-            if st.button("Close", key="close"):
-                del st.session_state[_SAID]
-                st.rerun()
+        text, close = st.columns((9, 1), vertical_alignment="center")
+        (text.success if said.good else text.warning)(as_markdown(said.text))
+        if close.button("Close", key="close"):
+            del st.session_state[_SAID]
+            st.rerun()
 
 
 def _confirmed(key: str, question: str, yes: str) -> bool:
@@ -176,7 +176,7 @@ def sessions(recorder: Recorder) -> None:
 def _draw_session(recorder: Recorder, card: shaping.SessionCard) -> None:
     with st.container(border=True, key=f"session {card.id}"):
         with st.container(horizontal=True, vertical_alignment="center"):
-            st.markdown(f"**{as_markdown(card.name)}**", width="content")
+            st.markdown(bold(card.name), width="content")
             st.badge(card.state or "?", color=_STATES.get(card.state, "gray"))
             st.caption(as_markdown(card.facts), width="content")
         if card.command:
@@ -286,7 +286,7 @@ def _draw_orphan(recorder: Recorder, card: shaping.OrphanCard, *, can_spare: boo
     name = f"{card.pid} {card.start_ticks}"
     with st.container(border=True, key=f"orphan {name}"):
         with st.container(horizontal=True, vertical_alignment="center"):
-            st.markdown(f"**{as_markdown(card.title)}**", width="content")
+            st.markdown(bold(card.title), width="content")
             st.badge(card.verdict, color="orange" if card.can_end else "gray")
             st.caption(as_markdown(card.facts), width="content")
         if card.command:
@@ -347,7 +347,7 @@ def settings(recorder: Recorder) -> None:
     checking: Job[list[shaping.Check]] | None = st.session_state.get("checking")
     if st.button("Check this machine", key="check", icon=":material/health_and_safety:") or checking is None:
         st.session_state["checking"] = checking = Job(
-            "Checking", functools.partial(deeds.examine, facts.socket)
+            "Checking", functools.partial(deeds.examine, recorder.link.place)
         )
     if not checking.over:
         st.info(f"{checking.what} … {duration(round(checking.lasted_s))}", icon=":material/pending:")
@@ -376,12 +376,10 @@ def _draw_checks(checking: Job[list[shaping.Check]]) -> None:
     for one in found:
         if one.level != "ok":
             draw = st.error if one.level == "problem" else st.info
-            advice = f"  \n→ {as_markdown(one.advice)}" if one.advice else ""
-            draw(
-                f"**{as_markdown(one.subject)}**: {as_markdown(one.fact)}{advice}", icon=_ICONS.get(one.level)
-            )
+            advice = f"  \n→ {as_markdown(one.advice.replace('`', ''))}" if one.advice else ""
+            draw(f"{bold(one.subject)}: {as_markdown(one.fact)}{advice}", icon=_ICONS.get(one.level))
     with st.expander(f"{plural(len(good), 'check')} found nothing to mend", icon=":material/check_circle:"):
-        st.markdown("\n".join(f"- **{as_markdown(one.subject)}**: {as_markdown(one.fact)}" for one in good))
+        st.markdown("\n".join(f"- {bold(one.subject)}: {as_markdown(one.fact)}" for one in good))
 
 
 VIEWS: dict[str, Callable[[Recorder], None]] = {

@@ -28,7 +28,6 @@ class Facts(NamedTuple):
     """What the daemon said at one moment; where none answers, why, and what would help."""
 
     at: datetime
-    socket: str = ""
     status: Any = None
     sessions: tuple[Any, ...] = ()
     orphans: tuple[Any, ...] = ()
@@ -94,7 +93,7 @@ class Recorder:
             orphans = mine(list_of(self.link.ask("orphans"), "orphans"), self.owner)
         except CommandError:  # it has no time for that while a leader dies
             orphans = list(self._facts.orphans)
-        return Facts(at, self.link.socket, status, tuple(sessions), tuple(orphans))
+        return Facts(at, status, tuple(sessions), tuple(orphans))
 
     def _note(self) -> None:
         facts = self._facts
