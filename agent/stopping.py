@@ -49,6 +49,8 @@ def stop(
     if told.state != status.RUNNING:
         raise StopError(f"the training does not run: it is {told.state}")
     _refuse_own(told)
+    if told.session and not told.session.startswith(f"{told.pid}-{told.start_ticks:x}-"):
+        raise StopError("its status file names a session that is not that process's: it is not believed")
     leader = told.pid, told.start_ticks
     members = family.of_session(told.session, leader)
     with contextlib.ExitStack() as stack:
@@ -60,15 +62,16 @@ def stop(
             raise StopError(
                 f"its status file is uid {owner}'s, who does not run that process: it is not believed"
             )
-        if supervisor is not None and supervisor[0] not in _above(told.pid):
-            supervisor = None
+        is_above = supervisor is not None and supervisor[0] in _above(told.pid)
+        above = _open(supervisor, stack) if supervisor is not None and is_above else -1
         why = _ask_daemon(told, socket) if told.session else "it is no session of Reaper's"
         if why:
-            _end_here(handle, supervisor, grace_s, stack)
+            _end_here(handle, above, grace_s)
         until_s = time.monotonic() + _WITHIN_S
         if not _ended(handle, until_s):
             raise StopError(f"the training was told to stop and has not ended within {_WITHIN_S:g} s")
-        for one in handles.values():
+        # The supervisor as well: it writes how the training has ended.
+        for one in (*handles.values(), above):
             _ended(one, until_s)
         left = tuple(pid for pid, one in handles.items() if not _ended(one, 0.0))
     return Stopped(len(members) - len(left), left, why)
@@ -123,14 +126,11 @@ def _ask_daemon(told: Status, socket: str | None) -> str:
     return "; ".join(reasons)
 
 
-def _end_here(leader: int, supervisor: Id | None, grace_s: float, stack: contextlib.ExitStack) -> None:
-    """Ask the training to end, by its supervisor where it has one, which ends what is left; then make it."""
-    above = -1 if supervisor is None else _open(supervisor, stack)
+def _end_here(leader: int, above: int, grace_s: float) -> None:
+    """Ask the training to end, by its supervisor ``above`` it where it has one, which ends what is left; then make it."""
     _send(above if above >= 0 else leader, signal.SIGTERM)
     if not _ended(leader, time.monotonic() + grace_s):
         _send(leader, signal.SIGKILL)
-    if above >= 0:
-        _ended(above, time.monotonic() + _WITHIN_S)
 
 
 def _send(handle: int, number: signal.Signals) -> None:

@@ -319,21 +319,12 @@ class Page:
         self.browser.save_screenshot(path)
         return path
 
-    def shoot_all(self, name: str) -> str:
-        """Keep a picture of the whole page, beyond the screen's edge too."""
-        path = self.shoot(name)
-        main = 'document.querySelector("[data-testid=stMain]")'
-        height = int(self.browser.execute_script(f"return {main}.scrollHeight"))
-        size = self.browser.execute_script("return [innerWidth, innerHeight]")
-        screen = {
-            "width": size[0],
-            "height": max(height, size[1]),
-            "deviceScaleFactor": 1,
-            "mobile": size[0] < 500,
-        }
-        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-        self.browser.save_screenshot(path)
-        return path
+    def is_dark(self) -> bool:
+        """Say whether what is written is brighter than what is behind it."""
+        style = "getComputedStyle(document.querySelector('[data-testid=stApp]'))"
+        shown = self.browser.execute_script(f"return [{style}.color, {style}.backgroundColor]")
+        text, behind = (sum(int(part) for part in re.findall(r"\d+", one)[:3]) for one in shown)
+        return text > behind
 
     def is_wider_than_screen(self) -> bool:
         """Say whether one would have to scroll sideways."""

@@ -244,6 +244,9 @@ def test_of_two_who_start_it_at_once_one_does(tmp_path: Path) -> None:
     assert "runs already" in refused[0]
     begun = launch.wait_begun(started[0], 30)
     assert begun is not None
+    # A signal to the server's terminal or group is none of the training's.
+    assert os.getsid(started[0].pid) == os.getpgid(started[0].pid) == started[0].pid
+    assert not started[0]._replace(boot_id="another").supervised
     above = started[0].pid, started[0].start_ticks
     assert stopping.stop(begun, above, owner=os.geteuid(), socket=NOWHERE).left == ()
     assert not started[0].supervised
@@ -329,6 +332,9 @@ def test_whoever_has_the_pid_by_now_is_not_stopped() -> None:
         other = told(child.pid)
         with pytest.raises(stopping.StopError, match="ended by itself"):
             stopping.stop(other._replace(start_ticks=other.start_ticks - 1), socket=NOWHERE)
+        with contextlib.ExitStack() as stack:  # who takes over the pid between a look and the next
+            assert stopping._open((child.pid, other.start_ticks - 1), stack) == -1
+            assert stopping._open((child.pid, other.start_ticks), stack) >= 0
         assert child.poll() is None
         child.kill()
 
@@ -348,6 +354,11 @@ def test_a_file_of_somebody_who_does_not_run_the_process_is_not_believed() -> No
             stopping.stop(told(child.pid), owner=os.geteuid() + 1, socket=NOWHERE)
         assert child.poll() is None
         assert stopping.stop(told(child.pid), owner=os.geteuid(), socket=NOWHERE).ended == 1
+
+
+def test_a_file_that_names_another_s_session_is_not_believed() -> None:
+    with sleeper() as child, pytest.raises(stopping.StopError, match="not that process's"):
+        stopping.stop(told(child.pid, session="1-1-00000001-00000002"), socket=NOWHERE)
 
 
 def test_what_is_not_above_the_training_is_no_supervisor_of_it() -> None:
