@@ -226,7 +226,10 @@ def test_one_that_runs_is_not_started_a_second_time(tmp_path: Path) -> None:
         launch.start_training(["true"], name="risk", status_file=path)
 
 
-def test_of_two_who_start_it_at_once_one_does(tmp_path: Path) -> None:
+def test_of_two_who_start_it_at_once_one_does_and_it_is_nobody_s_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REAPER_LINEAGE", "1-1-00000001-00000002")  # this is a worker itself
     path, begin = tmp_path / "run.json", threading.Barrier(2)
 
     def start() -> Training:
@@ -246,6 +249,7 @@ def test_of_two_who_start_it_at_once_one_does(tmp_path: Path) -> None:
     assert begun is not None
     # A signal to the server's terminal or group is none of the training's.
     assert os.getsid(started[0].pid) == os.getpgid(started[0].pid) == started[0].pid
+    assert "REAPER_LINEAGE=1-1-" not in status.read_text(f"/proc/{started[0].pid}/environ")
     assert not started[0]._replace(boot_id="another").supervised
     above = started[0].pid, started[0].start_ticks
     assert stopping.stop(begun, above, owner=os.geteuid(), socket=NOWHERE).left == ()

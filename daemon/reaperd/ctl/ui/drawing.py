@@ -21,6 +21,7 @@ from reaperd.words import duration
 
 _CARDS = 40  # that are drawn one by one
 _CHART_PX, _LEGEND_PX = 180, 54
+_CHART_WIDTH_PX, _TILE_WIDTH_PX = 335, 120  # as wide as the legend; six tiles on a small screen
 _COLOURS = {"leaders": "#3465a4", "workers": "#5b9bdf", "trackers": "#9a9a9a", "orphans": "#d9534f"}
 _STATES = {"running": "green", "ending": "orange", "ended": "red"}
 _ICONS = {"problem": ":material/error:", "limit": ":material/info:"}
@@ -111,7 +112,7 @@ def overview(recorder: Recorder) -> None:
     with st.container(horizontal=True, gap="small"):
         for one in shaping.tiles(facts.status, facts.sessions, facts.orphans):
             value = "-" if facts.no_daemon else one.value
-            st.metric(one.label, value, help=one.note or None, width=150)
+            st.metric(one.label, value, help=one.note or None, width=_TILE_WIDTH_PX)
     points = recorder.points()
     if len(points) < 2:
         st.caption("The charts begin in a few seconds.")
@@ -136,8 +137,9 @@ def overview(recorder: Recorder) -> None:
 def _draw_charts(points: list[shaping.Point]) -> None:
     charts = shaping.series(points)
     titles = {"processes": "Processes", "cpu": "CPU, % of one core", "memory": "Memory, MiB"}
-    for column, (name, title) in zip(st.columns(len(titles)), titles.items(), strict=True):
-        with column:
+    beside = st.container(horizontal=True, gap="small")
+    for name, title in titles.items():
+        with beside.container(width=_CHART_WIDTH_PX):
             st.subheader(title, anchor=False)
             y = [key for key in charts[name] if key != "at"]
             # One above the other: lines of the same height would hide each other.
