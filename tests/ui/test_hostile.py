@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import harness
 import pytest
 from browsing import Page, Ui
-from harness import Daemon
+from harness import Daemon, end_process, wait_gone
 from selenium.webdriver.common.by import By
 from ui_users import OURS
 
@@ -74,12 +74,19 @@ def test_a_name_is_shown_as_it_is_wherever_it_stands(
         one.wait(30)
 
 
-def test_another_page_cannot_talk_to_it(start_daemon: StartDaemon, start_ui: Callable[..., Ui]) -> None:
-    url = urlsplit(start_ui(start_daemon(uid=OURS).socket, OURS).url)
+def test_another_page_cannot_talk_to_it_and_its_server_ends_with_it(
+    start_daemon: StartDaemon, start_ui: Callable[..., Ui]
+) -> None:
+    ui = start_ui(start_daemon(uid=OURS).socket, OURS)
+    url = urlsplit(ui.url)
     own = f"http://{url.netloc}"
     assert opened(url.netloc, own) == http.client.SWITCHING_PROTOCOLS
     for origin in ("http://example.org", "http://example.org:8501", "https://127.0.0.1.example.org", "null"):
         assert opened(url.netloc, origin) == http.client.FORBIDDEN, origin
+    servers = harness.children_of(ui.pid)
+    assert servers
+    assert end_process(ui.pid)  # SIGKILL leaves it no time to end anybody
+    assert not wait_gone(servers, 30)
 
 
 def opened(place: str, origin: str) -> int:
