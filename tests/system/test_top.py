@@ -349,7 +349,7 @@ def test_an_orphan_is_explained_protected_and_ended_once_somebody_has_agreed(
     async def look(screen: Watched) -> None:
         await screen.until(lambda: set(workers) <= screen.pids(Kind.ORPHAN), "the orphans")
         said = screen.text()
-        assert "2 orphans" in said
+        assert "2 orphans" in said, said
         assert re.search(rf"{workers[0]} multiprocess\S* .*wait (1:00:00|59:\d\d) ", said), said
         await screen.choose(workers[0], Kind.ORPHAN)
         await screen.press("e")

@@ -73,11 +73,27 @@ class Row(NamedTuple):
         return text in f"{self.name} {self.state} {self.session} {self.about}".lower()
 
 
-class Family(NamedTuple):
-    """A row, and those below it."""
+class Family:
+    """A row, and those below it; once they have been put into an order, that is kept."""
 
-    head: Row
-    below: tuple[Row, ...]
+    __slots__ = ("_lines", "below", "head")
+
+    def __init__(self, head: Row, below: tuple[Row, ...]) -> None:
+        self.head = head
+        self.below = below
+        self._lines: dict[str, list[Line]] = {}
+
+    def aged(self, age_s: float | None) -> Family:
+        """Return the same at another time; of what is below nothing has changed."""
+        later = Family(self.head._replace(age_s=age_s), self.below)
+        later._lines = self._lines
+        return later
+
+    def lines(self, sort: Sort) -> list[Line]:
+        """Return those below, in order."""
+        if sort.value not in self._lines:
+            self._lines[sort.value] = _hung(self.below, sort)
+        return self._lines[sort.value]
 
 
 class Sums(NamedTuple):
@@ -118,12 +134,49 @@ class View(NamedTuple):
 # -- a picture ------------------------------------------------------------------------------------
 
 
+class Families:
+    """Makes rows of sessions; where a session is told of as it was the last time, which most are, it takes over those."""
+
+    def __init__(self) -> None:
+        self._gpu: Mapping[int, int] = {}
+        self._last: dict[
+            str, tuple[Any, datetime | None, Family]
+        ] = {}  # by id: what was told, and since when it runs
+
+    def of(
+        self, told: list[Any], now: datetime, user_of: Callable[[int], str], gpu: Mapping[int, int]
+    ) -> tuple[Family, ...]:
+        """Return the sessions that there are ``now``; ``user_of`` must not change its mind."""
+        last = self._last if gpu == self._gpu else {}
+        self._gpu, self._last = gpu, {}
+        found = []
+        for one in told:
+            id_ = text_of(one, "id")
+            known = last.get(id_)
+            if known is None or known[0] != one:
+                began = moment(text_of(one, "started_at"))
+                family = _session(one, user_of, gpu)
+            else:
+                _, began, family = known
+            family = family.aged(max(0.0, (now - began).total_seconds()) if began else None)
+            self._last[id_] = (one, began, family)
+            found.append(family)
+        return tuple(found)
+
+
 def picture(
-    found: Answers, *, user_of: Callable[[int], str] = str, gpu: Mapping[int, int] | None = None
+    found: Answers,
+    *,
+    user_of: Callable[[int], str] = str,
+    gpu: Mapping[int, int] | None = None,
+    families: Families | None = None,
 ) -> Picture:
-    """Return what the daemon's answers show; ``gpu`` has the bytes that processes hold on GPUs, by pid, where that is known."""
+    """Return what the daemon's answers show.
+
+    ``gpu`` has the bytes that processes hold on GPUs, by pid, where that is known; ``families`` the rows of the last picture.
+    """
     held = gpu or {}
-    sessions = tuple(_session(one, found.at, user_of, held) for one in found.sessions)
+    sessions = (families or Families()).of(found.sessions, found.at, user_of, held)
     claimed = {row.pid for family in sessions for row in family.below}
     orphans = _orphans([one for one in found.orphans if number_of(one, "pid") not in claimed], user_of, held)
     heads = [family.head for family in (*sessions, *([orphans] if orphans else []))]
@@ -152,8 +205,8 @@ def _sum(values: list[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-def _session(one: Any, now: datetime, user_of: Callable[[int], str], gpu: Mapping[int, int]) -> Family:
-    id_, uid, began = field(one, "id"), number_of(one, "uid"), moment(text_of(one, "started_at"))
+def _session(one: Any, user_of: Callable[[int], str], gpu: Mapping[int, int]) -> Family:
+    id_, uid = field(one, "id"), number_of(one, "uid")
     whose = None if uid is None else int(uid)
     below = [
         _leader(one, whose, id_, gpu),
@@ -179,7 +232,6 @@ def _session(one: Any, now: datetime, user_of: Callable[[int], str], gpu: Mappin
         below[0].pid,
         below[0].start_ticks,
         id_,
-        max(0.0, (now - began).total_seconds()) if began else None,
         cpu_percent=_sum([row.cpu_percent for row in below]),
         rss_bytes=_sum([row.rss_bytes for row in below]),
         gpu_bytes=_sum([row.gpu_bytes for row in below]),
@@ -307,8 +359,7 @@ def lines(found: Picture, view: View) -> list[Line]:
         folded = view.is_folded(family.head.key)
         shown.append(Line(family.head, folded=folded))
         if not folded:
-            ordered = _below(below, view.sort)
-            shown += [Line(row, last=row is ordered[-1]) for row in ordered]
+            shown += family.lines(view.sort) if below is family.below else _hung(below, view.sort)
     return shown
 
 
@@ -316,23 +367,26 @@ def _is_found(row: Row, text: str) -> bool:
     return row.mentions(text) or str(row.pid) == text
 
 
-_RANKS = {Kind.LEADER: 0, Kind.TRACKER: 2, Kind.NOTE: 3}  # the workers between them
+_RANKS = {"leader": 0, "tracker": 2, "note": 3}  # the workers between them
 
 
-def _below(rows: tuple[Row, ...], sort: Sort) -> list[Row]:
+def _hung(rows: tuple[Row, ...], sort: Sort) -> list[Line]:
+    """Return the rows below a head, in order."""
     ordered = _sorted(list(rows), sort, lambda row: row)
-    return sorted(ordered, key=lambda row: _RANKS.get(row.kind, 1))
+    ordered.sort(key=lambda row: _RANKS.get(row.kind.value, 1))
+    return [Line(row, last=row is ordered[-1]) for row in ordered]
 
 
 def _sorted(among: list[Any], sort: Sort, row_of: Callable[[Any], Row]) -> list[Any]:
     """Return ``among`` in order, the most first; who is equal stays in an order that does not change by itself."""
+    figure = _FIGURES[sort]
 
     def rank(one: Any) -> tuple[Any, ...]:
         row = row_of(one)
         name = (row.name.lower(), row.pid or 0, row.session)
-        if sort is Sort.NAME:
-            return name
-        figure = {Sort.CPU: row.cpu_percent, Sort.MEMORY: row.rss_bytes, Sort.AGE: row.age_s}[sort]
-        return (-(figure or 0.0), *name)
+        return name if figure is None else (-(getattr(row, figure) or 0.0), *name)
 
     return sorted(among, key=rank)
+
+
+_FIGURES = {Sort.CPU: "cpu_percent", Sort.MEMORY: "rss_bytes", Sort.AGE: "age_s", Sort.NAME: None}

@@ -16,7 +16,7 @@ from reaperd.ctl.answers import ask_all
 from reaperd.ctl.commands import user_of
 from reaperd.ctl.link import Link, NoDaemonError, next_after
 from reaperd.ctl.text import plain
-from reaperd.ctl.top.model import Picture, picture
+from reaperd.ctl.top.model import Families, Picture, picture
 from reaperd.ctl.units import list_of
 from reaperd.times import rfc3339
 
@@ -55,6 +55,7 @@ class Source:
         self._held: Mapping[int, int] = {}
         self._gpu_due_s = 0.0
         self._user_of = functools.lru_cache(1024)(user_of)
+        self._families = Families()
         self._events: deque[dict[str, Any]] = deque(maxlen=MOST_EVENTS)
         self._after: int | None = None  # the number of the last event that was seen
         self._wake = threading.Event()
@@ -94,7 +95,8 @@ class Source:
             with contextlib.suppress(OSError):  # there is nothing left to start a helper with
                 self._held = self._read_gpu()
             self._gpu_due_s = time.monotonic() + _GPU_PACE_S
-        return News(picture(found, user_of=self._user_of, gpu=self._held), tuple(self._events))
+        found_now = picture(found, user_of=self._user_of, gpu=self._held, families=self._families)
+        return News(found_now, tuple(self._events))
 
     def _follow(self) -> None:
         """Take in the events that are new; at first the last ones there were."""

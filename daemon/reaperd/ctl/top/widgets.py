@@ -1,17 +1,18 @@
 """What the screen is made of: a block of lines, the table, and the events. They draw plain text in pieces, never markup.
 
-Each redraws only lines that have changed: once a second most stay as they were.
+Once a second most stays as it was: each draws, and has the terminal told, only what has changed in a line.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
 from textual.binding import Binding
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
@@ -23,15 +24,77 @@ from reaperd.ctl.top.layout import Layout, Pieces
 _style = functools.lru_cache(256)(Style.parse)
 
 
-def _strip(pieces: Pieces, base: Style, width: int, *, chosen: bool = False, stale: bool = False) -> Strip:
-    """Return a line; ``chosen``: under the cursor, ``stale``: nobody says any more that it is so."""
-    segments = []
-    for text, words in pieces:
-        segments.append(Segment(text, base + _style("reverse" if chosen else "dim" if stale else words)))
-    return Strip(segments).adjust_cell_length(width, base)
+def changed(before: Strip, after: Strip) -> tuple[int, int]:
+    """Return the columns from which on and up to which two lines of the same width differ; nothing differs: (0, 0)."""
+    old, new = list(before), list(after)
+    start = _alike(zip(old, new, strict=False))
+    if start == after.cell_length:
+        return 0, 0
+    return start, after.cell_length - _alike(zip(reversed(old), reversed(new), strict=False))
 
 
-class Block(Widget):
+def _alike(pairs: Iterable[tuple[Segment, Segment]]) -> int:
+    """Return how many columns the pieces take that are the same, up to the first that is not."""
+    width = 0
+    for one, other in pairs:
+        if one != other:
+            break
+        width += one.cell_length
+    return width
+
+
+class _Lines(Widget):
+    """Lines; of those that have changed, the columns that have are drawn again."""
+
+    def __init__(self, *, id: str) -> None:  # noqa: A002 - as Textual has it
+        super().__init__(id=id)
+        self._drawn: dict[
+            int, tuple[object, Strip]
+        ] = {}  # by line on the screen: what its look depends on, and it
+        self._base = Style()
+
+    def what_is_at(self, y: int) -> object:
+        """Return all that the look of line ``y`` depends on besides the widget's own style, None where there is none."""
+        raise NotImplementedError
+
+    def draw(self, y: int) -> Pieces:
+        """Return line ``y``, which there is."""
+        raise NotImplementedError
+
+    def redraw_changed(self) -> None:
+        """Draw what has changed since it was drawn; what has never been drawn is due anyway."""
+        self._base, top, width = self.rich_style, self.scroll_offset.y, self.size.width
+        for place in [place for place in self._drawn if place < self.size.height]:
+            before = self._drawn[place][1]
+            after = self._line(place, top)
+            if after is before:
+                continue
+            start, end = (0, width) if before.cell_length != width else changed(before, after)
+            if end > start:
+                self.refresh(Region(start, place, end - start, 1))
+
+    def _line(self, place: int, top: int) -> Strip:
+        here, width = (self.what_is_at(top + place), self._base), self.size.width
+        known = self._drawn.get(place)
+        if known is not None and known[1].cell_length == width and known[0] == here:
+            return known[1]
+        pieces = self.draw(top + place) if here[0] is not None else []
+        segments = [Segment(text, self._base + _style(words)) for text, words in pieces]
+        strip = Strip(segments).adjust_cell_length(width, self._base)
+        self._drawn[place] = here, strip
+        return strip
+
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """Return these lines."""
+        self._base = self.rich_style
+        return super().render_lines(crop)
+
+    def render_line(self, y: int) -> Strip:
+        """Return the line that is ``y`` below the upper edge."""
+        return self._line(y, self.scroll_offset.y)
+
+
+class Block(_Lines):
     """Lines that are given to it, as many rows as there are."""
 
     DEFAULT_CSS = "Block { height: auto; }"
@@ -45,7 +108,10 @@ class Block(Widget):
         if lines != self._lines:
             taller = len(lines) != len(self._lines)
             self._lines = lines
-            self.refresh(layout=taller)
+            if taller:
+                self.refresh(layout=True)
+            else:
+                self.redraw_changed()
 
     @property
     def text(self) -> list[str]:
@@ -57,47 +123,23 @@ class Block(Widget):
         del container, viewport, width
         return len(self._lines)
 
-    def render_line(self, y: int) -> Strip:
-        """Return one line."""
-        if y >= len(self._lines):
-            return Strip.blank(self.size.width, self.rich_style)
-        return _strip(self._lines[y], self.rich_style, self.size.width)
-
-
-class _Scrolled(ScrollView):
-    """Lines of which some are to be seen; those that are known to have changed are drawn again."""
-
-    def __init__(self, *, id: str) -> None:  # noqa: A002 - as Textual has it
-        super().__init__(id=id)
-        self._drawn: dict[int, object] = {}  # by line on the screen: all that its look depends on
-
     def what_is_at(self, y: int) -> object:
-        """Return all that the look of line ``y`` depends on, None where there is none."""
-        raise NotImplementedError
+        """Return line ``y``."""
+        return self._lines[y] if y < len(self._lines) else None
 
-    def draw(self, y: int) -> Strip:
-        """Return line ``y``, which there is."""
-        raise NotImplementedError
+    def draw(self, y: int) -> Pieces:
+        """Return line ``y``."""
+        return self._lines[y]
+
+
+class _Scrolled(_Lines, ScrollView):
+    """Lines of which some are to be seen."""
 
     def resize_to(self, count: int) -> None:
         """Have so many lines."""
         size = Size(0, count)
         if size != self.virtual_size:
             self.virtual_size = size
-
-    def redraw_changed(self) -> None:
-        """Draw what has changed since it was drawn."""
-        top = self.scroll_offset.y
-        for place in range(self.size.height):
-            if self._drawn.get(place, self) != self.what_is_at(top + place):
-                self.refresh_lines(top + place)
-
-    def render_line(self, y: int) -> Strip:
-        """Return the line that is ``y`` below the upper edge."""
-        at = self.scroll_offset.y + y
-        here = self.what_is_at(at)
-        self._drawn[y] = here
-        return Strip.blank(self.size.width, self.rich_style) if here is None else self.draw(at)
 
 
 class Table(_Scrolled, can_focus=True):
@@ -166,11 +208,10 @@ class Table(_Scrolled, can_focus=True):
             self.scroll_to(y=self.cursor - height + 1, animate=False, force=True)
 
     def _go(self, place: int) -> None:
-        before, self.cursor = self.cursor, max(0, min(place, len(self.lines) - 1))
+        self.cursor = max(0, min(place, len(self.lines) - 1))
         self._holds = self.cursor > 0
-        self.refresh_lines(before)
-        self.refresh_lines(self.cursor)
         self._keep_in_view()
+        self.redraw_changed()
 
     def action_move(self, by: int) -> None:
         """Move the cursor."""
@@ -207,12 +248,14 @@ class Table(_Scrolled, can_focus=True):
         """Return all that the look of line ``y`` depends on."""
         if y >= len(self.lines):
             return None
-        return self.lines[y], self._at, self._stale, y == self.cursor, self.rich_style
+        return self.lines[y], self._at, self._stale, y == self.cursor
 
-    def draw(self, y: int) -> Strip:
+    def draw(self, y: int) -> Pieces:
         """Return line ``y``."""
         pieces = layout.row(self.lines[y], self._at)
-        return _strip(pieces, self.rich_style, self.size.width, chosen=y == self.cursor, stale=self._stale)
+        if y == self.cursor:
+            return [("".join(text for text, _ in pieces), "reverse")]
+        return [(text, "dim" if self._stale else words) for text, words in pieces]
 
 
 class Events(_Scrolled, can_focus=True):
@@ -244,8 +287,8 @@ class Events(_Scrolled, can_focus=True):
 
     def what_is_at(self, y: int) -> object:
         """Return all that the look of line ``y`` depends on."""
-        return (self.events[y], self._at, self.rich_style) if y < len(self.events) else None
+        return (self.events[y], self._at) if y < len(self.events) else None
 
-    def draw(self, y: int) -> Strip:
+    def draw(self, y: int) -> Pieces:
         """Return line ``y``."""
-        return _strip(layout.event(self.events[y], self._at), self.rich_style, self.size.width)
+        return layout.event(self.events[y], self._at)
