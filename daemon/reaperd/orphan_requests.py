@@ -66,6 +66,7 @@ class OrphanRequests:
         events = self._core.store.events_about(pid, uid=None if sees_all else peer.uid)
         try:
             told = self._orphans.explain(pid)
+            _is_meant(message, told.suspect.id)
         except ProcessGone:
             if not events:
                 nothing = f"there is no process {pid}, and the history does not name it"
@@ -101,6 +102,7 @@ class OrphanRequests:
         pid = _pid(peer, message)
         try:
             stat = self._core.observer.proc.stat(pid)
+            _is_meant(message, stat.id)
             uid = pidfd.uid_of(pid, self._core.observer.proc)
         except ProcessGone:
             raise wire.WireError("unknown-process", f"there is no process {pid}") from None
@@ -151,6 +153,12 @@ def _pid(peer: Peer, message: dict[str, Any]) -> int:
             "in a container, a pid is another process's than outside: ask from where the daemon runs",
         )
     return wire.integer_field(message, "pid", least=1)
+
+
+def _is_meant(message: dict[str, Any], found: ProcessId) -> None:
+    """Raise ProcessGone where another process has the pid by now than the one that was asked about."""
+    if wire.integer_field(message, "start_ticks", default=found.start_ticks) != found.start_ticks:
+        raise ProcessGone(str(found.pid))
 
 
 def _first(one: dict[str, Any]) -> ProcessId | None:

@@ -38,9 +38,9 @@ class Question(NamedTuple):
     act: Callable[[], Answer]
 
 
-def explain(link: Link, pid: int, look: Look) -> Answer:
+def explain(link: Link, row: Row, look: Look) -> Answer:
     """Return how a process is judged, and why."""
-    return Answer(tuple(render_orphans.explanation(link.ask("explain", pid=pid).get("explain"), look)))
+    return Answer(tuple(render_orphans.explanation(_ask_about(link, "explain", row).get("explain"), look)))
 
 
 def protect(link: Link, row: Row, *, undo: bool = False) -> Answer:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -21,15 +22,15 @@ from reaperd.ctl import DONE, CommandError
 from reaperd.ctl.cleanup import Id
 from reaperd.ctl.link import Link
 from reaperd.ctl.text import Look, plain, wrapped
-from reaperd.ctl.top import actions, layout, model
+from reaperd.ctl.top import actions, layout, model, tty
 from reaperd.ctl.top.actions import Answer, Question
 from reaperd.ctl.top.dialogs import Ask, Panel
 from reaperd.ctl.top.help import HELP
 from reaperd.ctl.top.model import Kind, Row, Sort, View
 from reaperd.ctl.top.source import Lost, News, Source
-from reaperd.ctl.top.widgets import Block, Events, Table
+from reaperd.ctl.top.widgets import Block, Events, Filter, Table
 
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 _WIDEST_PANEL = 110  # columns of text
 _MOST_SAID = 2  # lines of an answer for which there is room without a panel
 
@@ -52,13 +53,14 @@ class Top(App[int]):
         Binding("p", "protect", "protect"),
         Binding("r", "release", "release"),
         Binding("q,ctrl+c", "quit", "quit", key_display="q"),
+        Binding("ctrl+z", "suspend_process", "to the shell", show=False),
         Binding("u", "protect(True)", "protect no longer", show=False),
         Binding("C", "sort('cpu')", "sort by CPU", show=False),
         Binding("M", "sort('memory')", "sort by memory", show=False),
         Binding("A", "sort('age')", "sort by age", show=False),
         Binding("N", "sort('name')", "sort by name", show=False),
         Binding("escape", "calm", "no filter", show=False),
-        Binding("tab", "focus_next", "the other part", show=False),
+        Binding("tab,shift+tab", "other_part", "the other part", show=False),
     ]
 
     class Heard(Message):
@@ -109,11 +111,7 @@ class Top(App[int]):
         yield Block(id="eventtitle")
         yield Events(id="events")
         yield Block(id="said")
-        yield Input(
-            id="filter",
-            placeholder="a name, a pid, a framework, a user; Enter keeps it, Esc drops it",
-            compact=True,
-        )
+        yield Filter(id="filter")
         yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
@@ -125,6 +123,7 @@ class Top(App[int]):
             for number in _ENDING:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) leaves SIGHUP
                     loop.add_signal_handler(number, self.exit, 128 + number)
+            tty.end_with(sys.stdin.fileno())
         self.draw()
         self.source.start()
 
@@ -156,25 +155,26 @@ class Top(App[int]):
 
     def draw(self) -> None:
         """Put what there is on the screen; what has not changed is left as it is."""
-        if not self.screen_stack:  # it is being closed
+        if not self.screen_stack or not self.is_running:  # it is being closed
             return
         width = self.size.width
         found = self.news.found if self.news else None
         at = layout.layout(width, gpu=bool(found and found.sums.gpu_bytes), unicode=self._unicode)
         lines = model.lines(found, self.seen) if found else []
         self.base.query_one("#small", Block).show(layout.too_small(width, self.size.height, at))
-        self.base.query_one("#head", Block).show(self._head(at))
+        self.base.query_one("#head", Block).show(self._head(at, empty=not lines))
         self.base.query_one("#titles", Block).show([layout.titles(at, self.seen.sort)])
         self.base.query_one(Table).show(lines, at, stale=bool(self.lost))
-        self.base.query_one("#eventtitle", Block).show([layout.event_title(at)])
-        self.base.query_one(Events).show(self.news.events if self.news else (), at)
+        events = self.base.query_one(Events)
+        self.base.query_one("#eventtitle", Block).show([layout.event_title(at, chosen=events.has_focus)])
+        events.show(self.news.events if self.news else (), at)
 
     @property
     def base(self) -> Screen[Any]:
         """The screen below whatever has come over it."""
         return self.screen_stack[0]
 
-    def _head(self, at: layout.Layout) -> list[layout.Pieces]:
+    def _head(self, at: layout.Layout, *, empty: bool) -> list[layout.Pieces]:
         lines = layout.head(self.news.found, self.seen, at) if self.news else []
         if self.lost:
             lines += layout.lost(self.lost, self.news.found.at if self.news else None, at)
@@ -182,6 +182,8 @@ class Top(App[int]):
             lines = [layout.fitted([(" asking the daemon ...", "dim")], at.width, at.look)]
         elif not self.news.found.sessions and not self.news.found.orphans:
             lines.append(layout.nothing(at))
+        elif empty:
+            lines.append(layout.nothing_found(at))
         return lines
 
     def say(self, lines: Iterable[str], style: str = "") -> None:
@@ -214,9 +216,21 @@ class Top(App[int]):
         if message.fold is None or message.fold != self.seen.is_folded(message.key):
             self._choose(self.seen._replace(folded=self.seen.folded ^ {message.key}))
 
+    def action_other_part(self) -> None:
+        """Have the keys that move go to the events, or back to the rows."""
+        parts = self.base.query_one(Table), self.base.query_one(Events)
+        parts[parts[0].has_focus].focus()
+        self.call_after_refresh(self.draw)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool:
+        """Say whether a key means that now: while somebody types, most are text."""
+        del parameters
+        typing = bool(self.screen_stack) and isinstance(self.focused, Filter)
+        return not typing or action in ("calm", "quit")
+
     def action_filter(self) -> None:
         """Let somebody type what to look for."""
-        line = self.base.query_one("#filter", Input)
+        line = self.base.query_one("#filter", Filter)
         line.display = True
         line.value = self.seen.text
         line.focus()
@@ -244,6 +258,13 @@ class Top(App[int]):
         """Show all keys."""
         self.push_screen(Panel("The keys", HELP))
 
+    def action_suspend_process(self) -> None:
+        """Give the terminal to the shell until that says `fg`."""
+        if tty.has_shell():
+            super().action_suspend_process()
+        else:
+            self.say(["no shell started this: nobody could have it go on"], "yellow")
+
     async def action_quit(self) -> None:
         """Leave."""
         self.exit(DONE)
@@ -253,9 +274,9 @@ class Top(App[int]):
     def action_explain(self) -> None:
         """Show how a process is judged, and why."""
         row = self._process("explain")
-        if row is not None and row.pid is not None:
-            pid, look = row.pid, self._look_of_panel()
-            self._ask(f"Explain pid {pid}", lambda: actions.explain(self.link, pid, look), in_panel=True)
+        if row is not None:
+            look = self._look_of_panel()
+            self._ask(f"Explain pid {row.pid}", lambda: actions.explain(self.link, row, look), in_panel=True)
 
     def action_protect(self, undo: bool = False) -> None:
         """Have a process left alone, or no longer."""

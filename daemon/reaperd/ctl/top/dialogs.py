@@ -58,7 +58,7 @@ class Panel(_Dialog[None]):
             yield Static(_plain([self.heading]), classes="heading", markup=False)
             with VerticalScroll(id="body"):
                 yield Static(_plain(self.lines), markup=False)
-            yield Static(_plain(["Esc closes this, ↑ ↓ scroll"]), classes="keys", markup=False)
+            yield Static(_plain(["Esc closes this, Up and Down scroll"]), classes="keys", markup=False)
 
     def action_close(self) -> None:
         """Go away."""

@@ -246,9 +246,10 @@ def event(one: Any, at: Layout) -> Pieces:
     return fitted(pieces, at.width, at.look)
 
 
-def event_title(at: Layout) -> Pieces:
-    """Return the head of the events."""
-    return [(_left(" EVENTS", at.width, at.look), CAPTION)]
+def event_title(at: Layout, *, chosen: bool) -> Pieces:
+    """Return the head of the events; ``chosen``: the keys that move go there."""
+    keys = "   Up, Down, PgUp and PgDn scroll, Tab goes back to the sessions" if chosen else ""
+    return [(_left(f" EVENTS{keys}", at.width, at.look), CAPTION)]
 
 
 def lost(reason: str, at_utc: datetime | None, at: Layout) -> list[Pieces]:
@@ -263,6 +264,11 @@ def lost(reason: str, at_utc: datetime | None, at: Layout) -> list[Pieces]:
 def nothing(at: Layout) -> Pieces:
     """Return what is said where there is nobody."""
     return fitted([(f" {render.NO_SESSIONS}", "dim")], at.width, at.look)
+
+
+def nothing_found(at: Layout) -> Pieces:
+    """Return what is said where there is nobody whom the filter shows."""
+    return fitted([(" nothing here is like that; Esc shows everything again", "dim")], at.width, at.look)
 
 
 def too_small(width: int, height: int, at: Layout) -> list[Pieces]:

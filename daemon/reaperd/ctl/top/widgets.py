@@ -17,6 +17,7 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.widget import Widget
+from textual.widgets import Input
 
 from reaperd.ctl.top import layout, model
 from reaperd.ctl.top.layout import Layout, Pieces
@@ -292,3 +293,15 @@ class Events(_Scrolled, can_focus=True):
     def draw(self, y: int) -> Pieces:
         """Return line ``y``."""
         return layout.event(self.events[y], self._at)
+
+
+class Filter(Input):
+    """Where somebody types what to look for."""
+
+    BINDINGS = [
+        Binding("enter", "submit", "keep the filter"),
+        Binding("escape", "app.calm", "show everything again"),
+    ]
+
+    def __init__(self, *, id: str) -> None:  # noqa: A002 - as Textual has it
+        super().__init__(id=id, placeholder="a name, a pid, a framework, a user", compact=True)
