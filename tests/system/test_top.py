@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import pty
+import queue
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -30,11 +34,16 @@ from harness import (
     wait_gone,
 )
 
+from reaperd.ctl import CommandError
+from reaperd.ctl.answers import ask_all
 from reaperd.ctl.link import Link
+from reaperd.ctl.text import Look
+from reaperd.ctl.top import actions
 from reaperd.ctl.top.app import Top
 from reaperd.ctl.top.dialogs import Ask, Panel
-from reaperd.ctl.top.model import Kind
-from reaperd.ctl.top.widgets import Table
+from reaperd.ctl.top.model import Kind, picture
+from reaperd.ctl.top.source import Lost, News, Source
+from reaperd.ctl.top.widgets import Block, Table
 
 StartDaemon = Callable[..., Daemon]
 StartLeader = Callable[..., Leader]
@@ -42,7 +51,7 @@ StartLeader = Callable[..., Leader]
 WITHIN_S = 30.0
 SMALL, LARGE = (80, 24), (200, 50)
 # Somebody whose processes nobody else's tests touch: all that a daemon of his may end.
-LONER = 61300 + os.getpid() % 100
+LONER = 1_000_000 + os.getpid()
 HOSTILE = "[bold red]x[/] [@click=app.quit]y[/]\x1b]0;owned\x07\x1b[2J\n\u202etxt\x9b31m"
 NAMED = """\
 import sys, os, agent
@@ -75,7 +84,9 @@ class Watched:
 
     def text(self) -> str:
         """Return what is on the screen, line by line."""
-        strips = self.app.screen._compositor.render_strips()  # a screenshot without the picture, which takes long
+        strips = (
+            self.app.screen._compositor.render_strips()
+        )  # a screenshot without the picture, which takes long
         return "\n".join(strip.text.rstrip() for strip in strips)
 
     def rows(self, kind: Kind) -> list[Any]:
@@ -219,8 +230,16 @@ def test_the_cursor_stays_on_what_it_is_about_and_filter_sort_and_folding_hold(
         await screen.until(lambda: names() == ["gamma"], "what was looked for")
         await screen.until_seen("filter: GAMMA")
         assert "sort" not in screen.app.seen.text  # keys were typed, not obeyed
+        await screen.press("slash", "q", "question_mark", "x")
+        await screen.until_seen("nothing here is like that", "keep the filter", "show everything again")
+        assert "help" not in screen.text().splitlines()[-1]
         await screen.press("escape")
         await screen.until(lambda: len(names()) == 3, "everybody")
+        await screen.press("tab")
+        await screen.until_seen("Tab goes back to the sessions")
+        await screen.press("tab")
+        await screen.until(lambda: screen.table.has_focus, "the rows to have the keys")
+        await screen.until(lambda: "Tab goes back" not in screen.text(), "the events to have none")
         screen.app._uid = 1  # as if somebody else looked
         await screen.press("o")
         await screen.until(lambda: names() == [], "nobody of one's own")
@@ -231,32 +250,41 @@ def test_the_cursor_stays_on_what_it_is_about_and_filter_sort_and_folding_hold(
     watch(daemon.socket, LARGE, look)
 
 
-def test_what_has_not_changed_is_not_drawn_again(
+def test_what_has_not_changed_is_not_drawn_again_and_of_a_line_only_what_has(
     daemon: Daemon, start_leader: StartLeader, scratch: Scratch
 ) -> None:
     start_named(start_leader, scratch, daemon, "steady")
 
     async def look(screen: Watched) -> None:
         await screen.until(lambda: screen.rows(Kind.LEADER), "the rows")
-        drawn: list[int] = []
-        draw = screen.table.draw
-
-        def noted(y: int) -> Any:
-            drawn.append(y)
-            return draw(y)
-
-        screen.table.draw = noted  # type: ignore[method-assign]
-        frozen = screen.app.news
-        assert frozen is not None
+        news, drawn = screen.app.news, []
+        assert news is not None
         screen.app.source.close()
-        for _ in range(5):
-            screen.app.post_message(Top.Heard(frozen))
+
+        async def show(found: Any) -> None:
+            screen.app.post_message(Top.Heard(news._replace(found=found)))
             await screen.pilot.pause()
-        drawn.clear()
-        for _ in range(5):
-            screen.app.post_message(Top.Heard(frozen))
-            await screen.pilot.pause()
+
+        await show(news.found)
+        for widget in (screen.table, *screen.app.base.query(Block)):
+            refresh = widget.refresh
+
+            def noted(*regions: Any, refresh: Any = refresh, id_: str = str(widget.id), **more: Any) -> Any:
+                drawn.append((id_, *(region.width for region in regions), *more))
+                return refresh(*regions, **more)
+
+            widget.refresh = noted  # type: ignore[method-assign]
+        await show(news.found)
         assert drawn == []
+        await show(news.found._replace(at=news.found.at + timedelta(seconds=1)))
+        assert drawn == [("head", len("12:00:00 UTC "))]
+        drawn.clear()
+        steady = news.found.sessions[0]
+        busy = steady.aged(steady.head.age_s + 3600)
+        busy.head = busy.head._replace(cpu_percent=55.5)
+        await show(news.found._replace(sessions=(busy,)))
+        await screen.until_seen("55.5 %")
+        assert sum(width for id_, width, *_ in drawn if id_ == "table") <= 30, drawn
 
     watch(daemon.socket, SMALL, look)
 
@@ -278,6 +306,37 @@ def test_hostile_names_are_text_and_nothing_else(
         assert all(line.isprintable() for line in said.splitlines()), said
 
     watch(daemon.socket, LARGE, look)
+
+
+def test_what_is_asked_for_is_of_the_process_that_was_seen_and_of_no_other_with_its_pid(
+    daemon: Daemon, start_leader: StartLeader, scratch: Scratch
+) -> None:
+    leader = start_named(start_leader, scratch, daemon, "reused")
+    link = Link([daemon.socket], timeout_s=10.0)
+    seen = picture(ask_all(link)).sessions[0].below[0]
+    assert seen.pid == leader.pid
+    earlier = seen._replace(start_ticks=seen.start_ticks - 1)
+    assert actions.explain(link, earlier, Look()).lines[0].startswith(f"pid {leader.pid} is gone")
+    for ask in (
+        lambda row: actions.protect(link, row),
+        lambda row: actions.release(link, row),
+    ):
+        with pytest.raises(CommandError, match=f"there is no process {leader.pid}"):
+            ask(earlier)
+    with pytest.raises(CommandError, match="was not spared by hand"):
+        actions.protect(link, seen, undo=True)
+    actions.protect(link, seen)
+    with pytest.raises(CommandError, match="there is no process"):
+        actions.protect(link, earlier, undo=True)
+    actions.protect(link, seen, undo=True)
+    assert actions.explain(link, seen, Look()).lines
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_mistake_in_looking_is_told_of_and_old_figures_do_not_pass_for_new_ones(daemon: Daemon) -> None:
+    told: queue.Queue[News | Lost] = queue.Queue()
+    Source(Link([daemon.socket], timeout_s=10.0), 0.2, told.put, gpu=lambda: {}["a mistake"]).start()
+    assert told.get(timeout=WITHIN_S) == Lost("looking has failed: leave, and start it again")
 
 
 # -- the daemon goes and comes back ---------------------------------------------------------------
@@ -380,16 +439,13 @@ def test_an_orphan_is_explained_protected_and_ended_once_somebody_has_agreed(
 class Terminal:
     """A pseudo-terminal with ``reaperctl top`` on it."""
 
-    def __init__(self, run: str, *, uid: int | None = None, **more: str) -> None:
+    def __init__(self, run: str, *, uid: int | None = None, before: Sequence[str] = (), **more: str) -> None:
         self.ours, theirs = pty.openpty()
-        import fcntl
-        import struct
-
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.before = termios.tcgetattr(theirs)
         self.theirs = theirs
         self.process = subprocess.Popen(
-            as_user(uid, [needed_interpreter(uid), "-m", "reaperd.ctl.main", "top"]),
+            [*before, *as_user(uid, [needed_interpreter(uid), "-m", "reaperd.ctl.main", "top"])],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -407,6 +463,12 @@ class Terminal:
                 f"no {words} in {self.data[-3000:]!r}"
             )
             self.data += os.read(self.ours, 65536)
+
+    def hang_up(self) -> None:
+        """Go away, as a terminal emulator that is closed."""
+        os.close(self.theirs)
+        os.close(self.ours)
+        self.ours = -1
 
     def type(self, keys: str) -> None:
         os.write(self.ours, keys.encode())
@@ -439,8 +501,8 @@ class Terminal:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        os.close(self.theirs)
-        os.close(self.ours)
+        if self.ours >= 0:
+            self.hang_up()
 
 
 @pytest.fixture
@@ -470,6 +532,8 @@ def test_on_a_terminal_it_is_seen_refused_and_left_and_the_terminal_is_as_before
         shown.type("y")
         shown.until("that session is another user's")
         assert b"named.py" not in shown.data
+    shown.type("\x1a")
+    shown.until("no shell started this")
     shown.type("q")
     assert shown.end() == 0
     assert shown.restored()
@@ -481,15 +545,37 @@ def test_on_a_terminal_it_is_seen_refused_and_left_and_the_terminal_is_as_before
 def test_no_color_is_heeded_and_a_signal_leaves_the_terminal_as_it_was(
     daemon: Daemon, terminal: Callable[..., Terminal]
 ) -> None:
-    shown = terminal(REAPER_SOCKET=daemon.socket, NO_COLOR="1")
-    shown.until("0 sessions")
-    shown.process.send_signal(signal.SIGTERM)
-    assert shown.end() == 128 + signal.SIGTERM
-    assert shown.restored()
-    colours = re.findall(rb"\x1b\[[\d;]*m", shown.data)
-    assert colours, "not even bold"
-    told = {int(word) for words in colours for word in words[2:-1].split(b";") if word}
-    assert not told & {*range(30, 39), *range(40, 49), *range(90, 108)}, told
+    signals = (signal.SIGTERM, signal.SIGINT)
+    terminals = [terminal(REAPER_SOCKET=daemon.socket, NO_COLOR="1") for _ in signals]
+    for shown, number in zip(terminals, signals, strict=True):
+        shown.until("0 sessions")
+        shown.process.send_signal(number)
+        assert shown.end() == 128 + number
+        assert shown.restored()
+        colours = re.findall(rb"\x1b\[[\d;]*m", shown.data)
+        assert colours, "not even bold"
+        told = {int(word) for words in colours for word in words[2:-1].split(b";") if word}
+        assert not told & {*range(30, 39), *range(40, 49), *range(90, 108)}, told
+
+
+def test_it_ends_with_its_terminal_even_where_sighup_is_ignored_and_comes_back_from_the_shell(
+    daemon: Daemon, terminal: Callable[..., Terminal]
+) -> None:
+    ignoring = terminal(REAPER_SOCKET=daemon.socket, before=["env", "--ignore-signal=HUP"])
+    shell = ["setsid", "--ctty", "--wait", "bash", "-mc", '"$@"; echo STOPPED; fg; echo LEFT $?', "bash"]
+    stopped = terminal(REAPER_SOCKET=daemon.socket, before=shell)
+    ignoring.until("0 sessions")
+    ignoring.hang_up()
+    assert ignoring.process.wait(WITHIN_S) == 128 + signal.SIGHUP
+
+    stopped.until("0 sessions", "quit")
+    stopped.type("\x1a")
+    stopped.until("STOPPED")
+    assert stopped.restored()
+    stopped.data = b""
+    stopped.until("\x1b[?1049h", "0 sessions")
+    stopped.type("\x03")
+    stopped.until("LEFT 0")
 
 
 def test_without_a_terminal_and_without_textual_a_sentence_says_what_to_do(daemon: Daemon, run: str) -> None:

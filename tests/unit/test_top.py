@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.segment import Segment
+from rich.style import Style
+from textual.strip import Strip
 
 from reaperd.ctl.answers import Answers
 from reaperd.ctl.text import columns
 from reaperd.ctl.top import layout, model
+from reaperd.ctl.top.help import HELP
 from reaperd.ctl.top.model import Kind, Sort, View
+from reaperd.ctl.top.widgets import changed
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=timezone.utc)
 MIB = 1024**2
@@ -25,6 +30,8 @@ HOSTILE = [
     "\ue000",
     "[bold]x[/]",
     "漢字" * 40,
+    "x" * 10_000,
+    "שלום \u200f" * 30,
 ]
 
 
@@ -191,6 +198,59 @@ def test_every_line_is_as_wide_as_the_screen_and_can_be_printed(bad: str, width:
         lines.append("".join(text for text, _ in pieces))
     assert [columns(line) for line in lines] == [width] * len(lines)
     assert all(line.isprintable() for line in lines)
+
+
+def test_a_session_that_is_as_it_was_keeps_its_rows_and_grows_older_and_any_change_is_seen() -> None:
+    families = model.Families()
+
+    def look(told: Any, after_s: float = 0.0, **more: Any) -> model.Family:
+        answers = Answers(NOW + timedelta(seconds=after_s), {}, [told], [])
+        return model.picture(answers, families=families, **more).sessions[0]
+
+    def told() -> Any:  # each answer is parsed anew
+        return session("risk", worker(11), worker(12, cpu_percent=60.0))
+
+    first = look(told())
+    again = look(told(), 7.0)
+    assert again.below is first.below
+    assert again.lines(Sort.CPU) is first.lines(Sort.CPU)
+    assert again.head == first.head._replace(age_s=first.head.age_s + 7.0)
+    busier = look(session("risk", worker(11, cpu_percent=99.0), worker(12, cpu_percent=60.0)))
+    assert [line.row.pid for line in busier.lines(Sort.CPU)] == [1, 11, 12]
+    assert busier.head.cpu_percent == 160.0
+    assert look(told()).lines(Sort.CPU)[1].row.pid == 12
+    assert look(told(), gpu={11: MIB}).head.gpu_bytes == MIB
+    assert look(told(), gpu={}).head.gpu_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "columns_changed"),
+    [
+        (["up ", "59", " s"], ["up ", "59", " s"], (0, 0)),
+        (["up ", "59", " s"], ["up ", "58", " s"], (3, 5)),
+        (["字", "a", "字"], ["字", "b", "字"], (2, 3)),
+        (["a", "b"], ["c", "d"], (0, 2)),
+        (["ab"], ["a", "b"], (0, 2)),
+        (["a", "a"], ["a"], (1, 2)),
+        ([], [], (0, 0)),
+    ],
+)
+def test_of_a_line_the_pieces_that_have_changed_are_drawn_and_no_others(
+    before: list[str], after: list[str], columns_changed: tuple[int, int]
+) -> None:
+    def strip(texts: list[str]) -> Strip:
+        return Strip([Segment(text) for text in texts]).adjust_cell_length(sum(map(columns, before)))
+
+    assert changed(strip(before), strip(after)) == columns_changed
+
+
+def test_a_change_of_colour_alone_is_a_change() -> None:
+    before, after = (Strip([Segment("a"), Segment("b", style)]) for style in (Style(), Style(bold=True)))
+    assert changed(before, after) == (1, 2)
+
+
+def test_no_line_of_the_help_is_wrapped_on_a_screen_of_80_columns() -> None:
+    assert max(map(len, HELP)) <= layout.LEAST_WIDTH * 9 // 10 - 5  # frame, padding and scroll bar
 
 
 anything = st.recursive(

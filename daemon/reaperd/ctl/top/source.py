@@ -63,7 +63,7 @@ class Source:
 
     def start(self) -> None:
         """Begin to look."""
-        threading.Thread(target=self._run, name="source", daemon=True).start()
+        threading.Thread(target=self._look_on, name="source", daemon=True).start()
 
     def poke(self) -> None:
         """Look at once: something has been done."""
@@ -73,6 +73,13 @@ class Source:
         """Look no more."""
         self._closed = True
         self._wake.set()
+
+    def _look_on(self) -> None:
+        try:
+            self._run()
+        finally:
+            if not self._closed:  # a mistake of ours: old figures must not pass for new ones
+                self._tell(Lost("looking has failed: leave, and start it again"))
 
     def _run(self) -> None:
         while not self._closed:

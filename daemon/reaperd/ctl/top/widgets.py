@@ -253,10 +253,8 @@ class Table(_Scrolled, can_focus=True):
 
     def draw(self, y: int) -> Pieces:
         """Return line ``y``."""
-        pieces = layout.row(self.lines[y], self._at)
-        if y == self.cursor:
-            return [("".join(text for text, _ in pieces), "reverse")]
-        return [(text, "dim" if self._stale else words) for text, words in pieces]
+        style = "reverse" if y == self.cursor else "dim" if self._stale else None
+        return [(text, style or own) for text, own in layout.row(self.lines[y], self._at)]
 
 
 class Events(_Scrolled, can_focus=True):
