@@ -102,7 +102,6 @@ class OrphanRequests:
         pid = _pid(peer, message)
         try:
             stat = self._core.observer.proc.stat(pid)
-            _is_meant(message, stat.id)
             uid = pidfd.uid_of(pid, self._core.observer.proc)
         except ProcessGone:
             raise wire.WireError("unknown-process", f"there is no process {pid}") from None

@@ -40,7 +40,9 @@ class Question(NamedTuple):
 
 def explain(link: Link, row: Row, look: Look) -> Answer:
     """Return how a process is judged, and why."""
-    return Answer(tuple(render_orphans.explanation(_ask_about(link, "explain", row).get("explain"), look)))
+    known = {} if row.start_ticks is None else {"start_ticks": row.start_ticks}
+    reply = link.ask("explain", pid=row.pid, **known)
+    return Answer(tuple(render_orphans.explanation(reply.get("explain"), look)))
 
 
 def protect(link: Link, row: Row, *, undo: bool = False) -> Answer:
