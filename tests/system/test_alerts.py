@@ -224,7 +224,7 @@ def _check_that_each_can_be_tried(daemon: harness.Daemon, hook: str) -> None:
         f"{hook}: sent",
     ]
     assert f"every user can read the passwords of [alerts] urls in {daemon.config}" in daemon.read_log()
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and harness.interpreter_for(STRANGER) is not None:
         refused = daemon.ctl("alerts", "test", "--json", uid=STRANGER)
         assert (refused.returncode, "only root and the admins" in refused.stderr) == (4, True)
 

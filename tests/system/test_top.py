@@ -321,7 +321,9 @@ def test_what_is_asked_for_is_of_the_process_that_was_seen_and_of_no_other_with_
         lambda row: actions.protect(link, row),
         lambda row: actions.release(link, row),
     ):
-        with pytest.raises(CommandError, match=f"process {leader.pid} has ended, and another one has its pid"):
+        with pytest.raises(
+            CommandError, match=f"process {leader.pid} has ended, and another one has its pid"
+        ):
             ask(earlier)
     with pytest.raises(CommandError, match="was not spared by hand"):
         actions.protect(link, seen, undo=True)

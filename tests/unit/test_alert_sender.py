@@ -8,7 +8,6 @@ import json
 import os
 import select
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from reaperd.alert_groups import SETTLE_S, Group, Outcome
 from reaperd.alert_sender import AT_ONCE, COMMAND_S, SEND_S, Sender
 from reaperd.alert_words import NO_REASON
 from reaperd.linux import prctl
-from reaperd.linux.helper import end_children, finish_helper, start_helper
+from reaperd.linux.helper import Helper, end_children, finish_helper, start_helper
 from reaperd.linux.procfs import ProcFS
 
 SOON_S = 20.0
@@ -48,7 +47,10 @@ def all_helpers_end() -> Iterator[None]:
 
 def in_helper(work: Callable[[], Any]) -> Any:
     """Return the result of what must not run in this process: it silences it."""
-    helper = start_helper(work)
+    return result_of(start_helper(work))
+
+
+def result_of(helper: Helper) -> Any:
     poller = select.poll()
     poller.register(helper.pidfd, select.POLLIN)
     assert poller.poll(SOON_S * 1000)
@@ -147,7 +149,7 @@ def test_what_a_command_leaves_behind_ends_with_it_and_nobody_waits_until_its_in
     tmp_path: Path, end: str
 ) -> None:
     out = tmp_path / "out"
-    mark = f"REAPER_TEST_{os.getpid()}_{time.monotonic_ns()}"
+    mark = f"ALERT_HOOK_{os.getpid()}_{time.monotonic_ns()}"
     command = script(tmp_path / "hook", f"export {mark}=1\n{STAYS.format(out=out)}\n{end}")
     if end == "exit 0":
         assert run(command, SOON_S, "x" * 300_000) == ["sent", ""]
@@ -169,7 +171,7 @@ def alive_with(mark: str) -> list[bytes]:
 
 def test_what_takes_too_long_is_ended_with_all_that_it_has_started(tmp_path: Path) -> None:
     """Here the helper itself does not end it in time: it is stopped."""
-    mark = f"REAPER_TEST_{os.getpid()}_{time.monotonic_ns()}"
+    mark = f"ALERT_HOOK_{os.getpid()}_{time.monotonic_ns()}"
     command = script(tmp_path / "hook", f"export {mark}=1\n(sleep 600 &)\nkill -STOP $PPID\nsleep 600")
 
     def work() -> list[str]:
@@ -312,25 +314,22 @@ def test_of_a_service_that_answers_without_end_no_more_is_taken_than_there_is_me
 ) -> None:
     monkeypatch.setattr(alert_delivery, "_MEMORY_BYTES", 32 << 20)
     with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def answer() -> None:
-            connection, _ = server.accept()
-            with connection, contextlib.suppress(OSError):
-                connection.recv(1 << 16)
-                connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
-                for _ in range(128):
-                    connection.sendall(bytes(1 << 20))
-
-        thread = threading.Thread(target=answer)
-        thread.start()
         url = f"json://127.0.0.1:{server.getsockname()[1]}/"
-        found = in_helper(functools.partial(alert_delivery.send, url, "title", "body", "info"))
-        thread.join()
+        helper = start_helper(functools.partial(alert_delivery.send, url, "title", "body", "info"))
+        server.settimeout(SOON_S)
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.settimeout(SOON_S)
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+            for _ in range(128):
+                connection.sendall(bytes(1 << 20))
+        found = result_of(helper)
     assert found == ["failed", NO_REASON]
 
 
 def test_as_the_daemon_ends_what_hangs_has_a_moment_and_no_more(tmp_path: Path) -> None:
-    mark = f"REAPER_TEST_{os.getpid()}_{time.monotonic_ns()}"
+    mark = f"ALERT_HOOK_{os.getpid()}_{time.monotonic_ns()}"
     command = script(tmp_path / "hook", f"export {mark}=1\n(sleep 600 &)\nsleep 600")
 
     def work() -> list[str]:
