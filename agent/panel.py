@@ -25,9 +25,11 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _ASK_WITHIN_S = 1.0
 _ABSURD = 10**100
-# Of these, escaped or not, Streamlit makes arrows and dashes where they stand alone, and links: a mark that nobody sees, behind
-# them, keeps it from that.
-_REPLACED = re.compile(r"(?<!\S)(?:<->|->|<-|--|>=|<=|~=)(?!\S)|https?://|www(?=\.)|@", re.IGNORECASE)
+# Of these, escaped or not, Streamlit makes arrows and dashes where they stand alone, links, and in older versions emojis: a mark that
+# nobody sees, behind them, keeps it from that.
+_REPLACED = re.compile(
+    r"(?<!\S)(?:<->|->|<-|--|>=|<=|~=)(?!\S)|https?://|www(?=\.)|@|:(?=[\w+-]+:)", re.IGNORECASE
+)
 
 
 class View(NamedTuple):

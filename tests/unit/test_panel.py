@@ -177,7 +177,7 @@ def test_what_a_process_calls_itself_is_shown_and_not_obeyed(text: str) -> None:
     assert shown.replace("\u2060", "").isprintable()
 
 
-@pytest.mark.parametrize("text", ["--", "a -> b", "http://a.b/c", "WWW.a.b", "a@b.c"])
+@pytest.mark.parametrize("text", ["--", "a -> b", "http://a.b/c", "WWW.a.b", "a@b.c", ":smile:"])
 def test_what_becomes_an_arrow_or_a_link_however_it_is_escaped_is_broken_up(text: str) -> None:
     assert as_markdown(text).replace("\\", "").replace("\u2060", "", 1) == text
     assert "\u2060" in as_markdown(text)
