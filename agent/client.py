@@ -6,6 +6,7 @@ from agent import wire, zmtp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 
@@ -16,8 +17,14 @@ class Unreachable(Exception):
     """No daemon answered; the text says where it was looked for and why that failed."""
 
 
-def request(path: str, message: dict[str, Any], *, timeout_s: float = 1.0) -> dict[str, Any]:
-    """Send one request to the daemon on ``path`` and return its reply.
+def request(
+    path: str,
+    message: dict[str, Any],
+    *,
+    timeout_s: float = 1.0,
+    decode: Callable[[bytes], dict[str, Any]] = wire.decode,
+) -> dict[str, Any]:
+    """Send one request to the daemon on ``path`` and return its reply, which ``decode`` reads.
 
     Raises Unreachable when none comes within ``timeout_s``, WireError when the daemon refuses or answers nonsense.
     """
@@ -35,7 +42,7 @@ def request(path: str, message: dict[str, Any], *, timeout_s: float = 1.0) -> di
     except zmtp.ZmtpError as error:
         raise Unreachable(f"{path}: {error}") from None
     try:
-        reply = wire.decode(answer)
+        reply = decode(answer)
     except wire.WireError as error:
         raise wire.WireError("bad-reply", f"{path} answered nonsense: {error}") from None
     if reply.get("ok") is not True:

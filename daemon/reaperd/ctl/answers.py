@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from reaperd.ctl.link import Link
 from reaperd.ctl.units import list_of
 
+QUESTIONS = ("status", "ps", "orphans")
 _LEAST_S = 0.01  # that a question may take
 
 
@@ -25,7 +26,7 @@ class Answers(NamedTuple):
 def ask_all(link: Link, end_s: float = math.inf) -> Answers:
     """Return what there is; NoDaemonError, CommandError. No answer is waited for beyond ``end_s`` (monotonic)."""
     replies = {}
-    for op in ("status", "ps", "orphans"):
+    for op in QUESTIONS:
         replies[op] = link.ask(op, within_s=max(_LEAST_S, end_s - time.monotonic()))
     return Answers(
         datetime.now(timezone.utc),

@@ -51,8 +51,16 @@ def sockets_of(options: Namespace) -> list[str]:
 class Link:
     """One daemon: the first that answers among ``sockets``, and from then on no other."""
 
-    def __init__(self, sockets: list[str], *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        sockets: list[str],
+        *,
+        timeout_s: float,
+        decode: Callable[[bytes], dict[str, Any]] = wire.decode,
+    ) -> None:
+        """``decode`` reads the replies, each of which whoever asked may change."""
         self._sockets = sockets
+        self._decode = decode
         self._timeout_s = timeout_s
         self.socket = ""  # the one that answered
 
@@ -66,6 +74,12 @@ class Link:
         """Return the link that the global options ask for; nothing is opened yet."""
         return cls(sockets_of(options), timeout_s=options.timeout)
 
+    def reading_with(self, decode: Callable[[bytes], dict[str, Any]]) -> Link:
+        """Return a link to the same daemon whose replies are read with ``decode``."""
+        same = Link(self._sockets, timeout_s=self._timeout_s, decode=decode)
+        same.socket = self.socket
+        return same
+
     def ask(self, op: str, *, wait_s: int = 0, within_s: float = math.inf, **fields: Any) -> dict[str, Any]:
         """Return the daemon's reply; raise NoDaemonError when none answers, CommandError when it refuses.
 
@@ -77,7 +91,7 @@ class Link:
         reasons = []
         for path in [self.socket] if self.socket else self._sockets:
             try:
-                reply = client.request(path, message, timeout_s=timeout_s)
+                reply = client.request(path, message, timeout_s=timeout_s, decode=self._decode)
             except client.Unreachable as error:
                 reasons.append(str(error))
             except wire.WireError as error:

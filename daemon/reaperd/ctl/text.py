@@ -5,6 +5,7 @@ Pure. ``plain()`` is the only door: a name or command line may hold escape seque
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from typing import Any, NamedTuple
 
@@ -33,8 +34,11 @@ class Look(NamedTuple):
 
 def columns(text: str) -> int:
     """Return how many columns of a terminal ``text`` (a plain one) takes."""
-    if text.isascii():
-        return len(text)
+    return len(text) if text.isascii() else _columns_of_all(text)
+
+
+@functools.lru_cache(512)  # a screen that is live measures the same bars and branches every second
+def _columns_of_all(text: str) -> int:
     return sum(_columns_of(character) for character in text)
 
 

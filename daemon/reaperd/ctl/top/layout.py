@@ -209,14 +209,18 @@ def head(found: Picture, view: View, at: Layout) -> list[Pieces]:
         taken.append(f"GPU {size(sums.gpu_bytes)}")
     reaped = plural(count_of(status, "reaped_total"), "process")
     taken.append(f"{reaped} reaped, {size(number_of(status, 'freed_bytes_total'))} freed")
+    if up_s is not None:
+        taken.append(f"up {duration(up_s if up_s < 60 else up_s // 60 * 60)}")
+    # What changes every second comes first: a terminal is sent a line up to where it has changed.
     first: Pieces = [
+        (f" {found.at:%H:%M:%S} UTC ", "dim"),
         (f" reaperd {field(status, 'version') or '?'} ", "bold reverse"),
         (counts, ""),
         (plural(sums.orphans, "orphan"), "bold yellow" if sums.orphans else ""),
     ]
     lines = [
-        _with_right(first, found.at.strftime("%H:%M:%S UTC"), at),
-        _with_right([(f" {'  '.join(taken)}", "")], "" if up_s is None else f"up {duration(up_s)}", at),
+        fitted(first, at.width, at.look),
+        fitted([(f" {'  '.join(taken)}", "")], at.width, at.look),
     ]
     if isinstance(status, dict) and status.get("dry_run") is True:
         lines.append(fitted([(" dry run: nothing is signalled, only reported", "yellow")], at.width, at.look))
@@ -230,11 +234,6 @@ def head(found: Picture, view: View, at: Layout) -> list[Pieces]:
         text = f" {', '.join(word for word in chosen if word)}"
         lines.append(fitted([(text, "cyan")], at.width, at.look))
     return lines
-
-
-def _with_right(pieces: Pieces, right: str, at: Layout) -> Pieces:
-    room = at.width - columns(right) - 1
-    return [*fitted(pieces, room, at.look), (f"{right} ", "dim")]
 
 
 def event(one: Any, at: Layout) -> Pieces:

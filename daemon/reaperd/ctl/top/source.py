@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
+from agent import wire
 from reaperd.ctl import CommandError
-from reaperd.ctl.answers import ask_all
+from reaperd.ctl.answers import QUESTIONS, ask_all
 from reaperd.ctl.commands import user_of
 from reaperd.ctl.link import Link, NoDaemonError, next_after
 from reaperd.ctl.text import plain
@@ -48,7 +49,8 @@ class Source:
         tell: Callable[[News | Lost], None],
         gpu: Callable[[], Mapping[int, int]] = dict,
     ) -> None:
-        self._link = link
+        # A reply that is as the last one, to the byte, need not be read again. It is changed by nobody here.
+        self._link = link.reading_with(functools.lru_cache(len(QUESTIONS) + 1)(wire.decode))
         self._interval_s = interval_s
         self._tell = tell
         self._read_gpu = gpu

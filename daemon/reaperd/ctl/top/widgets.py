@@ -52,7 +52,7 @@ class _Lines(Widget):
         self._drawn: dict[
             int, tuple[object, Strip]
         ] = {}  # by line on the screen: what its look depends on, and it
-        self._base = Style()
+        self._base: Style | None = None  # the widget's own style, once it is known; to find it out takes long
 
     def what_is_at(self, y: int) -> object:
         """Return all that the look of line ``y`` depends on besides the widget's own style, None where there is none."""
@@ -64,7 +64,7 @@ class _Lines(Widget):
 
     def redraw_changed(self) -> None:
         """Draw what has changed since it was drawn; what has never been drawn is due anyway."""
-        self._base, top, width = self.rich_style, self.scroll_offset.y, self.size.width
+        top, width = self.scroll_offset.y, self.size.width
         for place in [place for place in self._drawn if place < self.size.height]:
             before = self._drawn[place][1]
             after = self._line(place, top)
@@ -75,6 +75,8 @@ class _Lines(Widget):
                 self.refresh(Region(start, place, end - start, 1))
 
     def _line(self, place: int, top: int) -> Strip:
+        if self._base is None:
+            self._base = self.rich_style
         here, width = (self.what_is_at(top + place), self._base), self.size.width
         known = self._drawn.get(place)
         if known is not None and known[1].cell_length == width and known[0] == here:
@@ -85,10 +87,10 @@ class _Lines(Widget):
         self._drawn[place] = here, strip
         return strip
 
-    def render_lines(self, crop: Region) -> list[Strip]:
-        """Return these lines."""
-        self._base = self.rich_style
-        return super().render_lines(crop)
+    def notify_style_update(self) -> None:
+        """Find out anew what it looks like."""
+        self._base = None
+        super().notify_style_update()
 
     def render_line(self, y: int) -> Strip:
         """Return the line that is ``y`` below the upper edge."""
