@@ -408,7 +408,17 @@ def test_an_orphan_is_explained_protected_and_ended_once_somebody_has_agreed(
         await screen.press("e")
         await screen.until(lambda: isinstance(screen.app.screen, Panel), "the explanation")
         await screen.until_seen("is an orphan that no rule would have ended yet", "spawn_main")
-        await screen.press("escape", "p")
+        await screen.press("escape", "x")  # of two orphans the one under the cursor
+        asked = await screen.question()
+        assert "End this process?" in asked
+        assert (str(workers[0]) in asked, str(workers[1]) in asked) == (True, False)
+        await screen.press("n", "slash", *str(workers[1]), "enter", "c")  # of all those that are shown
+        asked = await screen.question()
+        assert "End this process?" in asked
+        assert str(workers[1]) in asked
+        await screen.press("n", "escape")
+        await screen.choose(workers[0], Kind.ORPHAN)
+        await screen.press("p")
         await screen.until_seen(f"pid {workers[0]}", "is left alone from now on")
         await screen.until(lambda: workers[0] not in screen.pids(Kind.ORPHAN), "it to be spared")
 
