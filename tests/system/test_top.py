@@ -575,6 +575,7 @@ def test_it_ends_with_its_terminal_even_where_sighup_is_ignored_and_comes_back_f
 ) -> None:
     ignoring = terminal(REAPER_SOCKET=daemon.socket, before=["env", "--ignore-signal=HUP"])
     shell = ["setsid", "--ctty", "--wait", "bash", "-mc", '"$@"; echo STOPPED; fg; echo LEFT $?', "bash"]
+    shell += ["sh", "-c", '"$@"; exit $?', "sh"]  # a script between them: the shell waits for that one
     stopped = terminal(REAPER_SOCKET=daemon.socket, before=shell)
     ignoring.until("0 sessions")
     ignoring.hang_up()

@@ -261,7 +261,9 @@ class Top(App[int]):
     def action_suspend_process(self) -> None:
         """Give the terminal to the shell until that says `fg`."""
         if tty.has_shell():
-            super().action_suspend_process()
+            with self.suspend():
+                # All of the job: of a script that started this the shell would go on to wait.
+                os.kill(0, signal.SIGSTOP)
         else:
             self.say(["no shell started this: nobody could have it go on"], "yellow")
 
