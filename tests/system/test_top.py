@@ -332,6 +332,10 @@ def test_what_is_asked_for_is_of_the_process_that_was_seen_and_of_no_other_with_
         actions.protect(link, earlier, undo=True)
     actions.protect(link, seen, undo=True)
     assert actions.explain(link, seen, Look()).lines
+    # Replies that are the same are read once, but not where somebody may change one.
+    once = Source(link, 1.0, print)._link
+    assert once.ask("ping") is once.ask("ping")
+    assert link.ask("ping") is not link.ask("ping")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
