@@ -585,20 +585,26 @@ def test_it_ends_with_its_terminal_even_where_sighup_is_ignored_and_comes_back_f
 ) -> None:
     ignoring = terminal(REAPER_SOCKET=daemon.socket, before=["env", "--ignore-signal=HUP"])
     shell = ["setsid", "--ctty", "--wait", "bash", "-mc", '"$@"; echo STOPPED; fg; echo LEFT $?', "bash"]
-    shell += ["sh", "-c", '"$@"; exit $?', "sh"]  # a script between them: the shell waits for that one
+    script = ["sh", "-c", '"$@"; exit $?', "sh"]
+    beyond = terminal(REAPER_SOCKET=daemon.socket, before=[*shell, *script])
     stopped = terminal(REAPER_SOCKET=daemon.socket, before=shell)
     ignoring.until("0 sessions")
     ignoring.hang_up()
     assert ignoring.process.wait(WITHIN_S) == 128 + signal.SIGHUP
 
+    beyond.until("0 sessions", "quit")
+    beyond.type("\x1a")
+    beyond.until("no shell started this")
+    beyond.type("q")
     stopped.until("0 sessions", "quit")
     stopped.type("\x1a")
     stopped.until("STOPPED")
     assert stopped.restored()
     stopped.data = b""
-    stopped.until("\x1b[?1049h", "0 sessions")
+    stopped.until("\x1b[?1049h", "0 sessions", "EVENTS", "started", "quit")
     stopped.type("\x03")
     stopped.until("LEFT 0")
+    assert beyond.end() == 0
 
 
 def test_without_a_terminal_and_without_textual_a_sentence_says_what_to_do(daemon: Daemon, run: str) -> None:

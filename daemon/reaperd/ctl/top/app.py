@@ -124,6 +124,7 @@ class Top(App[int]):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) leaves SIGHUP
                     loop.add_signal_handler(number, self.exit, 128 + number)
             tty.end_with(sys.stdin.fileno())
+        self.app_resume_signal.subscribe(self, self._drawn_over)
         self.draw()
         self.source.start()
 
@@ -258,14 +259,16 @@ class Top(App[int]):
         """Show all keys."""
         self.push_screen(Panel("The keys", HELP))
 
+    def _drawn_over(self, _: object) -> None:
+        """Draw all of it: the terminal was the shell's for a while."""
+        self.refresh(layout=True)
+
     def action_suspend_process(self) -> None:
         """Give the terminal to the shell until that says `fg`."""
         if tty.has_shell():
-            with self.suspend():
-                # All of the job: of a script that started this the shell would go on to wait.
-                os.kill(0, signal.SIGSTOP)
+            super().action_suspend_process()
         else:
-            self.say(["no shell started this: nobody could have it go on"], "yellow")
+            self.say(["no shell started this by itself: none could have it go on"], "yellow")
 
     async def action_quit(self) -> None:
         """Leave."""

@@ -27,7 +27,7 @@ HELP = (
     "",
     "About all of them",
     "  c        clean up: end the orphans that are shown",
-    "  q        leave (Ctrl-C); Ctrl-Z goes to the shell, fg comes back",
+    "  q        leave (Ctrl-C); Ctrl-Z to the shell, fg comes back",
     "",
     "x and c say what they would do, and ask first. All is done by the",
     "daemon, with your own rights: what is another user's is not yours",

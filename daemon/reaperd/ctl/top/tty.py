@@ -30,5 +30,8 @@ def end_with(terminal: int) -> None:
 
 
 def has_shell() -> bool:
-    """Say whether there is somebody who could continue this process once it is stopped (job control)."""
-    return os.getpgrp() != os.getsid(0)
+    """Say whether a shell has started this process by itself, which can continue it once it is stopped (job control).
+
+    Where a script has, the shell would go on to wait for that, at a terminal that nobody reads.
+    """
+    return os.getpgrp() == os.getpid() != os.getsid(0)
