@@ -18,6 +18,7 @@ class Policy(NamedTuple):
     max_per_uid: int = 1000  # sessions
     untouchable: frozenset[ProcessId] = frozenset()  # the daemon and its ancestors
     daemon_pid: int = 0  # whose children are helpers: forked, they hold every session page for a moment
+    only_uid: int | None = None  # the one user whose processes a daemon without root may signal
     protected_uids: frozenset[int] = frozenset()
     protected_names: frozenset[str] = frozenset()
     protected_units: frozenset[str] = frozenset()
@@ -31,6 +32,8 @@ class Policy(NamedTuple):
             return "is a helper of the daemon"
         if process.id in self.spared:
             return "was spared by hand (reaperctl protect or release)"
+        if self.only_uid is not None and process.uid not in (None, self.only_uid):
+            return f"belongs to uid {process.uid}, and a daemon of uid {self.only_uid} ends nobody else's"
         if process.uid in self.protected_uids:
             return f"belongs to uid {process.uid}, which [protect] users names"
         for name in (process.comm, process.argv[0].rpartition("/")[2] if process.argv else ""):

@@ -44,6 +44,7 @@ def kill_policy(config: Config, untouchable: frozenset[ProcessId], spared: froze
         max_per_uid=config.sessions.max_per_uid,
         untouchable=untouchable,
         daemon_pid=os.getpid(),
+        only_uid=os.geteuid() or None,
         spared=spared,
         protected_uids=uids_of(protect.users, "[protect] users"),
         protected_names=frozenset(protect.names),

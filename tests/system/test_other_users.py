@@ -8,13 +8,19 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from harness import NEIGHBOUR, OVERFLOW, STRANGER, Daemon, Leader, broken_promise
+from harness import NEIGHBOUR, OVERFLOW, STRANGER, Daemon, Leader, broken_promise, end_process
 
 StartDaemon = Callable[..., Daemon]
 StartLeader = Callable[..., Leader]
 
 pytestmark = pytest.mark.needs_root
 
+ORPHANS = """\
+[scan]
+interval = "0.2s"
+orphan_age_limit = "1s"
+memory_threshold = "1MiB"
+"""
 SECRET = "a-name-that-only-its-owner-may-read"
 
 
@@ -143,6 +149,29 @@ def test_a_user_s_own_daemon_adopts_its_sessions_after_it_was_killed(
     daemon.start()
     assert broken_promise(leader) == ""
     daemon.wait_end(leader.session)
+
+
+def test_a_user_s_own_daemon_leaves_the_orphans_of_others_alone(
+    start_daemon: StartDaemon, start_leader: StartLeader
+) -> None:
+    daemon = start_daemon(config=ORPHANS, uid=NEIGHBOUR)
+    light = {"REAPER_DISABLE": "1", "REAPER_TEST_LIGHT": "1"}
+    pools = {
+        uid: start_leader("pools.py", "executor", "--method", "spawn", uid=uid, parent="waits", env=light)
+        for uid in (STRANGER, NEIGHBOUR)
+    }
+    for pool in pools.values():
+        pool.kill9()
+    assert pools[NEIGHBOUR].wait_all_gone(30.0) == []
+    theirs = pools[STRANGER].family.workers
+    for pid in theirs:
+        told = daemon.ask("explain", str(pid))
+        assert (told["verdict"], told["rule"]) == ("spare", "protected")
+        assert f"a daemon of uid {NEIGHBOUR} ends nobody else's" in told["evidence"][-1]
+    assert pools[STRANGER].still_alive(theirs) == theirs
+    assert "cannot send" not in daemon.read_log()
+    for pid in theirs:
+        end_process(pid)
 
 
 def test_the_uid_that_stands_for_everyone_without_one_is_refused(daemon: Daemon) -> None:

@@ -180,6 +180,7 @@ def test_what_another_session_spares_is_not_spared_in_this_one() -> None:
         (Policy(protected_names=frozenset(("keeper",))), {"comm": "keeper"}, "'keeper'"),
         (Policy(protected_names=frozenset(("keeper",))), {"argv": ("/usr/bin/keeper", "-v")}, "'keeper'"),
         (Policy(protected_uids=frozenset((UID,))), {}, f"uid {UID}"),
+        (Policy(only_uid=UID + 1), {}, f"a daemon of uid {UID + 1}"),
         (Policy(protected_units=frozenset(("job.scope",))), {}, "job.scope"),
         (Policy(protected_units=frozenset(("user.slice",))), {}, "user.slice"),
         (Policy(untouchable=frozenset((ProcessId(201, 2000),))), {}, "daemon"),
