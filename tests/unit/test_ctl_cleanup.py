@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from agent import wire
-from reaperd.ctl import USAGE, CommandError, cleanup, local, main, orphans
+from reaperd.ctl import USAGE, CommandError, arguments, cleanup, local, orphans
 
 
 def record(pid: int, **more: Any) -> dict[str, Any]:
@@ -116,14 +116,14 @@ def test_whoever_is_named_is_left_out(
 ) -> None:
     monkeypatch.setattr(local, "ask", lambda op, **fields: {"orphans": [record(1), record(2)]})
     words = ["cleanup", "--local", "--dry-run", "--except", "2", "--except", "3"]
-    assert cleanup.cleanup(main.parse([*words, "--json"])) == 0
+    assert cleanup.cleanup(arguments.parse([*words, "--json"])) == 0
     told = {one["pid"]: (one["verdict"], one["evidence"][-1]) for one in json.loads(capsys.readouterr().out)}
     assert told == {1: ("kill", "why"), 2: ("spare", "you said to leave it alone")}
-    assert cleanup.cleanup(main.parse(words)) == 0
+    assert cleanup.cleanup(arguments.parse(words)) == 0
     shown = capsys.readouterr().out
     assert "dry run: would end this process" in shown
     assert "left alone:" in shown
-    assert cleanup.cleanup(main.parse([*words, "--except", "1"])) == 0
+    assert cleanup.cleanup(arguments.parse([*words, "--except", "1"])) == 0
     assert "nothing to clean up\n" in capsys.readouterr().out
 
 
@@ -207,7 +207,7 @@ def test_what_is_asked_says_how_many_of_what(pids: list[int], paths: list[str], 
 
 @pytest.mark.parametrize("words", [[], ["--json"], ["--local"]])
 def test_without_a_terminal_or_yes_nobody_is_even_looked_for(words: list[str], tmp_path: Any) -> None:
-    options: argparse.Namespace = main.parse(["cleanup", *words, "--socket", str(tmp_path / "none")])
+    options: argparse.Namespace = arguments.parse(["cleanup", *words, "--socket", str(tmp_path / "none")])
     with pytest.raises(CommandError, match="--yes") as refused:  # pytest's stdin is no terminal
         cleanup.cleanup(options)
     assert refused.value.code == USAGE
