@@ -82,7 +82,7 @@ def test_the_wheel_holds_both_packages_the_pages_and_nothing_foreign(wheel: Path
         str(path.relative_to(base))
         for base, package in ((ROOT, "agent"), (ROOT / "daemon", "reaperd"))
         for path in (base / package).rglob("*")
-        if path.suffix in (".py", ".typed")
+        if path.suffix in (".py", ".typed", ".tcss")
     }
     about = {
         f"{stem}.dist-info/{name}"
