@@ -42,9 +42,8 @@ class Status(NamedTuple):
     boot_id: str
     started_at: str
     ended_at: str | None = None
-    progress: dict[str, Any] | None = (
-        None  # {done, total, message} as told to agent.progress(); of a running one, not always the last
-    )
+    # {done, total, message} as told to agent.progress(); of a running one, not always the last.
+    progress: dict[str, Any] | None = None
     error: str | None = None  # of a failed run: the exception's type and text
     cause: dict[str, Any] | None = None  # {kind, code}: how the process ended
     host: str | None = None  # its name: a boot that is over is told from another machine's by that
@@ -239,7 +238,10 @@ def end_of(cause: dict[str, Any] | None) -> str:
 
 
 def lives(pid: int, start_ticks: int) -> bool:
-    """Say whether the process that this was still runs, on this machine and in this boot; one that has ended and was not waited for does not (proc(5))."""
+    """Say whether the process that this was still runs, on this machine and in this boot.
+
+    One that has ended and was not waited for does not (proc(5)).
+    """
     try:
         fields = read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
         return int(fields[19]) == start_ticks and (fields[0] not in "ZX" or int(fields[17]) > 1)
@@ -264,5 +266,6 @@ def _now() -> str:
 
 
 def read_text(path: str) -> str:
+    """Return what is in a file of the kernel's, without the line's end; OSError."""
     with open(path, encoding="utf-8", errors="replace") as file:
         return file.read().strip()

@@ -123,7 +123,7 @@ def reason_in(said: str) -> str:
     """Return why a message was not sent, by what a library logged meanwhile; nothing of that is quoted but numbers."""
     numbers = [int(found) for found in _ERRNO.findall(said)]
     known = [number for number in numbers if number in errno.errorcode]
-    if errno.EAFNOSUPPORT in known or (errno.EPERM in known):
+    if errno.EAFNOSUPPORT in known or errno.EPERM in known:
         return NO_NETWORK
     if known:
         return os.strerror(known[-1]).lower()

@@ -52,9 +52,8 @@ class Alerts:
             last_words_s=_LAST_WORDS_S,
             environment=_ENVIRONMENT,
         )
-        self._lost: collections.Counter[str] = (
-            collections.Counter()
-        )  # events that it could not be given, by kind
+        # Events that it could not be given, by kind.
+        self._lost: collections.Counter[str] = collections.Counter()
         self._tell_lost_at_s: float | None = None
         self._tests: dict[int, tuple[Answer, float]] = {}
         self._numbers = itertools.count(1)
@@ -71,9 +70,8 @@ class Alerts:
             if self.companion.hopeless:  # what kept it from its work may have been put right
                 self.companion.stop(now_s)
             self.companion.start(now_s)
-        elif bool(before.urls) != bool(
-            config.urls
-        ):  # it has Apprise loaded where there are some, and only then
+        elif bool(before.urls) != bool(config.urls):
+            # It has Apprise loaded where there are some, and only then.
             self.companion.stop(now_s)
             self.companion.start(now_s)
         elif before != config:

@@ -179,9 +179,8 @@ class Companion:
             self._leaving[child] = until_s
             try:
                 self._poller.watch(child.fileno(), lambda: self._left(child))
-            except (
-                OSError
-            ):  # memory has run out: it is ended, and its zombie is collected by the next of them
+            except OSError:
+                # Memory has run out: it is ended, and its zombie is collected by the next of them.
                 child.kill()
 
     def _end_leaving(self, now_s: float) -> None:

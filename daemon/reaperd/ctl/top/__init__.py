@@ -40,9 +40,8 @@ def top(options: Namespace) -> int:
     from reaperd.gpu import GpuMeter
 
     link = Link.of(options)
-    link.ask(
-        "ping"
-    )  # settles which daemon is meant, or that there is none, before the terminal is taken over
+    # Settles which daemon is meant, or that there is none, before the terminal is taken over.
+    link.ask("ping")
     screen = Top(link, options.interval, gpu=GpuMeter().read, unicode=look_of_stdout().unicode)
     ended = screen.run()
     return screen.return_code or DONE if ended is None else ended

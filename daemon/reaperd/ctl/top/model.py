@@ -139,9 +139,8 @@ class Families:
 
     def __init__(self) -> None:
         self._gpu: Mapping[int, int] = {}
-        self._last: dict[
-            str, tuple[Any, datetime | None, Family]
-        ] = {}  # by id: what was told, and since when it runs
+        # By id: what was told, and since when it runs.
+        self._last: dict[str, tuple[Any, datetime | None, Family]] = {}
 
     def of(
         self, told: list[Any], now: datetime, user_of: Callable[[int], str], gpu: Mapping[int, int]

@@ -49,9 +49,8 @@ class _Lines(Widget):
 
     def __init__(self, *, id: str) -> None:  # noqa: A002 - as Textual has it
         super().__init__(id=id)
-        self._drawn: dict[
-            int, tuple[object, Strip]
-        ] = {}  # by line on the screen: what its look depends on, and it
+        # By line on the screen: what its look depends on, and it.
+        self._drawn: dict[int, tuple[object, Strip]] = {}
         self._base: Style | None = None  # the widget's own style, once it is known; to find it out takes long
 
     def what_is_at(self, y: int) -> object:
