@@ -65,6 +65,7 @@ class Alerts:
         now_s = time.monotonic()
         if not self.has_targets:
             self._lost.clear()
+            self._tell_lost_at_s = None
             self.companion.stop(now_s)
         elif self.companion.pid is None:
             if self.companion.hopeless:  # what kept it from its work may have been put right
