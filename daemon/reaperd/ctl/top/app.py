@@ -318,8 +318,9 @@ class Top(App[int]):
     def action_clean_up(self) -> None:
         """End the orphans, once somebody has agreed; where only some are shown, those."""
         only = None
-        if self.news is not None and self.seen.text:
-            shown = model.lines(self.news.found, self.seen._replace(folded=frozenset(), fold_all=False))
+        if self.seen.text:
+            unfolded = self.seen._replace(folded=frozenset(), fold_all=False)
+            shown = model.lines(self.news.found, unfolded) if self.news is not None else []
             rows = [line.row for line in shown if line.row.kind is Kind.ORPHAN]
             only = frozenset((row.pid or 0, row.start_ticks or 0) for row in rows)
         self._clean_up(only)
