@@ -9,14 +9,12 @@ import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from reaperd.ctl import CommandError, cleanup, render
-from reaperd.ctl.events import ENDS
+from reaperd.ctl import CommandError, cleanup, events, render
 from reaperd.ctl.link import follow
 from reaperd.ctl.orphans import ask_about
 from reaperd.ctl.text import field, plain
 from reaperd.ctl.ui import shaping
 from reaperd.ctl.ui.recorder import Recorder
-from reaperd.ctl.units import number_of, text_of
 
 _WAIT_S = 60.0
 _CHECK_WITHIN_S = 120.0
@@ -31,24 +29,15 @@ class Outcome(NamedTuple):
 
 def stop_session(recorder: Recorder, session: str) -> Outcome:
     """End a session, and wait until the daemon says what became of it. CommandError."""
-    link = recorder.link
-    reply = link.ask("stop", session=session)
-    happened = follow(
-        link,
-        after=int(number_of(reply, "after") or 0),
-        on_lost=lambda _: None,
-        until=time.monotonic() + _WAIT_S,
-        session=session,
-    )
-    for one in happened:
-        if text_of(one, "kind") in ENDS:
-            name = field(one, "name") or session
-            left = render.remaining(one)
-            how = render.what_happened(one) or "it had no workers"
-            if left:
-                return Outcome(False, f"{name}: {how}; still there: {', '.join(map(str, left))}.")
-            return Outcome(True, f"{name} was stopped: {how}.")
-    return Outcome(False, f"{plain(session)} was told to stop, and was not gone after {_WAIT_S:g} s.")
+    _, one = events.stop_session(recorder.link, session, wait_s=_WAIT_S, on_lost=lambda _: None)
+    if one is None:
+        return Outcome(False, f"{plain(session)} was told to stop, and was not gone after {_WAIT_S:g} s.")
+    name = field(one, "name") or plain(session)
+    left = render.remaining(one)
+    how = render.what_happened(one) or "it had no workers"
+    if left:
+        return Outcome(False, f"{name}: {how}; still there: {', '.join(map(str, left))}.")
+    return Outcome(True, f"{name} was stopped: {how}.")
 
 
 def end(recorder: Recorder, target: cleanup.Target) -> Outcome:

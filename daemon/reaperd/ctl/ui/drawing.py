@@ -399,6 +399,6 @@ def who(uid: int) -> str:
     return f"uid {uid}" if name == str(uid) else name
 
 
-def stamp(at: datetime | None = None) -> str:
+def stamp() -> str:
     """Return the time of day, as the page shows when it looked last."""
-    return (at or datetime.now(timezone.utc)).strftime("%H:%M:%S UTC")
+    return datetime.now(timezone.utc).strftime("%H:%M:%S UTC")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from reaperd.ctl import CommandError
 from reaperd.ctl.link import Link, NoDaemonError, next_after
+from reaperd.ctl.orphans import complete
 from reaperd.ctl.ui import here
 from reaperd.ctl.ui.shaping import Point, mine, point
 from reaperd.ctl.units import list_of
@@ -118,8 +119,6 @@ class Recorder:
 
     def cleanable(self, *, leftovers: bool) -> tuple[dict[str, Any], str]:
         """Return what a clean-up would end, and why that was looked up without a daemon, "" where one answered. CommandError."""
-        from reaperd.ctl.orphans import complete
-
         try:
             return complete(self.link.ask, self.owner)("cleanup", dry_run=True, leftovers=leftovers), ""
         except NoDaemonError as error:
@@ -127,8 +126,6 @@ class Recorder:
 
     def ask_to_end(self, op: str, **fields: Any) -> dict[str, Any]:
         """Ask what ``cleanable()`` was asked of; CommandError."""
-        from reaperd.ctl.orphans import complete
-
         try:
             return complete(self.link.ask, self.owner)(op, **fields)
         except NoDaemonError:

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 from agent.panel import as_markdown, progress_in_words, share_of
 from reaperd.ctl import render, render_monitor, render_orphans
-from reaperd.ctl.text import Look, command_line, field
+from reaperd.ctl.text import command_line, field
 from reaperd.ctl.units import count_of, list_of, number_of, plural, text_of
 from reaperd.times import moment
 from reaperd.words import duration, plain, size
 
-UNICODE = Look(unicode=True)
 MiB = 1 << 20
 _LONGEST = 300  # characters of a command line
 REAPED_HOURS = 24
@@ -37,7 +36,6 @@ class Point(NamedTuple):
     processes: dict[str, int] | None = None  # by category, as in ``reaperctl monitor``
     cpu_percent: float | None = None
     rss_bytes: float | None = None
-    reaped_total: int | None = None
 
 
 def point(at: datetime, status: Any, sessions: Sequence[Any], orphans: Sequence[Any]) -> Point:
@@ -47,7 +45,7 @@ def point(at: datetime, status: Any, sessions: Sequence[Any], orphans: Sequence[
     found = render_monitor.figures(list(sessions), list(orphans), status, at)
     counts = {name: found.sum_of(name).processes for name in render_monitor.CATEGORIES}
     total = found.sum_of()
-    return Point(at, counts, total.cpu_percent, total.rss_bytes, count_of(status, "reaped_total"))
+    return Point(at, counts, total.cpu_percent, total.rss_bytes)
 
 
 def series(points: Sequence[Point]) -> dict[str, dict[str, list[Any]]]:
