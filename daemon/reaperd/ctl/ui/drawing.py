@@ -214,7 +214,7 @@ def orphans(recorder: Recorder) -> None:
     )
     reply = _cleanable(recorder, leftovers=with_leftovers, from_here=bool(facts.no_daemon))
     if isinstance(reply, str):
-        st.caption(reply)
+        st.caption(as_markdown(reply))
         return
     target = target_of(reply)
     listed = list_of(reply, "orphans") if facts.no_daemon else facts.orphans
@@ -245,14 +245,14 @@ def _cleanable(recorder: Recorder, *, leftovers: bool, from_here: bool) -> dict[
         st.session_state.pop(_LOOKING, None)
         try:
             return recorder.cleanable(leftovers=False)[0]
-        except CommandError as error:
+        except (CommandError, OSError) as error:
             return str(error)
     how = (leftovers, from_here)
     before, looking = st.session_state.get(_LOOKING, (None, None))
     if before == how and looking.over:
         try:
             st.session_state[_FOUND] = looking.result()[0]
-        except CommandError as error:
+        except (CommandError, OSError) as error:  # OSError: no process can be started
             st.session_state[_FOUND] = str(error)
     elif before != how:
         st.session_state.pop(_FOUND, None)
