@@ -23,6 +23,7 @@ from agent.status import Status, StatusError
 # A file's name is at most 255 bytes (path_resolution(7)), and this gets endings.
 _LONGEST_STEM = 100
 _TAIL_BYTES = 64 * 1024
+_MAX_LAUNCH_BYTES = 16 * 1024 * 1024  # of a command line, execve(2) takes no more than 6 MiB
 _LOOK_S = 0.05
 _INTERPRETERS = ("python", "pypy")  # how the names of their files begin
 
@@ -121,7 +122,7 @@ def find_training(
     path = os.path.abspath(status_file) if status_file is not None else default_status_file(str(name))
     try:
         with open(_launch_file(path), "rb") as file:
-            told = json.loads(file.read(_TAIL_BYTES))
+            told = json.loads(file.read(_MAX_LAUNCH_BYTES))
         return Training(**{**told, "command": tuple(told["command"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
