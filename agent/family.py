@@ -96,7 +96,7 @@ class Family:
 
     def _serves(self, one: Process) -> bool:
         """Say whether a process is a tracker, or a forkserver that is ours."""
-        return _is_tracker(one) or (_code_of(one).startswith(_SERVER_MAIN) and one.ppid == self._pid)
+        return is_tracker(one) or (_code_of(one).startswith(_SERVER_MAIN) and one.ppid == self._pid)
 
     # -- the end of them ---------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class Remains:
         for one in [one for one in found.values() if self._is_spared(one)]:
             for pid in (one.pid, *(below.pid for below in listing.below(one.pid))):
                 found.pop(pid, None)
-        return [one for one in _in_our_cgroup(found.values()) if not _is_tracker(one)]
+        return [one for one in _in_our_cgroup(found.values()) if not is_tracker(one)]
 
     def end(self, grace_s: float) -> list[Process]:
         """End them, by SIGTERM, ``grace_s`` and SIGKILL, and return whoever outlives even that."""
@@ -185,11 +185,6 @@ def of_session(session_id: str, leader: Id | None) -> list[Process]:
     for pid in list(found):
         found.update({one.pid: one for one in listing.below(pid) if one.state not in "ZX"})
     return [one for one in found.values() if session_id not in _marks_of(one, wire.SPARED_VARIABLE)]
-
-
-def is_tracker(one: Process) -> bool:
-    """Say whether a process guards shared memory for the others."""
-    return _is_tracker(one)
 
 
 # -- the end of processes -------------------------------------------------------------------------
@@ -261,7 +256,8 @@ def _in_our_cgroup(found: Iterable[Process]) -> list[Process]:
     return [one for one in found if is_here(one)]
 
 
-def _is_tracker(one: Process) -> bool:
+def is_tracker(one: Process) -> bool:
+    """Say whether a process guards shared memory for the others."""
     return any(main in _code_of(one) for main in _TRACKER_MAINS)
 
 
