@@ -105,7 +105,7 @@ def look(training: Training | None, status_file: str | None, socket: str | None,
         return view
     view = view._replace(name=training.name if training else "")
     try:
-        told, owner = status.read_status(path), os.stat(path).st_uid
+        told, owner = status.read_owned_status(path)
     except FileNotFoundError:
         return view if training is None else _begun(training, view)
     except (OSError, StatusError) as error:

@@ -58,9 +58,17 @@ def read_status(path: str | os.PathLike[str]) -> Status:
     another pid or time namespace or on another machine as ``unknown``. OSError where it cannot be read (FileNotFoundError before the
     run has begun), StatusError for what is no status file.
     """
+    return read_owned_status(path)[0]
+
+
+def read_owned_status(path: str | os.PathLike[str]) -> tuple[Status, int]:
+    """Return what ``read_status()`` does, and the uid of the file that says so: another may have taken its name by now."""
     with open(path, "rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    status = parse_status(data)
+        data, owner = file.read(MAX_FILE_BYTES + 1), os.fstat(file.fileno()).st_uid
+    return _seen_from_here(parse_status(data)), owner
+
+
+def _seen_from_here(status: Status) -> Status:
     if status.state != RUNNING:
         return status
     if status.boot_id != read_boot_id():

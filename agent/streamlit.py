@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError("agent.streamlit needs Streamlit: pip install 'reaperd[ui]'") from error
 
-from agent import launch, panel, stopping
+from agent import launch, panel, status, stopping
 from agent.cleanup import CleanupError, CleanupReport, emergency_cleanup
 from agent.jobs import Job
 from agent.launch import LaunchError, Training, default_status_file, find_training, start_training
@@ -214,8 +214,9 @@ class _Panel:
 
         def work() -> Stopped:
             told, owner = view.told, view.owner
-            if told is None and training is not None:  # it had just been started
-                told, owner = launch.wait_begun(training), os.stat(training.status_file).st_uid
+            # It had just been started.
+            if told is None and training is not None and launch.wait_begun(training) is not None:
+                told, owner = status.read_owned_status(training.status_file)
             if told is None:
                 raise StopError("the training has not begun")
             return stopping.stop(told, above, owner=owner, socket=socket)
