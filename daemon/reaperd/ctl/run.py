@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from agent import limits, session, wire
 from agent.family import Remains
+from agent.status import FAILED as RUN_FAILED
 from agent.status import StatusFile, end_for
 from reaperd import report
 from reaperd.ctl import FAILED, CommandError, events, render, restarts
@@ -178,6 +179,7 @@ class _Run:
 
     def _become_the_command(self, note: int, supervisor: int) -> NoReturn:
         """Register in the child, and be the command from then on; what goes wrong is told through the pipe."""
+        status_file: StatusFile | None = None
         try:
             prctl.die_with_parent(signal.SIGTERM)
             if os.getppid() != supervisor:
@@ -198,7 +200,7 @@ class _Run:
                 for_exec=True,
             )
             if self._status_file is not None:
-                self._begin_status_file(ours)
+                status_file = self._begin_status_file(ours)
             self._note(
                 note,
                 session=ours.id,
@@ -219,19 +221,24 @@ class _Run:
             session.unregister()
         except BaseException as error:  # noqa: BLE001 - the parent's to tell, in a sentence
             code = NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN
-            self._note(note, error=getattr(error, "strerror", None) or repr(error), code=code)
+            why = getattr(error, "strerror", None) or repr(error)
+            if status_file is not None:  # it says that the command runs
+                with contextlib.suppress(OSError):
+                    status_file.end(RUN_FAILED, error=f"{self._command[0]}: {why}")
+            self._note(note, error=why, code=code)
             session.unregister()
         finally:
             os._exit(CANNOT_RUN)
 
-    def _begin_status_file(self, ours: session.Session) -> None:
+    def _begin_status_file(self, ours: session.Session) -> StatusFile:
         """Say that the command runs; where it is killed with us, the daemon writes how it ended."""
         assert self._status_file is not None, "it is asked for"
         try:
-            StatusFile(self._status_file, ours.name, ours.id)
+            begun = StatusFile(self._status_file, ours.name, ours.id)
         except OSError as error:
             raise _StatusFileError(f"cannot write {self._status_file}: {error.strerror}") from None
         session.say(status_file=self._status_file)
+        return begun
 
     def _end_status_file(self, started: _Started, found: os.waitid_result, page: Page | None) -> None:
         """Write how the command ended, before what it left is ended: that may take a minute."""
