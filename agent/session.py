@@ -83,9 +83,8 @@ class _Process:
         self.retry_at_s = 0.0  # a daemon that did not answer is not asked again before
         self.hooked = False
         self.handed_over = False  # the session is that of `reaperctl run`, and ends with the process
-        self.attempt: tuple[int, int] | None = (
-            None  # of that one: sessions that follow are below the same supervisor
-        )
+        # Of that one: sessions that follow are below the same supervisor.
+        self.attempt: tuple[int, int] | None = None
         self.warned = False
 
 

@@ -115,9 +115,8 @@ class RiskModelTrainer:
         fitted = search.best_estimator_.estimator_
         chances = fitted.predict_proba(test_x)[:, 1]
         path = os.path.join(self.model_dir, f"{name}.joblib")
-        joblib.dump(
-            fitted, f"{path}.new"
-        )  # whoever loads it meanwhile has the old one, and never half of the new
+        # Whoever loads it meanwhile has the old one, and never half of the new.
+        joblib.dump(fitted, f"{path}.new")
         os.replace(f"{path}.new", path)
         parameters = {key.removeprefix("estimator__"): value for key, value in search.best_params_.items()}
         roc_auc, brier = roc_auc_score(test_y, chances), brier_score_loss(test_y, chances)

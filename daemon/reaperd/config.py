@@ -224,9 +224,10 @@ def _settings_of(table: Any) -> dict[str, Setting]:
     return {setting.key: setting for setting in found}
 
 
+# table -> key -> setting, in the order of the file.
 SETTINGS: Mapping[str, Mapping[str, Setting]] = {
     name: _settings_of(type(table)) for name, table in Config()._asdict().items()
-}  # table -> key -> setting, in the order of the file
+}
 
 
 # -- text to Config --------------------------------------------------------------------------------------

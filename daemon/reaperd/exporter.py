@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 _MEMORY_BYTES = 256 * 1024 * 1024
 _ANSWER_S = 1.0  # that a scrape waits for the core
 _REQUEST_S, _EXCHANGE_S = 5.0, 20.0  # in which a request must have come, and its answer gone
-_MOST_CONNECTIONS = (
-    128  # then the oldest is closed: whoever asks and takes the answer at once is gone before that
-)
+# Then the oldest is closed: whoever asks and takes the answer at once is gone before that.
+_MOST_CONNECTIONS = 128
 _MAX_REQUEST_BYTES = 16 * 1024
 _MAX_LINE_BYTES = 4 * 1024 * 1024  # of the core's
 _AGAIN_S = 2.0

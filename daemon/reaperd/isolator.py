@@ -176,9 +176,8 @@ class Isolator:
             self._end(wish, None, "it has ended")
             return
         scope = None
-        with contextlib.suppress(
-            ProcessGone, OSError
-        ):  # OSError: descriptors have run out; its marks must do
+        # OSError: descriptors have run out; its marks must do.
+        with contextlib.suppress(ProcessGone, OSError):
             scope = self.scope_in(session.key, self._observer.cgroup_path(session.leader.pid))
         if scope is not None:
             self._end(wish, scope, "")

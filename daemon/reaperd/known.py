@@ -35,9 +35,8 @@ class KnownProcesses:
         self._reader = reader
         self._handles = handles
         self._known: dict[int, Known] = {}
-        self._listing: dict[
-            int, int
-        ] = {}  # the inodes of /proc/PID: a pid with another one is another process
+        # The inodes of /proc/PID: a pid with another one is another process.
+        self._listing: dict[int, int] = {}
         self._last_pid = 0  # that had been given away when all were listed
         self._newest_ticks = 0  # nobody has been read who started later
         self.processes: dict[int, Process] = {}  # of those known

@@ -281,9 +281,8 @@ class Daemon:
         try:
             listing = self._core.observer.proc.listing()
             # Who found no gate is known by its page, and may be somebody whom an earlier scan has seen without one.
-            if self._adoption.sweep(
-                None if self._link.may_have_missed() else listing
-            ):  # what was found below them may be younger
+            # Where one is found, what is below it may be younger than the listing.
+            if self._adoption.sweep(None if self._link.may_have_missed() else listing):
                 listing = self._core.observer.proc.listing()
             self._core.living.scan(listing)
             self._core.strays.look()

@@ -33,9 +33,8 @@ class Signature(NamedTuple):
     title: str = ""  # how argv[0] begins, where the process has retitled itself
     comm: str = ""  # the whole name of the main thread
     variable: str = ""  # is in its environment
-    tokens: tuple[
-        str, ...
-    ] = ()  # that follow the interpreter's other options, or begin with the program itself
+    # That follow the interpreter's other options, or begin with the program itself.
+    tokens: tuple[str, ...] = ()
     stays: bool = False  # may never end by itself
     certain: bool = True  # only a pool starts such a process, and nobody puts one into the background
 

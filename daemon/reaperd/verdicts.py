@@ -20,9 +20,8 @@ from reaperd.model import Process, ProcessId, Role
 from reaperd.signatures import FORKED, OTHER, Signature
 from reaperd.words import duration, size
 
-STAYS_S = (
-    3600.0  # an orphan that never ends by itself is ended after so long, whatever it takes of the machine
-)
+# An orphan that never ends by itself is ended after so long, whatever it takes of the machine.
+STAYS_S = 3600.0
 LEAST_SAMPLES = 3
 
 

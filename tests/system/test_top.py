@@ -84,9 +84,8 @@ class Watched:
 
     def text(self) -> str:
         """Return what is on the screen, line by line."""
-        strips = (
-            self.app.screen._compositor.render_strips()
-        )  # a screenshot without the picture, which takes long
+        # A screenshot without the picture, which takes long.
+        strips = self.app.screen._compositor.render_strips()
         return "\n".join(strip.text.rstrip() for strip in strips)
 
     def rows(self, kind: Kind) -> list[Any]:

@@ -62,9 +62,8 @@ class Tally:
         for key in MEMORY:
             self.freed[key] += int(number_of(event.get("freed"), key) or 0)
         latency_s = number_of(event, "latency_s")
-        if (
-            kind != "ended" and latency_s is not None
-        ):  # who ended by itself was not reaped, however long that took
+        # Who ended by itself was not reaped, however long that took.
+        if kind != "ended" and latency_s is not None:
             self.latencies_s.append(latency_s)
 
     def median_s(self) -> float | None:

@@ -11,9 +11,8 @@ class Notifier:
 
     def __init__(self, environment: Mapping[str, str], pid: int) -> None:
         self._address = environment.get("NOTIFY_SOCKET", "")
-        self._sender: socket.socket | None = (
-            None  # made when it is needed: going into the background closes all
-        )
+        # Made when it is needed: going into the background closes all.
+        self._sender: socket.socket | None = None
         owner = environment.get("WATCHDOG_PID", "")
         microseconds = environment.get("WATCHDOG_USEC", "")
         watched = microseconds.isdigit() and int(microseconds) > 0 and owner in ("", str(pid))
