@@ -31,6 +31,7 @@ AT_ONCE = 4  # helpers
 SEND_S, COMMAND_S, TEST_S = 30.0, 30.0, 20.0
 _END_COMMAND_S = 2.0  # that a helper has for it, beyond what the command has
 LAST_WORDS_S = 2.0
+_AGAIN_S = 1.0  # until a process is started again where none could be
 _MAX_EVENTS, _MAX_EVENT_CHARS = 1000, 16 * 1024 * 1024  # that wait for the command
 _MEMORY_BYTES = 512 * 1024 * 1024
 _CHUNK_BYTES = 256 * 1024
@@ -94,6 +95,7 @@ class Sender:
         self._events: collections.deque[str] = collections.deque()  # for the command, as JSON
         self._event_chars = 0
         self._not_run = 0  # events that the command was not given
+        self._command_again_at_s: float | None = None  # no process could be started for it
         self._jobs: collections.deque[Job] = collections.deque()  # beside those that the targets have
         self._running: dict[int, _Running] = {}  # by pidfd
         self._last: list[Target] | None = None  # who is to be sent to once more, as the daemon ends
@@ -164,6 +166,8 @@ class Sender:
     def next_deadline(self) -> float | None:
         """Return when there is something to do."""
         due = [running.until_s for running in self._running.values()]
+        if self._events and self._command_again_at_s is not None:
+            due.append(self._command_again_at_s)
         if len(self._running) < AT_ONCE and self._last is None:
             due += [at_s for target in self._targets if (at_s := target.outbox.next_deadline()) is not None]
         return min(due, default=None)
@@ -199,11 +203,8 @@ class Sender:
     def _start_due(self, now_s: float) -> None:
         while self._jobs and len(self._running) < AT_ONCE:
             self._start(self._jobs.popleft(), now_s)
-        if self._events and not self._is_at_command():
-            event = self._events.popleft()
-            self._event_chars -= len(event)
-            work = functools.partial(alert_delivery.run_command, self._settings.command, event, COMMAND_S)
-            self._start(Job(work, COMMAND_S + _END_COMMAND_S, self._command_done), now_s)
+        if self._events and not self._is_at_command() and (self._command_again_at_s or 0.0) <= now_s:
+            self._start_command(now_s)
         at_once = self._last is not None
         for target in self._by_turn() if self._last is None else list(self._last):
             if len(self._running) >= AT_ONCE:
@@ -227,12 +228,28 @@ class Sender:
     def _is_at_command(self) -> bool:
         return any(running.job.done == self._command_done for running in self._running.values())
 
+    def _start_command(self, now_s: float) -> None:
+        event = self._events[0]
+        work = functools.partial(alert_delivery.run_command, self._settings.command, event, COMMAND_S)
+        try:
+            self._begin(Job(work, COMMAND_S + _END_COMMAND_S, self._command_done), now_s)
+        except OSError as error:  # processes or descriptors have run out
+            if self._command_again_at_s is None:
+                self._log("warning", f"the command for an event waits: {_not_started(error)}; trying again")
+            self._command_again_at_s = now_s + _AGAIN_S
+            return
+        self._command_again_at_s = None
+        self._events.popleft()
+        self._event_chars -= len(event)
+
     def _start(self, job: Job, now_s: float) -> None:
         try:
-            helper = start_helper(job.work)
+            self._begin(job, now_s)
         except OSError as error:  # processes or descriptors have run out
-            job.done(Outcome.FAILED, f"no process could be started for it: {(error.strerror or '').lower()}")
-            return
+            job.done(Outcome.FAILED, _not_started(error))
+
+    def _begin(self, job: Job, now_s: float) -> None:
+        helper = start_helper(job.work)
         self._running[helper.pidfd] = _Running(helper, now_s + job.most_s, job)
 
     def end(self) -> None:
@@ -324,6 +341,10 @@ class Sender:
 
 def _events(count: int) -> str:
     return f"{count} event" if count == 1 else f"{count} events"
+
+
+def _not_started(error: OSError) -> str:
+    return f"no process could be started for it: {(error.strerror or '').lower()}"
 
 
 def _what_came_of(result: Any, late_after_s: float | None) -> tuple[Outcome, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -130,6 +131,31 @@ def test_a_command_that_fails_is_told_of_and_the_next_event_is_given_to_it(tmp_p
 
 def run(command: str, most_s: float = 5.0, event: str = "{}") -> Any:
     return in_helper(functools.partial(alert_delivery.run_command, [command], event, most_s))
+
+
+def test_where_no_process_can_be_started_the_command_is_given_all_events_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_process(_: object) -> Helper:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    out = tmp_path / "out"
+    here = World(command=[script(tmp_path / "hook", f"cat >> {out}")])
+    for name in ("x", "y"):
+        here.note(name=name)
+    monkeypatch.setattr(alert_sender, "start_helper", no_process)
+    now_s = time.monotonic()
+    here.sender.step(now_s)
+    assert here.sender.next_deadline() == now_s + 1
+    here.sender.step(now_s + 1)
+    assert here.sender.next_deadline() == now_s + 2
+    assert here.logged() == [
+        "the command for an event waits: no process could be started for it: resource temporarily unavailable; trying again"
+    ]
+    monkeypatch.undo()
+    here.until(here.sender.is_done, 2.0)
+    assert [json.loads(line)["name"] for line in out.read_text("utf-8").splitlines()] == ["x", "y"]
+    assert len(here.logged()) == 1
 
 
 def test_what_is_wrong_with_a_command_is_said_in_words(tmp_path: Path) -> None:
