@@ -88,6 +88,11 @@ class Outbox:
         """Return how many events wait, or are on their way."""
         return count_in(self._waiting.values()) + count_in(self._on_its_way)
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether a message is on its way."""
+        return bool(self._on_its_way)
+
     def next_deadline(self) -> float | None:
         """Return when there is a message to send; None while one is on its way, or nothing waits."""
         if self._on_its_way or not self._waiting:

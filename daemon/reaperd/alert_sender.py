@@ -210,6 +210,9 @@ class Sender:
             if len(self._running) >= AT_ONCE:
                 break
             if self._last is not None:
+                # What waits behind that has its turn once it is known what came of it.
+                if target.outbox.is_sending:
+                    continue
                 self._last.remove(target)
             if message := target.outbox.take(now_s, at_once=at_once):
                 gravity = gravity_of(group.kind for group in message)

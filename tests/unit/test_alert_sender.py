@@ -428,6 +428,34 @@ def test_a_test_without_targets_is_answered_at_once() -> None:
     assert here.said == [{"tested": 5, "results": []}]
 
 
+def test_as_the_daemon_ends_what_waits_behind_a_message_is_sent_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, gate = tmp_path / "out", tmp_path / "gate"
+    os.mkfifo(gate)
+
+    def send(url: str, title: str, *_: str) -> tuple[str, str]:
+        with open(out, "a", encoding="utf-8") as file:
+            file.write(f"{title}\n")
+        os.read(os.open(gate, os.O_RDONLY), 1)
+        return Outcome.SENT.value, ""
+
+    monkeypatch.setattr(alert_delivery, "send", send)
+    here = World(urls=["json://localhost"])
+    here.sender._jobs.clear()
+    here.note("reaped")
+    here.sender.step(time.monotonic() + SETTLE_S)
+    here.note("stuck")
+    here.sender.end()
+    here.sender.step(time.monotonic())
+    assert not here.sender.is_done()
+    writer = os.open(gate, os.O_RDWR)
+    os.write(writer, b"..")
+    here.until(here.sender.is_done)
+    os.close(writer)
+    assert out.read_text("utf-8").splitlines() == ["Reaper on node7: 1 reaped", "Reaper on node7: 1 stuck"]
+
+
 def test_what_is_left_as_the_daemon_ends_is_told_of() -> None:
     here = World(urls=["a://x"], command=["/nowhere"])
     here.note()
