@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from reaperd import alert_delivery, companion_process
 from reaperd.alert_groups import Group, Outbox, Outcome
+from reaperd.alert_trial import Job, Trial
 from reaperd.alert_words import body_of, gravity_of, line_of, title_of
 from reaperd.config_values import hidden_url
 from reaperd.linux import prctl
@@ -29,6 +30,7 @@ from reaperd.words import duration
 
 AT_ONCE = 4  # helpers
 SEND_S, COMMAND_S, TEST_S = 30.0, 30.0, 20.0
+TRIAL_S = 43.0  # until what is known of a test is told: the core waits a little longer
 _END_COMMAND_S = 2.0  # that a helper has for it, beyond what the command has
 LAST_WORDS_S = 2.0
 _AGAIN_S = 1.0  # until a process is started again where none could be
@@ -45,14 +47,6 @@ class Settings(NamedTuple):
     command: tuple[str, ...] = ()
     group_within_s: float = 60.0
     host: str = ""
-
-
-class Job(NamedTuple):
-    """Something that a helper is to do: ``done`` is told what came of it."""
-
-    work: Callable[[], Any]
-    most_s: float
-    done: Callable[[Outcome, str], None]
 
 
 class _Running(NamedTuple):
@@ -97,6 +91,7 @@ class Sender:
         self._not_run = 0  # events that the command was not given
         self._command_again_at_s: float | None = None  # no process could be started for it
         self._jobs: collections.deque[Job] = collections.deque()  # beside those that the targets have
+        self._trials: list[Trial] = []
         self._running: dict[int, _Running] = {}  # by pidfd
         self._last: list[Target] | None = None  # who is to be sent to once more, as the daemon ends
 
@@ -118,7 +113,7 @@ class Sender:
                 self._note_group(Group(kind, count, message["at"], message["at"], ()), now_s)
                 self._not_run += count if self._settings.command else 0
         elif "test" in message:
-            self._test(message["test"])
+            self._test(message["test"], now_s)
 
     def _heed(self, settings: Settings) -> None:
         """Go by other settings: what waits for a URL that stays goes on waiting."""
@@ -166,6 +161,7 @@ class Sender:
     def next_deadline(self) -> float | None:
         """Return when there is something to do."""
         due = [running.until_s for running in self._running.values()]
+        due += [trial.until_s for trial in self._trials]
         if self._events and self._command_again_at_s is not None:
             due.append(self._command_again_at_s)
         if len(self._running) < AT_ONCE and self._last is None:
@@ -183,6 +179,9 @@ class Sender:
             )
         if ended:
             self._end_strays(self._helpers())
+        for trial in self._trials[:]:
+            if trial.until_s <= now_s:
+                self._end_trial(trial)
         self._start_due(now_s)
         if self._not_run and not self._events and not self._is_at_command():
             count, self._not_run = self._not_run, 0
@@ -201,11 +200,31 @@ class Sender:
         return [one for one, running in self._running.items() if one in ready or running.until_s <= now_s]
 
     def _start_due(self, now_s: float) -> None:
-        while self._jobs and len(self._running) < AT_ONCE:
-            self._start(self._jobs.popleft(), now_s)
         if self._events and not self._is_at_command() and (self._command_again_at_s or 0.0) <= now_s:
             self._start_command(now_s)
-        at_once = self._last is not None
+        self._start_sending(now_s)
+        # After what happened: whether something can be sent matters less.
+        while self._jobs and len(self._running) < AT_ONCE:
+            self._start(self._jobs.popleft(), now_s)
+        for trial in self._trials:
+            while len(self._running) < AT_ONCE and (job := trial.take(now_s)):
+                self._start(job, now_s)
+
+    def _start_command(self, now_s: float) -> None:
+        event = self._events[0]
+        work = functools.partial(alert_delivery.run_command, self._settings.command, event, COMMAND_S)
+        try:
+            self._begin(Job(work, COMMAND_S + _END_COMMAND_S, self._command_done), now_s)
+        except OSError as error:  # processes or descriptors have run out
+            if self._command_again_at_s is None:
+                self._log("warning", f"the command for an event waits: {_not_started(error)}; trying again")
+            self._command_again_at_s = now_s + _AGAIN_S
+            return
+        self._command_again_at_s = None
+        self._events.popleft()
+        self._event_chars -= len(event)
+
+    def _start_sending(self, now_s: float) -> None:
         for target in self._by_turn() if self._last is None else list(self._last):
             if len(self._running) >= AT_ONCE:
                 break
@@ -214,7 +233,7 @@ class Sender:
                 if target.outbox.is_sending:
                     continue
                 self._last.remove(target)
-            if message := target.outbox.take(now_s, at_once=at_once):
+            if message := target.outbox.take(now_s, at_once=self._last is not None):
                 gravity = gravity_of(group.kind for group in message)
                 text = title_of(message, self._settings.host), body_of(message)
                 work = functools.partial(alert_delivery.send, target.url, *text, gravity)
@@ -231,20 +250,6 @@ class Sender:
     def _is_at_command(self) -> bool:
         return any(running.job.done == self._command_done for running in self._running.values())
 
-    def _start_command(self, now_s: float) -> None:
-        event = self._events[0]
-        work = functools.partial(alert_delivery.run_command, self._settings.command, event, COMMAND_S)
-        try:
-            self._begin(Job(work, COMMAND_S + _END_COMMAND_S, self._command_done), now_s)
-        except OSError as error:  # processes or descriptors have run out
-            if self._command_again_at_s is None:
-                self._log("warning", f"the command for an event waits: {_not_started(error)}; trying again")
-            self._command_again_at_s = now_s + _AGAIN_S
-            return
-        self._command_again_at_s = None
-        self._events.popleft()
-        self._event_chars -= len(event)
-
     def _start(self, job: Job, now_s: float) -> None:
         try:
             self._begin(job, now_s)
@@ -259,6 +264,7 @@ class Sender:
         """The daemon ends: from now on, what waits is sent at once, and tried once."""
         self._last = [target for target in self._targets if target.outbox.count()]
         self._jobs.clear()
+        self._trials.clear()
 
     def is_done(self) -> bool:
         """Say whether all has been tried that there was to try."""
@@ -310,36 +316,30 @@ class Sender:
 
     # -- a test ------------------------------------------------------------------------------
 
-    def _test(self, number: int) -> None:
-        """Send a message to every target, and answer once it is known what came of each."""
+    def _test(self, number: int, now_s: float) -> None:
+        """Send a message to every target, and answer once it is known what came of each, or with what is known in time."""
         host = self._settings.host
         title, body = (
             f"Reaper on {host}: a test",
             "Somebody ran `reaperctl alerts test`. Alerts reach this place.",
         )
-        work: list[tuple[str, float, Callable[[], Any]]] = [
-            (target.shown, TEST_S, functools.partial(alert_delivery.send, target.url, title, body, "info"))
-            for target in self._targets
-        ]
+        trial = Trial(number, now_s + TRIAL_S, self._end_trial)
+        for target in self._targets:
+            trial.add(
+                target.shown, functools.partial(alert_delivery.send, target.url, title, body, "info"), TEST_S
+            )
         if command := self._settings.command:
             event = json.dumps({"host": host, "kind": "test", "message": body})
             run = functools.partial(alert_delivery.run_command, command, event, TEST_S)
-            work.append((command[0], TEST_S + _END_COMMAND_S, run))
-        results: list[dict[str, Any] | None] = [None] * len(work)
+            trial.add(command[0], run, TEST_S + _END_COMMAND_S)
+        self._trials.append(trial)
+        if not trial.jobs:
+            self._end_trial(trial)
 
-        def note(place: int, outcome: Outcome, reason: str) -> None:
-            results[place] = {
-                "target": work[place][0],
-                "sent": outcome is Outcome.SENT,
-                "reason": reason or None,
-            }
-            if None not in results:
-                self._say({"tested": number, "results": results})
-
-        for place, (_, most_s, one) in enumerate(work):
-            self._jobs.append(Job(one, most_s, functools.partial(note, place)))
-        if not work:
-            self._say({"tested": number, "results": []})
+    def _end_trial(self, trial: Trial) -> None:
+        if trial in self._trials:
+            self._trials.remove(trial)
+            self._say({"tested": trial.number, "results": trial.results(TRIAL_S)})
 
 
 def _events(count: int) -> str:

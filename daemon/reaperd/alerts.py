@@ -19,7 +19,7 @@ from reaperd.poller import Poller
 from reaperd.times import now_utc
 from reaperd.waiters import News
 
-TEST_WITHIN_S = 45.0  # longer than the companion gives every target
+TEST_WITHIN_S = 45.0  # a little longer than the companion takes to tell what it knows by then
 _MAX_TESTS = 4
 _MAX_PROCESSES = 256  # of one event that are told
 _LAST_WORDS_S = 2.5  # a little more than it takes for them

@@ -21,8 +21,9 @@ from harness import repeat_until
 from reaperd import alert_delivery, alert_sender, report
 from reaperd.alert_check import MISSING, faults_and_warnings, why_no_apprise
 from reaperd.alert_groups import SETTLE_S, Group, Outcome
-from reaperd.alert_sender import AT_ONCE, COMMAND_S, SEND_S, Sender
+from reaperd.alert_sender import AT_ONCE, COMMAND_S, SEND_S, TEST_S, TRIAL_S, Sender
 from reaperd.alert_words import NO_REASON
+from reaperd.alerts import TEST_WITHIN_S
 from reaperd.linux import prctl
 from reaperd.linux.helper import Helper, end_children, finish_helper, start_helper
 from reaperd.linux.procfs import ProcFS
@@ -420,6 +421,35 @@ def test_a_test_tells_of_each_target_what_came_of_it(tmp_path: Path) -> None:
     assert "Apprise does not understand" in bad["reason"]
     assert command == {"target": str(tmp_path / "hook"), "sent": True, "reason": None}
     assert json.loads(out.read_text("utf-8"))["kind"] == "test"
+
+
+def test_a_test_is_answered_in_time_with_what_is_known_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alert_delivery, "send", lambda *_: time.sleep(600))
+    here = World(urls=[f"json://localhost/{number}" for number in range(2 * AT_ONCE + 1)])
+    here.sender._jobs.clear()
+    here.take({"test": 5})
+    now_s = time.monotonic()
+    for later_s in (0.0, TEST_S, 2 * TEST_S):
+        here.sender.step(now_s + later_s + 0.1)
+    assert here.said == []
+    due_s = here.sender.next_deadline()
+    assert due_s is not None
+    here.sender.step(due_s)
+    (told,) = here.said
+    reasons = [one["reason"] for one in told["results"]]
+    assert reasons[:-1] == ["it did not answer within 20 s"] * 2 * AT_ONCE
+    assert reasons[-1] == "not tried within 43 s: others took that long"
+    assert TRIAL_S < TEST_WITHIN_S
+    assert (here.sender.descriptors(), here.sender.next_deadline()) == ([], None)
+
+
+def test_what_happened_is_told_before_a_test_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alert_delivery, "send", lambda *_: time.sleep(600))
+    here = World(urls=[f"json://localhost/{number}" for number in range(AT_ONCE)])
+    here.note()
+    here.take({"test": 5})
+    here.sender.step(time.monotonic() + SETTLE_S)
+    assert all(target.outbox.is_sending for target in here.sender._targets)
 
 
 def test_a_test_without_targets_is_answered_at_once() -> None:

@@ -11,7 +11,7 @@ from reaperd.ctl.terminal import put, put_json
 from reaperd.ctl.text import field
 from reaperd.ctl.units import list_of
 
-_WAIT_S = 50  # a little longer than the daemon gives every target
+_WAIT_S = 50  # a little longer than the daemon takes for its answer
 
 
 def test(options: Namespace) -> int:
