@@ -170,6 +170,17 @@ def test_what_a_process_that_does_not_read_cannot_be_given_is_counted_and_told_o
         assert here.alerts.next_deadline() is None
 
 
+def test_nothing_is_due_for_what_could_not_be_given_once_nobody_is_to_be_told(tmp_path: Path) -> None:
+    with world(tmp_path, AlertsConfig(urls=URLS), "stopped") as here:
+        for _ in range(5000):
+            here.note(name="n" * 150)
+        assert here.alerts._tell_lost_at_s is not None
+        assert here.pid is not None
+        os.kill(here.pid, signal.SIGCONT)
+        here.alerts.heed(AlertsConfig())
+        here.until(lambda: here.alerts.next_deadline() is None)
+
+
 def test_a_test_is_answered_with_what_came_of_it(tmp_path: Path) -> None:
     with world(tmp_path, AlertsConfig(urls=URLS), "answers") as here:
         answers: list[Any] = []
