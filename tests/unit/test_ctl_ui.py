@@ -282,6 +282,17 @@ def test_who_is_spared_is_named_by_pid_and_start_time(deed: Callable[..., deeds.
     assert (link.told[-1][1].get("undo") is True) == (op == "protect")
 
 
+def test_who_is_in_quarantine_now_is_not_released_in_place_of_another_that_had_its_pid() -> None:
+    """By no daemon, not even one that passes over the start time."""
+    one, link, _ = recorder()
+    now = orphan(7)["start_ticks"]
+    with pytest.raises(CommandError, match="process 7 has ended, and another one has its pid"):
+        deeds.let_go(one, 7, now - 1)
+    assert "release" not in link.asked
+    link.pids = {7: now}
+    assert deeds.let_go(one, 7, now).good
+
+
 def test_a_daemon_that_went_and_came_back_is_told_of() -> None:
     one, link, clock = recorder()
     one.look()

@@ -123,11 +123,16 @@ def ask_about(link: Link, op: str, pid: int | None, start_ticks: int | None, **f
     """Ask the daemon for ``protect`` or ``release`` of exactly this process; CommandError where another has its pid by now."""
     if pid is None or start_ticks is None:
         raise CommandError("the daemon has not told which process that is")
+    reused = CommandError(f"process {pid} has ended, and another one has its pid")
+    if op == "release":  # by a daemon that passes over the start time: it could not be undone
+        by_now = map(identity, list_of(link.ask("orphans"), "orphans"))
+        if any(one[0] == pid and one[1] != start_ticks for one in by_now if one is not None):
+            raise reused
     reply = link.ask(op, pid=pid, start_ticks=start_ticks, **fields)
     if number_of(reply, "start_ticks") != start_ticks:  # said by a daemon that passes over the field
         if op == "protect" and not fields.get("undo"):
             link.ask("protect", pid=pid, undo=True)
-        raise CommandError(f"process {pid} has ended, and another one has its pid")
+        raise reused
     return reply
 
 
