@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -13,8 +14,10 @@ from rich.style import Style
 from textual.strip import Strip
 
 from reaperd.ctl.answers import Answers
+from reaperd.ctl.link import Link
 from reaperd.ctl.text import columns
-from reaperd.ctl.top import layout, model
+from reaperd.ctl.top import actions, layout, model
+from reaperd.ctl.top.app import Top
 from reaperd.ctl.top.help import HELP
 from reaperd.ctl.top.model import Kind, Sort, View
 from reaperd.ctl.top.widgets import changed
@@ -251,6 +254,43 @@ def test_a_change_of_colour_alone_is_a_change() -> None:
 
 def test_no_line_of_the_help_is_wrapped_on_a_screen_of_80_columns() -> None:
     assert max(map(len, HELP)) <= layout.LEAST_WIDTH * 9 // 10 - 5  # frame, padding and scroll bar
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_mistake_in_what_a_key_asks_for_is_said_in_place_of_that_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[tuple[str, str]] = []
+    monkeypatch.setattr(Top, "say", lambda _, lines, style="": said.append((" ".join(lines), style)))
+
+    async def look() -> None:
+        told = asyncio.Event()
+
+        def heard(message: object) -> None:
+            if isinstance(message, Top.Told):
+                told.set()
+
+        app = Top(Link(["/nowhere"], timeout_s=1.0), 60.0)
+        async with app.run_test(size=(80, 24), message_hook=heard) as pilot:
+            app._ask("Protect", lambda: actions.Answer({}["a mistake"]))
+            await asyncio.wait_for(told.wait(), 20.0)
+            await pilot.pause()
+
+    asyncio.run(look())
+    assert said[0] == ("Protect: asking the daemon ...", "dim")
+    assert said[-1] == ("Protect: this has failed: nobody knows how far it went", "bold red")
+
+
+def test_a_clean_up_with_a_filter_ends_nobody_before_anybody_was_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    meant: list[object] = []
+    monkeypatch.setattr(Top, "_clean_up", lambda _, only: meant.append(only))
+    app = Top(Link(["/nowhere"], timeout_s=1.0), 60.0)
+    app.action_clean_up()
+    app.seen = View(text="loky")
+    app.action_clean_up()
+    assert meant == [None, frozenset()]
 
 
 anything = st.recursive(

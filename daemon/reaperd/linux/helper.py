@@ -1,6 +1,7 @@
 """A forked helper process for work that may block or that must be done as another user; its result comes through a pipe.
 
-The core has one thread, so fork(2) without exec is safe, and the child starts within a millisecond.
+The core has one thread, so fork(2) without exec is safe, and the child starts within a millisecond. Beside other threads, ``work``
+must need no lock that one of them may hold, or somebody must end a helper that does not answer.
 """
 
 from __future__ import annotations

@@ -42,6 +42,8 @@ def top(options: Namespace) -> int:
     link = Link.of(options)
     # Settles which daemon is meant, or that there is none, before the terminal is taken over.
     link.ask("ping")
+    # It forks beside other threads. Its child does no more than ask NVML and answer; should it wait for a lock that was another
+    # thread's, it is ended within half a second, as one that the driver keeps waiting.
     screen = Top(link, options.interval, gpu=GpuMeter().read, unicode=look_of_stdout().unicode)
     ended = screen.run()
     return screen.return_code or DONE if ended is None else ended

@@ -346,12 +346,17 @@ class Top(App[int]):
         self.say([f"{title}: asking the daemon ..."], "dim")
 
         def run() -> None:
+            # Where the mistake is ours: what was asked for may have been done all the same.
+            answer: Answer | Question = Answer(
+                (f"{title}: this has failed: nobody knows how far it went",), failed=True
+            )
             try:
                 answer = question()
             except CommandError as error:
                 answer = Answer((str(error),), failed=True)
-            with contextlib.suppress(RuntimeError):  # the screen has been closed meanwhile
-                self.post_message(self.Told(title, answer, in_panel=in_panel))
+            finally:
+                with contextlib.suppress(RuntimeError):  # the screen has been closed meanwhile
+                    self.post_message(self.Told(title, answer, in_panel=in_panel))
 
         threading.Thread(target=run, name=title, daemon=True).start()
 
