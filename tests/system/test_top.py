@@ -16,12 +16,14 @@ import subprocess
 import sys
 import termios
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from harness import (
+    RUN_MARK,
     STRANGER,
     Daemon,
     Leader,
@@ -29,7 +31,9 @@ from harness import (
     alive,
     as_user,
     end_leftovers,
+    marked,
     needed_interpreter,
+    repeat_until,
     test_environment,
     wait_gone,
 )
@@ -68,6 +72,29 @@ memory_threshold = "1MiB"
 [kill]
 grace = "1s"
 """
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Daemon]:
+    """A daemon for all tests that leave it as it was; a leader that a test has ended is reaped by it."""
+    mark, scratch = uuid.uuid4().hex[:12], Scratch()
+    daemon = Daemon(scratch, mark)
+    try:
+        yield daemon.start()
+    finally:
+        daemon.close()
+        scratch.remove()
+    assert marked(RUN_MARK, mark) == []
+
+
+@pytest.fixture
+def daemon(shared: Daemon) -> Iterator[Daemon]:
+    """The shared one, once it has seen to what the test before has left."""
+    link = Link([shared.socket], timeout_s=WITHIN_S)
+    repeat_until(lambda: not link.ask("ps")["sessions"] or None, WITHIN_S, "no session is left")
+    before = len(shared.read_log())
+    yield shared
+    print(shared.read_log()[before:])
 
 
 class Watched:
@@ -354,8 +381,9 @@ def test_a_mistake_in_looking_is_told_of_and_old_figures_do_not_pass_for_new_one
 
 
 def test_a_daemon_that_is_slow_or_away_is_told_of_and_waited_for(
-    daemon: Daemon, start_leader: StartLeader, scratch: Scratch
+    start_daemon: StartDaemon, start_leader: StartLeader, scratch: Scratch
 ) -> None:
+    daemon = start_daemon()
     leader = start_named(start_leader, scratch, daemon, "patient")
 
     async def look(screen: Watched) -> None:
@@ -580,8 +608,9 @@ def test_no_color_is_heeded_and_a_signal_leaves_the_terminal_as_it_was(
 
 
 def test_it_ends_with_its_terminal_even_where_sighup_is_ignored_and_comes_back_from_the_shell(
-    daemon: Daemon, terminal: Callable[..., Terminal]
+    start_daemon: StartDaemon, terminal: Callable[..., Terminal]
 ) -> None:
+    daemon = start_daemon()  # whose last event is that it has started
     ignoring = terminal(REAPER_SOCKET=daemon.socket, before=["env", "--ignore-signal=HUP"])
     shell = ["setsid", "--ctty", "--wait", "bash", "-mc", '"$@"; echo STOPPED; fg; echo LEFT $?', "bash"]
     script = ["sh", "-c", '"$@"; exit $?', "sh"]
