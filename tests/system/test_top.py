@@ -37,6 +37,7 @@ from harness import (
     test_environment,
     wait_gone,
 )
+from textual import events
 
 from reaperd.ctl import CommandError
 from reaperd.ctl.answers import ask_all
@@ -53,6 +54,7 @@ StartDaemon = Callable[..., Daemon]
 StartLeader = Callable[..., Leader]
 
 WITHIN_S = 30.0
+CHARACTERS = {"slash": "/", "question_mark": "?"}
 SMALL, LARGE = (80, 24), (200, 50)
 # Somebody whose processes nobody else's tests touch: all that a daemon of his may end.
 LONER = 1_000_000 + os.getpid()
@@ -130,7 +132,7 @@ class Watched:
             assert left_s > 0, f"{what}: not within {WITHIN_S:g} s, but\n{self.text()}"
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), left_s)
-        await self.pilot.pause()
+        await self.pilot.pause(0)
 
     async def until_seen(self, *words: str) -> None:
         await self.until(
@@ -138,7 +140,12 @@ class Watched:
         )
 
     async def press(self, *keys: str) -> None:
-        await self.pilot.press(*keys)
+        """Press keys as the pilot does, and wait until each is handled: the pilot waits until the whole process is idle."""
+        for key in keys:
+            character = CHARACTERS.get(key, key)
+            self.app.post_message(events.Key(key, character if len(character) == 1 else None))
+            for _ in range(3):  # the app hands it on to the screen, and that to a part
+                await self.pilot.pause(0)
 
     async def choose(self, pid: int, kind: Kind) -> None:
         """Move the cursor to a row."""
@@ -612,7 +619,8 @@ def test_it_ends_with_its_terminal_even_where_sighup_is_ignored_and_comes_back_f
 ) -> None:
     daemon = start_daemon()  # whose last event is that it has started
     ignoring = terminal(REAPER_SOCKET=daemon.socket, before=["env", "--ignore-signal=HUP"])
-    shell = ["setsid", "--ctty", "--wait", "bash", "-mc", '"$@"; echo STOPPED; fg; echo LEFT $?', "bash"]
+    goes_on = '"$@"; [ $? -gt 128 ] && echo STOPPED && read -r _; fg; echo LEFT $?'
+    shell = ["setsid", "--ctty", "--wait", "bash", "-mc", goes_on, "bash"]
     script = ["sh", "-c", '"$@"; exit $?', "sh"]
     beyond = terminal(REAPER_SOCKET=daemon.socket, before=[*shell, *script])
     stopped = terminal(REAPER_SOCKET=daemon.socket, before=shell)
@@ -629,6 +637,7 @@ def test_it_ends_with_its_terminal_even_where_sighup_is_ignored_and_comes_back_f
     stopped.until("STOPPED")
     assert stopped.restored()
     stopped.data = b""
+    stopped.type("\n")
     stopped.until("\x1b[?1049h", "0 sessions", "EVENTS", "started", "quit")
     stopped.type("\x03")
     stopped.until("LEFT 0")
