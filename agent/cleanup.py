@@ -11,7 +11,9 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-_COMMAND = ("-m", "reaperd.ctl.main", "cleanup", "--yes", "--json", "--leftovers")
+from agent.isolated import run_module
+
+_COMMAND = ("cleanup", "--yes", "--json", "--leftovers")
 # What reaperctl exits with.
 _DONE, _REMAINS, _NO_DAEMON = 0, 1, 3
 _INTERPRETERS = ("python", "pypy")  # how the names of their files begin
@@ -85,8 +87,7 @@ def _run(options: list[str]) -> subprocess.CompletedProcess[str]:
         raise CleanupError(f"{no_python}; run `reaperctl cleanup` instead")
     try:
         return subprocess.run(
-            # A module of the working directory must not be taken for ours.
-            [executable, "-I", *_COMMAND, *options],
+            run_module("reaperd.ctl.main", *_COMMAND, *options, python=executable),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from agent import session, status, wire
+from agent.isolated import run_module
 from agent.status import Status, StatusError
 
 # A file's name is at most 255 bytes (path_resolution(7)), and this gets endings.
@@ -95,8 +96,9 @@ def start_training(
         *([f"--restart=on-failure:{restarts}"] if restarts else []),
         *(["--isolate"] if isolate else []),
     ]
-    run = [_interpreter(), "-I", "-m", "reaperd.ctl.main", *([f"--socket={socket}"] if socket else []), "run"]
-    run += [f"--name={name}", f"--status-file={path}", *options, "--", *words]
+    where = [f"--socket={socket}"] if socket else []
+    options = [*where, "run", f"--name={name}", f"--status-file={path}", *options, "--", *words]
+    run = run_module("reaperd.ctl.main", *options, python=_interpreter())
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         with _alone(os.path.dirname(path)):

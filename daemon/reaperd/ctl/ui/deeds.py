@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from agent.isolated import run_module
 from reaperd.ctl import CommandError, cleanup, events, render
 from reaperd.ctl.link import follow
 from reaperd.ctl.orphans import ask_about
@@ -65,11 +65,10 @@ def let_go(recorder: Recorder, pid: int, start_ticks: int) -> Outcome:
 
 def examine(socket: str) -> list[shaping.Check]:
     """Return what ``reaperctl doctor`` finds, in a process of its own: it forks. CommandError."""
-    command = [sys.executable, "-I", "-m", "reaperd.ctl.main", "doctor", "--json"]
-    command += [f"--socket={socket}"] if socket else []
+    options = [f"--socket={socket}"] if socket else []
     try:
         done = subprocess.run(
-            command,
+            run_module("reaperd.ctl.main", "doctor", "--json", *options),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
+from agent.isolated import run_module
 from reaperd.ctl import CommandError
 
 _WITHIN_S = 180.0
@@ -20,7 +21,7 @@ def ask(owner: int | None, op: str, **fields: Any) -> dict[str, Any]:
     question = json.dumps({"owner": owner, "op": op, "fields": fields})
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-m", "reaperd.ctl.ui.here"],
+            run_module("reaperd.ctl.ui.here"),
             input=question,
             capture_output=True,
             text=True,

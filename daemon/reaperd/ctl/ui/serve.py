@@ -16,10 +16,10 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import time
 from argparse import Namespace
 
+from agent.isolated import run_module
 from reaperd.ctl import DONE, FAILED, USAGE, CommandError
 from reaperd.ctl.link import sockets_of
 from reaperd.ctl.terminal import put_now, tell
@@ -120,8 +120,7 @@ def _command(address: str, port: int) -> list[str]:
     }
     page = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.py")
     options = [f"--{name}={value}" for name, value in settings.items()]
-    # A module of the working directory must not be taken for ours.
-    return [sys.executable, "-I", "-m", "streamlit", "run", page, *options]
+    return run_module("streamlit", "run", page, *options)
 
 
 def _environment(options: Namespace, token: str) -> dict[str, str]:
