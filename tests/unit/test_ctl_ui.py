@@ -53,19 +53,25 @@ def orphan(pid: int, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.1.2.3", "localhost", "::1"])
 def test_it_listens_where_no_other_machine_reaches(address: str) -> None:
-    assert serve.loopback(address)
+    assert serve.loopback(address, 8501)
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.168.1.5", "::ffff:10.0.0.1", "8.8.8.8"])
 def test_it_listens_nowhere_else(address: str) -> None:
-    with pytest.raises(CommandError, match=r"will not listen on .*ssh -L") as refused:
-        serve.loopback(address)
+    with pytest.raises(CommandError, match=r"will not listen on .*ssh -L 9000:127") as refused:
+        serve.loopback(address, 9000)
     assert refused.value.code == 2
 
 
+    assert "reaperctl ui --port 9000" in str(refused.value)
+
+
+def test_a_port_that_is_not_known_yet_is_never_advised() -> None:
+    with pytest.raises(CommandError, match=r"--port 8501.*ssh -L 8501:127\.0\.0\.1:8501"):
+        serve.loopback("0.0.0.0", 0)
 def test_an_address_that_is_none_is_refused() -> None:
     with pytest.raises(CommandError, match=r"must be an IP address or localhost, got .example\.org."):
-        serve.loopback("example.org")
+        serve.loopback("example.org", 8501)
 
 
 def test_a_port_that_is_taken_is_named() -> None:

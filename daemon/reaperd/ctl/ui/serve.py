@@ -30,11 +30,12 @@ _ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _UP_WITHIN_S = 60.0
 _ENDED_WITHIN_S = 10.0
 _LOOK_S = 0.1
+_USUAL_PORT = 8501
 
 
 def ui(options: Namespace) -> int:
     """Serve the page until somebody ends it."""
-    address = loopback(options.address)
+    address = loopback(options.address, options.port)
     if importlib.util.find_spec("streamlit") is None:
         raise CommandError("ui: the page needs Streamlit: pip install 'reaperd[ui]'")
     port = _free_port(address, options.port)
@@ -65,8 +66,11 @@ def ui(options: Namespace) -> int:
     raise CommandError(f"ui: Streamlit ended with {code}; what it said is above", FAILED)
 
 
-def loopback(address: str) -> str:
-    """Return an address of this machine that no other machine reaches; CommandError for any other."""
+def loopback(address: str, port: int) -> str:
+    """Return an address of this machine that no other machine reaches; CommandError for any other.
+
+    ``port`` is the one that was asked for: its forwarding is what the refusal advises.
+    """
     try:
         found = ipaddress.ip_address("127.0.0.1" if address == "localhost" else address)
     except ValueError:
@@ -74,9 +78,11 @@ def loopback(address: str) -> str:
             f"ui: --address must be an IP address or localhost, got {address!r:.60}", USAGE
         ) from None
     if not found.is_loopback:
+        port = port or _USUAL_PORT  # any that is free is known too late
         raise CommandError(
-            f"ui: will not listen on {found}: the page acts as you, and is for this machine alone. Listen on 127.0.0.1 or ::1, "
-            f"and reach it from elsewhere through ssh: ssh -L 8501:127.0.0.1:8501 {socket.gethostname()}",
+            f"ui: will not listen on {found}: the page acts as you, and is for this machine alone. Listen on 127.0.0.1, "
+            f"as `reaperctl ui --port {port}` does, and reach it from elsewhere through ssh: "
+            f"ssh -L {port}:127.0.0.1:{port} {socket.gethostname()}",
             USAGE,
         )
     return str(found)
