@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 
+from agent.jobs import Job
 from reaperd.ctl import CommandError
 from reaperd.ctl.link import Link, NoDaemonError
 from reaperd.ctl.ui import deeds, serve, shaping
@@ -61,14 +63,14 @@ def test_it_listens_nowhere_else(address: str) -> None:
     with pytest.raises(CommandError, match=r"will not listen on .*ssh -L 9000:127") as refused:
         serve.loopback(address, 9000)
     assert refused.value.code == 2
-
-
     assert "reaperctl ui --port 9000" in str(refused.value)
 
 
 def test_a_port_that_is_not_known_yet_is_never_advised() -> None:
     with pytest.raises(CommandError, match=r"--port 8501.*ssh -L 8501:127\.0\.0\.1:8501"):
         serve.loopback("0.0.0.0", 0)
+
+
 def test_an_address_that_is_none_is_refused() -> None:
     with pytest.raises(CommandError, match=r"must be an IP address or localhost, got .example\.org."):
         serve.loopback("example.org", 8501)
@@ -147,9 +149,7 @@ def test_what_came_of_a_cleanup_is_told_in_a_sentence() -> None:
     )
     good, text = shaping.outcome([killed, orphan(2, result="denied"), orphan(3)], [])
     assert not good
-    assert text.startswith(
-        "1 process ended; 1 process may not be ended by you; 1 process had not ended in time"
-    )
+    assert text.startswith("1 process ended; 1 process may not be signalled; 1 process had not ended in time")
     assert shaping.outcome([], []) == (True, "There was nothing to clean up.")
 
 
@@ -219,9 +219,14 @@ class Answering:
         self.asked: list[str] = []
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.pids: dict[int, int] = {}  # of what processes there are: when each began
+        self.answers, self.is_asked = threading.Event(), threading.Event()
+        self.answers.set()
 
     def ask(self, op: str, **fields: Any) -> dict[str, Any]:
         self.asked.append(op)
+        if not self.answers.is_set():
+            self.is_asked.set()
+            self.answers.wait()
         self.told.append((op, fields))
         if op in ("protect", "release"):  # as an older daemon does it, by the pid alone
             return {"pid": fields["pid"], "start_ticks": self.pids[fields["pid"]]}
@@ -297,6 +302,31 @@ def test_who_is_in_quarantine_now_is_not_released_in_place_of_another_that_had_i
     assert "release" not in link.asked
     link.pids = {7: now}
     assert deeds.let_go(one, 7, now).good
+
+
+def test_while_the_daemon_takes_its_time_what_it_said_before_is_shown() -> None:
+    one, link, clock = recorder()
+    before = one.look()
+    link.answers.clear()
+    clock.now_s += 5
+    slow = Job("Looking", one.look)
+    assert link.is_asked.wait(30)
+    # In threads: who waited for the daemon would never come back.
+    shown = [Job("Showing", work) for work in (one.look, one.points, one.events)]
+    try:
+        assert all(job.wait(30) for job in shown)
+        assert shown[0].result() is before
+    finally:
+        link.answers.set()
+    assert slow.result() is not before
+
+
+def test_an_admin_who_is_told_of_everybody_sees_what_is_his_and_nobody_s() -> None:
+    for uid, seen in ((1000, [1, 3]), (0, [1, 2, 3])):
+        one, link, _ = recorder(uid)
+        link.events = [{"seq": 1, "uid": 1000}, {"seq": 2, "uid": 1001}, {"seq": 3, "uid": None}]
+        one.look()
+        assert [each["seq"] for each in one.events()] == seen
 
 
 def test_a_daemon_that_went_and_came_back_is_told_of() -> None:

@@ -15,13 +15,14 @@ from reaperd.ctl.link import Link, NoDaemonError, next_after
 from reaperd.ctl.orphans import complete
 from reaperd.ctl.ui import here
 from reaperd.ctl.ui.shaping import Point, mine, point
-from reaperd.ctl.units import list_of
+from reaperd.ctl.units import list_of, number_of
 from reaperd.times import rfc3339
 
 EVERY_S = 5.0  # from one point of the charts to the next
 FRESH_S = 1.0  # who asks sooner gets what was answered before
 _POINTS = 720  # an hour
 _EVENTS = 5000
+_NEVER = float("-inf")
 HISTORY_DAYS = 7
 
 
@@ -43,9 +44,10 @@ class Recorder:
         self.link = link
         self.owner = None if uid == 0 else uid  # root sees everybody's
         self._clock = clock
+        self._asking = threading.Lock()  # held by who asks the daemon, however long that takes
         self._lock = threading.Lock()
         self._facts = Facts(datetime.now(timezone.utc))
-        self._asked_at_s = self._pointed_at_s = float("-inf")
+        self._asked_at_s = self._pointed_at_s = _NEVER
         self._points: deque[Point] = deque(maxlen=_POINTS)
         self._events: deque[Any] = deque(maxlen=_EVENTS)
         self._after = 0
@@ -62,14 +64,22 @@ class Recorder:
 
     def look(self) -> Facts:
         """Return what there is now, or was a second ago."""
-        with self._lock:
-            if self._clock() - self._asked_at_s >= FRESH_S:
+        # Who comes while somebody asks gets what was said before, once there is any.
+        if self._is_fresh() or not self._asking.acquire(blocking=self._asked_at_s == _NEVER):
+            return self._facts
+        try:
+            if not self._is_fresh():
                 self._facts = self._ask()
                 self._asked_at_s = self._clock()
                 if self._asked_at_s - self._pointed_at_s >= 0.8 * EVERY_S:
                     self._pointed_at_s = self._asked_at_s
                     self._note()
             return self._facts
+        finally:
+            self._asking.release()
+
+    def _is_fresh(self) -> bool:
+        return self._clock() - self._asked_at_s < FRESH_S
 
     def points(self) -> list[Point]:
         """Return the course of things, oldest first."""
@@ -98,7 +108,8 @@ class Recorder:
 
     def _note(self) -> None:
         facts = self._facts
-        self._points.append(point(facts.at, facts.status, facts.sessions, facts.orphans))
+        with self._lock:
+            self._points.append(point(facts.at, facts.status, facts.sessions, facts.orphans))
         if facts.no_daemon:
             return
         since = rfc3339(facts.at - timedelta(days=HISTORY_DAYS))
@@ -107,13 +118,18 @@ class Recorder:
                 reply = self.link.ask("events", after=self._after, since=since)
                 found, before = list_of(reply, "events"), self._after
                 self._after = next_after(reply, before)
-                if self._after < before:  # it counts anew
-                    self._events.clear()
-                self._events.extend(found)
+                with self._lock:
+                    if self._after < before:  # it counts anew
+                        self._events.clear()
+                    self._events.extend(one for one in found if self._concerns(one))
                 if not found or self._after <= before:
                     return
         except CommandError:
             pass  # the next time
+
+    def _concerns(self, event: Any) -> bool:
+        """Say whether an event is the user's, or nobody's: a daemon tells an admin of everybody's."""
+        return self.owner is None or number_of(event, "uid") in (None, self.owner)
 
     # -- asking for more, and for deeds ------------------------------------------------------
 
