@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from reaperd import __version__, alert_check, logs
 from reaperd.config import Config, ConfigError
-from reaperd.config_files import read_config, secrets_open_to_others
+from reaperd.config_files import open_to_others_in_words, read_config, secrets_open_to_others
 from reaperd.loop import Daemon, StartError, set_log_level
 from reaperd.paths import default_paths
 
@@ -79,7 +79,7 @@ def _check_alerts(path: str, config: Config) -> int:
     if faults:
         raise ConfigError([f"{path}: {fault}" for fault in faults])
     for name in secrets_open_to_others(path):
-        logs.say_fault(f"warning: every user can read the passwords of [alerts] urls in {name}: chmod o-r it")
+        logs.say_fault(f"warning: {open_to_others_in_words(name)}")
     for warning in warnings:
         logs.say_fault(f"warning: {warning}")
     print(f"{path}: the configuration is good")

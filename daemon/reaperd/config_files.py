@@ -49,6 +49,11 @@ def secrets_open_to_others(path: str | None) -> list[str]:
     return found
 
 
+def open_to_others_in_words(name: str) -> str:
+    """Return what is said of such a file, and what to do."""
+    return f"every user can read the passwords of [alerts] urls in {name}: chmod o-r it"
+
+
 def _is_open_to_others(path: str) -> bool:
     """Say whether anybody may read a file, and reach it through the folders that it is in."""
     if not os.stat(path).st_mode & stat.S_IROTH:

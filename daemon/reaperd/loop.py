@@ -23,7 +23,7 @@ from reaperd.alerts import Alerts
 from reaperd.census import Interrupted
 from reaperd.claims import Claims
 from reaperd.config import Config, ConfigError, render_config, without_effect
-from reaperd.config_files import secrets_open_to_others
+from reaperd.config_files import open_to_others_in_words, secrets_open_to_others
 from reaperd.core import Core
 from reaperd.gate_link import GateLink, Peer, Return
 from reaperd.gpu import GpuMeter
@@ -376,7 +376,7 @@ class Daemon:
         for name in without_effect(self._config):
             log.warning("%s has no effect yet", name)
         for name in secrets_open_to_others(self._config_path):
-            log.warning("every user can read the passwords of [alerts] urls in %s: chmod o-r it", name)
+            log.warning("%s", open_to_others_in_words(name))
 
     # -- figures -----------------------------------------------------------------------------
 

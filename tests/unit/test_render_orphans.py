@@ -403,8 +403,8 @@ def test_of_a_process_that_is_gone_it_is_told_what_happened_and_of_that_one_alon
     [
         ({"result": "killed", "signals": ["SIGTERM"]}, "ended by SIGTERM"),
         ({"result": "killed"}, "ended"),
-        ({"result": "exited"}, "had ended by itself"),
-        ({"result": "stuck"}, "outlived SIGKILL, and hangs inside the kernel (state D)"),
+        ({"result": "exited"}, "had ended by then"),
+        ({"result": "stuck"}, "outlived SIGKILL, inside the kernel (state D)"),
         ({"result": "denied"}, "may not be signalled"),
         ({"result": "kept", "evidence": ["a", "it is protected"]}, "left alone: it is protected"),
         ({"result": "kept", "evidence": []}, "left alone"),

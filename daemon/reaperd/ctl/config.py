@@ -17,16 +17,13 @@ def check(options: Namespace) -> int:
     """Check a configuration file and its drop-ins, and name every fault in them."""
     from reaperd.alert_check import faults_and_warnings
     from reaperd.config import ConfigError
-    from reaperd.config_files import read_config, secrets_open_to_others
+    from reaperd.config_files import open_to_others_in_words, read_config, secrets_open_to_others
     from reaperd.paths import default_paths
 
     asked = options.file or os.environ.get("REAPER_CONFIG")
     path = asked or default_paths().config
     faults: list[str] = []
-    warnings = [
-        f"every user can read the passwords of [alerts] urls in {name}: chmod o-r it"
-        for name in secrets_open_to_others(path)
-    ]
+    warnings = [open_to_others_in_words(name) for name in secrets_open_to_others(path)]
     try:
         found, more = faults_and_warnings(read_config(path, required=bool(asked)).alerts.urls)
         faults, warnings = [plain(f"{path}: {fault}") for fault in found], [*warnings, *more]

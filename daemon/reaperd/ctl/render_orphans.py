@@ -344,6 +344,17 @@ def released(reply: Any) -> str:
 # -- cleanup --------------------------------------------------------------------------------------
 
 
+# Of any number of processes: what became of who was to be ended.
+RESULTS = {
+    "killed": "ended",
+    "exited": "had ended by then",
+    "stopped": "stopped",
+    "stuck": "outlived SIGKILL, inside the kernel (state D)",
+    "denied": "may not be signalled",
+    "kept": "left alone",
+}
+
+
 def outcome(record: Any, look: Look) -> list[str]:
     """Return what became of one process that was to be ended."""
     framework = field(record, "framework")
@@ -355,16 +366,10 @@ def _result_in_words(record: Any) -> str:
     result = text_of(record, "result")
     if result == "killed":
         sent = [render.signal_name(name) for name in list_of(record, "signals") if isinstance(name, str)]
-        return "ended" + (f" by {', then '.join(sent)}" if sent else "")
+        return RESULTS[result] + (f" by {', then '.join(sent)}" if sent else "")
     facts = evidence(record)
-    said = {
-        "exited": "had ended by itself",
-        "stopped": "stopped",
-        "stuck": "outlived SIGKILL, and hangs inside the kernel (state D)",
-        "denied": "may not be signalled",
-        "kept": "left alone" + (f": {facts[-1]}" if facts else ""),
-    }
-    return said.get(result, field(record, "result"))
+    why = f": {facts[-1]}" if result == "kept" and facts else ""
+    return RESULTS.get(result, field(record, "result")) + why
 
 
 def leftover_outcome(record: Any, look: Look) -> list[str]:

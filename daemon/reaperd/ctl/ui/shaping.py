@@ -280,11 +280,8 @@ def outcome(processes: Sequence[Any], leftovers: Sequence[Any]) -> tuple[bool, s
         result = text_of(one, "result") or "unknown"
         counts[result] = counts.get(result, 0) + 1
     words = {
-        "killed": "ended",
-        "exited": "had ended by then",
+        **render_orphans.RESULTS,
         "kept": "left alone: judged otherwise by now",
-        "stuck": "could not be ended: the kernel holds on to it",
-        "denied": "may not be ended by you",
         "unknown": "had not ended in time",
     }
     parts = [
