@@ -49,6 +49,14 @@ class Job(Generic[T]):
         """Wait for its end, and say whether it came."""
         return self._over.wait(within_s)
 
+    def failed_in_words(self, *expected: type[BaseException]) -> str:
+        """Return why it has failed, once it is over; "" where it has not. What is not ``expected`` is told with its type."""
+        self._over.wait()
+        if self._error is None:
+            return ""
+        said = str(self._error) if isinstance(self._error, expected) else ""
+        return said[:1].upper() + said[1:] or f"{self.what} has failed: {self._error!r}"
+
     def result(self) -> T:
         """Return what came of it once it is over, or raise what it raised."""
         self._over.wait()

@@ -234,18 +234,19 @@ class _Panel:
         if job is None or not job[1].over:
             return
         button, work = job
-        try:
-            outcome = _in_words(work.result())
-        except (CleanupError, StopError, OSError, ValueError) as error:
-            outcome = "error", str(error)[:1].upper() + str(error)[1:]
-        st.session_state[self._own("outcome")] = outcome
-        # The job goes last: a page that is drawn anew in the middle of this comes here once more.
+        failed = work.failed_in_words(CleanupError, StopError, OSError, ValueError)
+        st.session_state[self._own("outcome")] = ("error", failed) if failed else _in_words(work.result())
+        # The job goes last: a page that is drawn anew in the middle of this comes here once more. Where it was on_reset that raised,
+        # or had the page drawn anew, it would come here for ever.
+        if st.session_state.get(self._own("resetting")) is work:
+            del st.session_state[self._own("job")]
+        st.session_state[self._own("resetting")] = work
         for name in (*self._reset_keys, self._own("watch"), self._own("state")):
             if name in st.session_state:
                 del st.session_state[name]
         if self._on_reset is not None:
             self._on_reset(button)
-        del st.session_state[self._own("job")]
+        st.session_state.pop(self._own("job"), None)
         st.rerun()
 
     def _draw_outcome(self) -> None:

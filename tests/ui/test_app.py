@@ -11,6 +11,7 @@ import harness
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from agent.jobs import Job
 from agent.status import StatusFile
 
 WITHIN_S = 30.0
@@ -55,6 +56,69 @@ def test_a_hostile_name_is_shown_as_it_is(draw: Callable[[str], AppTest]) -> Non
     found = draw("![x](http://example.org/a.png) <b>\n:red[x]")
     assert not found.exception
     assert any(r"\!\[x\]\(http" in one.value for one in found.markdown)
+
+
+def app_that_resets(status_file: str, how: str) -> None:
+    import streamlit as st
+
+    import agent.streamlit
+
+    def reset(button: str) -> None:
+        st.session_state.resets = st.session_state.get("resets", 0) + 1
+        if how == "raise":
+            raise KeyError(button)
+        st.rerun()
+
+    agent.streamlit.training_panel(status_file=status_file, socket="/nonexistent/reaper.sock", on_reset=reset)
+
+
+def failing() -> Job[Any]:
+    def fail() -> None:
+        raise KeyError("x")
+
+    one = Job("Cleaning up", fail)
+    assert one.wait(WITHIN_S)
+    return one
+
+
+def test_a_clean_up_that_fails_in_a_way_that_nobody_expected_is_told_of(
+    draw: Callable[[str], AppTest],
+) -> None:
+    found = draw("risk")
+    found.session_state["reaper.job"] = "cleanup", failing()
+    found.run()
+    assert not found.exception
+    assert "Cleaning up has failed" in found.error[0].value
+    assert not button(found, "Cleanup Processes").disabled
+
+
+@pytest.mark.parametrize("how", ["raise", "rerun"])
+def test_an_app_that_comes_to_no_end_of_its_reset_is_drawn_all_the_same(tmp_path: Path, how: str) -> None:
+    path = str(tmp_path / "run.json")
+    StatusFile(path, "risk", "")
+    found = AppTest.from_function(app_that_resets, args=(path, how), default_timeout=WITHIN_S)
+    found.session_state["reaper.job"] = "cleanup", failing()
+    found.run()
+    assert bool(found.exception) == (how == "raise")
+    found.run()
+    assert not found.run().exception
+    assert found.session_state["resets"] == 2
+    assert not button(found, "Cleanup Processes").disabled
+
+
+def page_of_deeds() -> None:
+    from reaperd.ctl.ui import drawing
+
+    drawing.draw_deeds()
+
+
+def test_a_deed_of_the_page_that_fails_in_a_way_that_nobody_expected_is_told_of() -> None:
+    found = AppTest.from_function(page_of_deeds, default_timeout=WITHIN_S)
+    found.session_state["working"] = failing()
+    found.run()
+    assert not found.exception
+    assert "Cleaning up has failed" in found.warning[0].value
+    assert "working" not in found.session_state
 
 
 def test_the_example_draws_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

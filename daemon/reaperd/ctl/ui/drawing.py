@@ -49,10 +49,8 @@ def draw_deeds() -> None:
     """Say what is being done, or what came of it."""
     job: Job[deeds.Outcome] | None = st.session_state.get(_WORKING)
     if job is not None and job.over:
-        try:
-            st.session_state[_SAID] = job.result()
-        except (CommandError, OSError, ValueError) as error:
-            st.session_state[_SAID] = deeds.Outcome(False, f"{str(error)[:1].upper()}{str(error)[1:]}")
+        failed = job.failed_in_words(CommandError, OSError, ValueError)
+        st.session_state[_SAID] = deeds.Outcome(False, failed) if failed else job.result()
         for name in (_LOOKING, _FOUND, _WORKING):
             st.session_state.pop(name, None)
         st.rerun()
