@@ -680,10 +680,14 @@ def test_a_status_file_is_as_true_with_a_daemon_which_ends_it_where_the_run_is_k
     assert json.loads(path.read_text())["state"] == "killed"
 
 
-def test_the_status_file_of_a_command_that_is_not_there_says_that_it_failed(run: str, tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
+def test_the_status_file_of_a_command_that_cannot_be_run_says_that_it_failed(
+    run: str, tmp_path: Path
+) -> None:
+    path, command = tmp_path / "run.json", tmp_path / "command"
+    command.write_text("#!/nonexistent/interpreter\n")
+    command.chmod(0o755)
     done = subprocess.run(
-        [*CTL, "run", f"--status-file={path}", "--", "/nonexistent/command"],
+        [*CTL, "run", f"--status-file={path}", "--", str(command)],
         env=test_environment(run, REAPER_SOCKET=NO_DAEMON),
         capture_output=True,
         text=True,
@@ -692,7 +696,7 @@ def test_the_status_file_of_a_command_that_is_not_there_says_that_it_failed(run:
     )
     assert done.returncode == 127
     found = agent.read_status(path)
-    assert (found.state, found.error) == ("failed", "/nonexistent/command: No such file or directory")
+    assert (found.state, found.error) == ("failed", f"{command}: No such file or directory")
 
 
 def test_a_status_file_that_cannot_be_written_is_a_sentence(run: str) -> None:
