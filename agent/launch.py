@@ -26,6 +26,8 @@ _LONGEST_STEM = 100
 _TAIL_BYTES = 64 * 1024
 _MAX_LAUNCH_BYTES = 16 * 1024 * 1024  # of a command line, execve(2) takes no more than 6 MiB
 _LOOK_S = 0.05
+_ENDED_WITHIN_S = 10.0
+_MOST_WORKERS = 999_999  # as `reaperctl run` has it
 _INTERPRETERS = ("python", "pypy")  # how the names of their files begin
 
 
@@ -47,6 +49,7 @@ class Training(NamedTuple):
     start_ticks: int  # as in /proc/PID/stat: with pid and boot id, it names one process for good
     boot_id: str
     socket: str | None = None  # of the daemon that was asked for; None: the usual one
+    restarts: int = 0  # how often it may be started again
 
     @property
     def supervised(self) -> bool:
@@ -82,10 +85,13 @@ def start_training(
 
     ``name`` is what people see, the script's by default. ``status_file`` is by default one for that name in this user's state
     directory, ``log_file`` the same with ``.log``; both begin anew. ``env`` is added to this process's environment.
-    ``max_workers``, ``restarts`` (on failure, at most so often) and ``isolate`` are as for ``reaperctl run``; ``socket`` as for
-    ``register()``. LaunchError where it cannot be started, or where the one before still runs.
+    ``max_workers`` (1 or more), ``restarts`` (on failure, at most so often) and ``isolate`` are as for ``reaperctl run``;
+    ``socket`` as for ``register()``. LaunchError where it cannot be started, or where the one before still runs; TypeError,
+    ValueError where an argument is none.
     """
     words = _words(command)
+    _check("max_workers", 1 if max_workers is None else max_workers, 1, _MOST_WORKERS)
+    _check("restarts", restarts, 0, wire.MAX_ATTEMPTS - 1)
     name = name or _name_of(words)
     if not 0 < len(name) <= wire.MAX_NAME_CHARS or "\0" in name:
         raise ValueError(f"name: must have 1 to {wire.MAX_NAME_CHARS} characters and no NUL")
@@ -105,14 +111,14 @@ def start_training(
             _refuse_second(path, name)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)  # what it says is of the run before
-            started = _spawn(run, log_path, cwd, env)
-            boot_id = status.read_boot_id()
-            found = Training(name, path, log_path, tuple(words), *started, boot_id, socket)
-            _save(found)
+            with _spawned(run, log_path, cwd, env) as started:
+                boot_id = status.read_boot_id()
+                found = Training(name, path, log_path, tuple(words), *started, boot_id, socket, restarts)
+                _save(found)
             return found
     except OSError as error:
-        where = error.filename if isinstance(error.filename, str) else path
-        raise LaunchError(f"{name} cannot be started: {where}: {error.strerror}") from None
+        place = error.filename if isinstance(error.filename, str) else path
+        raise LaunchError(f"{name} cannot be started: {place}: {error.strerror}") from None
 
 
 def find_training(
@@ -180,6 +186,13 @@ def _words(command: Sequence[str | os.PathLike[str]]) -> list[str]:
     return words
 
 
+def _check(what: str, number: object, least: int, most: int) -> None:
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{what}: must be a whole number, got {number!r:.60}")
+    if not least <= number <= most:
+        raise ValueError(f"{what}: must be {least} to {most}, got {number}")
+
+
 def _name_of(words: list[str]) -> str:
     script = next((word for word in words if word.endswith(".py")), words[0])
     return os.path.basename(script)[: wire.MAX_NAME_CHARS] or "training"
@@ -202,10 +215,11 @@ def _refuse_second(path: str, name: str) -> None:
             raise LaunchError(f"{name} runs already, as pid {running.pid}: stop it first")
 
 
-def _spawn(
+@contextlib.contextmanager
+def _spawned(
     run: list[str], log_path: str, cwd: str | os.PathLike[str] | None, env: Mapping[str, str] | None
-) -> tuple[int, int]:
-    """Start the supervisor and return its pid and start time."""
+) -> Iterator[tuple[int, int]]:
+    """Start the supervisor, give its pid and start time, and end it again where those cannot be kept: nobody would find it."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     # The server may be of a session itself: the training must be no worker of that one.
     with session.Spared(), open(os.open(log_path, flags, 0o600), "wb") as log:
@@ -220,10 +234,23 @@ def _spawn(
             env=environment,
             start_new_session=True,
         )
-        started = process.pid, session.read_start_ticks(process.pid)
-    # A dead child stays in the table until somebody has waited for it.
-    threading.Thread(target=process.wait, name="reaper-wait", daemon=True).start()
-    return started
+    try:
+        yield process.pid, session.read_start_ticks(process.pid)
+    except BaseException:
+        _end(process)
+        raise
+    finally:
+        # A dead child stays in the table until somebody has waited for it; until then, its pid is nobody else's.
+        threading.Thread(target=process.wait, name="reaper-wait", daemon=True).start()
+
+
+def _end(supervisor: subprocess.Popen[bytes]) -> None:
+    """End a supervisor that was just started, with what it may have started by now."""
+    supervisor.terminate()  # it passes that on, and ends what is left
+    try:
+        supervisor.wait(_ENDED_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        supervisor.kill()  # the command is sent SIGTERM then
 
 
 @contextlib.contextmanager
@@ -246,6 +273,12 @@ def _save(training: Training) -> None:
     beside = f"{path}.{os.getpid()}"
     told: dict[str, Any] = training._asdict()
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(beside, flags, 0o600), "wb") as file:
-        file.write(json.dumps(told).encode())
-    os.replace(beside, path)
+    descriptor = os.open(beside, flags, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(json.dumps(told).encode())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise

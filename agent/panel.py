@@ -17,8 +17,9 @@ from agent import client, family, sockets, status, stopping, wire
 from agent.launch import Training
 from agent.status import Status, StatusError
 
-NONE, STARTING = "none", "starting"  # beside the states of a status file
-ACTIVE = (STARTING, status.RUNNING)
+# Beside the states of a status file, which knows of one attempt alone.
+NONE, STARTING, RESTARTING, FINISHING = "none", "starting", "restarting", "finishing"
+ACTIVE = (STARTING, status.RUNNING, RESTARTING, FINISHING)
 STUCK_AFTER_S = 300.0
 _BUSY_PERCENT = 1.0  # of a core: less is no work
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -35,7 +36,9 @@ _REPLACED = re.compile(
 class View(NamedTuple):
     """One training at one moment; None where something is not known."""
 
-    state: str  # as in a status file, "starting", or "none" where no training was started yet
+    # As in a status file; "starting"; "restarting", "finishing" while its supervisor is at it between two attempts or after the
+    # last; "none" where no training was started yet.
+    state: str
     name: str = ""
     pid: int | None = None
     session: str = ""
@@ -121,6 +124,7 @@ def look(training: Training | None, status_file: str | None, socket: str | None,
     )
     if told.state != status.RUNNING:
         return view._replace(
+            state=_after_attempt(training, told),
             error=_cut(told.error or "", status.MAX_ERROR_CHARS),
             elapsed_s=_between(told.started_at, told.ended_at),
         )
@@ -132,6 +136,15 @@ def _begun(training: Training, view: View) -> View:
     if training.supervised:
         return view._replace(state=STARTING)
     return view._replace(state=status.FAILED, error="it ended before it had begun; its log says why")
+
+
+def _after_attempt(training: Training | None, told: Status) -> str:
+    """Return the state of a training whose process has ended: it is over once its supervisor is gone."""
+    if training is None or told.state == status.UNKNOWN or not training.supervised:
+        return told.state
+    # Where it was the last attempt, that is known to the supervisor alone.
+    fails = told.state in (status.FAILED, status.KILLED)
+    return RESTARTING if fails and training.restarts else FINISHING
 
 
 def _running(view: View, told: Status, asked: _Asked, watch: Watch) -> View:

@@ -19,6 +19,10 @@ from agent.status import Status
 GRACE_S = 10.0  # without a daemon: from SIGTERM to SIGKILL
 _WITHIN_S = 60.0  # as `reaperctl stop` has it
 _NOT_KNOWN = ("unknown-session", "ended")  # kinds of refusal: it is no session of that daemon's
+_OWN = (
+    "this training runs inside of this very server, which would end with it: start it with "
+    "agent.streamlit.start_training(), and it can be stopped"
+)
 
 
 class StopError(RuntimeError):
@@ -41,8 +45,9 @@ def stop(
     socket: str | None = None,
     grace_s: float = GRACE_S,
 ) -> Stopped:
-    """End the training of which a status file has ``told`` that it runs, and wait for all that belongs to it, a minute at most.
+    """End the training of which a status file has ``told`` that it runs, and wait for all that belongs to it.
 
+    That takes a minute at most, after 5 s for each daemon that does not answer, and ``grace_s`` where none did.
     ``supervisor`` is the `reaperctl run` that started it, None for none. ``owner`` is the uid whose file has told so, None where
     it is known to be true. StopError: it may not, or cannot, be stopped.
     """
@@ -77,14 +82,47 @@ def stop(
     return Stopped(len(members) - len(left), left, why)
 
 
+def stop_supervisor(told: Status, supervisor: Id, status_file: str) -> Stopped:
+    """End a `reaperctl run` between two attempts, or after the last, and wait for it and what the last has left, a minute at most.
+
+    ``told`` is what the status file at ``status_file`` says of that attempt. StopError: it may not, or cannot, be stopped.
+    """
+    with contextlib.ExitStack() as stack:
+        above = _open(supervisor, stack)
+        if above < 0:
+            raise StopError("the training has just ended by itself")
+        if supervisor[0] == os.getpid() or supervisor[0] in _above(os.getpid()):
+            raise StopError(_OWN)
+        # Else whoever can write beside the status file could have us end what is ours.
+        if not _supervises(supervisor[0], status_file):
+            raise StopError(
+                f"pid {supervisor[0]} is no `reaperctl run` with that status file: it is not believed"
+            )
+        members = family.of_session(told.session, None) if told.session else []
+        handles = {one.pid: _open(one.id, stack) for one in members}
+        _send(above, signal.SIGTERM)
+        until_s = time.monotonic() + _WITHIN_S
+        if not _ended(above, until_s):
+            raise StopError(f"`reaperctl run` was told to stop and has not ended within {_WITHIN_S:g} s")
+        left = tuple(pid for pid, one in handles.items() if not _ended(one, until_s))
+    return Stopped(1 + len(members) - len(left), left, "")
+
+
+def _supervises(pid: int, status_file: str) -> bool:
+    """Say whether a process is a `reaperctl run`, as ``start_training()`` starts it, that writes ``status_file``."""
+    try:
+        words = status.read_text(f"/proc/{pid}/cmdline").split("\0")
+    except OSError:
+        return False
+    ours = words[: words.index("--")] if "--" in words else []
+    return "reaperd.ctl.main" in ours and f"--status-file={status_file}" in ours
+
+
 def _refuse_own(told: Status) -> None:
     """Refuse to end what this process is, or is a part of."""
     own = wire.parse_lineage(os.environ.get(wire.LINEAGE_VARIABLE, ""))
     if told.pid == os.getpid() or (told.session and told.session in own) or told.pid in _above(os.getpid()):
-        raise StopError(
-            "this training runs inside of this very server, which would end with it: start it with "
-            "agent.streamlit.start_training(), and it can be stopped"
-        )
+        raise StopError(_OWN)
 
 
 def _above(pid: int) -> set[int]:

@@ -43,6 +43,8 @@ _BADGES = {
     "none": ("No training yet", "gray", ":material/hourglass_empty:"),
     "starting": ("Starting", "blue", ":material/pending:"),
     "running": ("Running", "green", ":material/play_arrow:"),
+    "restarting": ("Restarting", "blue", ":material/restart_alt:"),
+    "finishing": ("Finishing", "blue", ":material/pending:"),
     "completed": ("Completed", "green", ":material/check:"),
     "failed": ("Failed", "red", ":material/error:"),
     "interrupted": ("Stopped", "orange", ":material/stop:"),
@@ -156,6 +158,12 @@ class _Panel:
             st.error(as_markdown(view.error), icon=":material/error:")
         if view.state == "killed":
             st.warning(panel.killed_in_words(view.told))
+        if view.state == "restarting":
+            st.caption(
+                "Its last attempt has failed. It is started again, unless that was the last it may have."
+            )
+        elif view.state == "finishing":
+            st.caption("It has ended, and what it has left behind is being ended.")
         if view.stuck:
             st.warning(
                 f"It looks stuck: no CPU used and no progress told for {panel.span(view.idle_s)}. "
@@ -214,11 +222,14 @@ class _Panel:
 
         def work() -> Stopped:
             told, owner = view.told, view.owner
-            # It had just been started.
-            if told is None and training is not None and launch.wait_begun(training) is not None:
+            ran = told is not None and told.state == status.RUNNING
+            # It had just been started, or may have been started again.
+            if not ran and training is not None and launch.wait_begun(training) is not None:
                 told, owner = status.read_owned_status(training.status_file)
             if told is None:
                 raise StopError("the training has not begun")
+            if told.state != status.RUNNING and training is not None and above is not None:
+                return stopping.stop_supervisor(told, above, training.status_file)
             return stopping.stop(told, above, owner=owner, socket=socket)
 
         return work

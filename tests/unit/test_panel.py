@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import repeat_until
 
 from agent import launch, panel, session, status, stopping, wire
 from agent.family import Process
@@ -80,6 +81,27 @@ def test_one_whose_process_is_dead_is_killed_whatever_its_file_says(tmp_path: Pa
     path.write_text(json.dumps({**told, "start_ticks": told["start_ticks"] - 1}))
     view = look(None, str(path), NOWHERE, Watch())
     assert (view.state, view.active, view.workers) == ("killed", False, None)
+
+
+@pytest.mark.parametrize(
+    ("state", "restarts", "shown"),
+    [
+        ("failed", 2, "restarting"),
+        ("killed", 2, "restarting"),
+        ("failed", 0, "finishing"),
+        ("completed", 2, "finishing"),
+        ("interrupted", 2, "finishing"),
+    ],
+)
+def test_a_training_is_over_only_once_its_supervisor_is_gone(
+    tmp_path: Path, state: str, restarts: int, shown: str
+) -> None:
+    path = tmp_path / "run.json"
+    status.write_status(str(path), told(os.getpid(), state=state))
+    view = look(training(path, **mine(), restarts=restarts), None, NOWHERE, Watch())
+    assert (view.state, view.active) == (shown, True)
+    view = look(training(path, restarts=restarts), None, NOWHERE, Watch())
+    assert (view.state, view.active) == (state, False)
 
 
 def test_a_file_that_is_none_is_told_of(tmp_path: Path) -> None:
@@ -215,6 +237,30 @@ def test_a_command_is_a_list_of_words(tmp_path: Path) -> None:
         launch.start_training(["true"], name="x" * 201, status_file=tmp_path / "run.json")
 
 
+@pytest.mark.parametrize("limits", [{"restarts": -1}, {"restarts": 1001}, {"max_workers": 0}])
+def test_a_limit_that_is_none_is_refused_before_anything_is_started(
+    tmp_path: Path, limits: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(limits))}: must be . to "):
+        launch.start_training(["true"], status_file=tmp_path / "run.json", **limits)
+    with pytest.raises(TypeError, match="restarts: must be a whole number"):
+        launch.start_training(["true"], status_file=tmp_path / "run.json", restarts=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_could_not_be_found_again_is_ended_before_that_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    Path(launch._launch_file(str(path))).mkdir()  # as on a full disk, nothing can be put there
+    with pytest.raises(LaunchError, match="cannot be started"):
+        launch.start_training(["sleep", "60"], name="risk", status_file=path, socket=NOWHERE)
+    running = []
+    for one in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            running += [one] if str(path).encode() in one.read_bytes() else []
+    assert not running
+    assert {one.name for one in tmp_path.iterdir()} <= {"run.json.launch", "run.json.log", "run.json"}
+
+
 def test_one_that_runs_is_not_started_a_second_time(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     StatusFile(path, "risk", "")
@@ -313,6 +359,48 @@ def test_what_this_process_is_a_worker_of_is_not_stopped(monkeypatch: pytest.Mon
         stopping.stop(told(1, session=id_), socket=NOWHERE)
 
 
+def test_between_two_attempts_the_supervisor_is_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    fails = ["sh", "-c", "exit $(($$ % 100 + 1))"]  # each time otherwise: it is started again and again
+    started = launch.start_training(fails, name="risk", status_file=path, restarts=1000, socket=NOWHERE)
+
+    def restarts() -> bool | None:
+        launch.wait_begun(started, 30)
+        return look(started, None, NOWHERE, Watch()).state == "restarting" or None
+
+    repeat_until(restarts, 30, "it does not fail")
+    found = launch.find_training(status_file=path)
+    assert found == started
+    above = started.pid, started.start_ticks
+    assert stopping.stop_supervisor(status.read_status(path), above, str(path)).left == ()
+    assert not started.supervised
+    assert not look(started, None, NOWHERE, Watch()).active
+
+
+def test_who_supervises_another_training_or_none_is_not_stopped(tmp_path: Path) -> None:
+    path = str(tmp_path / "run.json")
+    with sleeper() as child:
+        ended = told(child.pid, state="failed")
+        with pytest.raises(stopping.StopError, match="not believed"):
+            stopping.stop_supervisor(ended, (child.pid, ended.start_ticks), path)
+        with pytest.raises(stopping.StopError, match="ended by itself"):
+            stopping.stop_supervisor(ended, (child.pid, ended.start_ticks - 1), path)
+        assert child.poll() is None
+    claims = ["reaperd.ctl.main", "--status-file=/other", "--", f"--status-file={path}"]
+    code = "print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *claims], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(stopping.StopError, match="not believed"):
+            stopping.stop_supervisor(ended, (other.pid, session.read_start_ticks(other.pid)), path)
+        assert other.poll() is None
+    above = os.getppid(), session.read_start_ticks(os.getppid())
+    with pytest.raises(stopping.StopError, match="inside of this very server"):
+        stopping.stop_supervisor(ended, above, path)
+
+
 def test_what_has_ended_is_not_stopped() -> None:
     with pytest.raises(stopping.StopError, match="it is killed"):
         stopping.stop(told(1, state="killed"), socket=NOWHERE)
@@ -395,8 +483,12 @@ def test_a_job_goes_on_by_itself_and_gives_its_result_or_its_error() -> None:
     def fail() -> None:
         raise OSError("no")
 
+    failed = Job("Failing", fail)
     with pytest.raises(OSError, match="no"):
-        Job("Failing", fail).result()
+        failed.result()
+    assert failed.failed_in_words(OSError) == "No"
+    assert failed.failed_in_words(ValueError) == "Failing has failed: OSError('no')"
+    assert not job.failed_in_words()
 
 
 def test_the_end_of_a_run_is_written_for_that_run_alone(tmp_path: Path) -> None:

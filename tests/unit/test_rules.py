@@ -51,6 +51,7 @@ SIGNALLERS = {
         "pidfd_send_signal",
         "terminate",
     },  # what this process or its dead child has started, and its own pools
+    "agent.launch": {"terminate", "kill"},  # our own child, not waited for yet
     "agent.stopping": {"pidfd_send_signal"},  # the leader of a status file, and who supervises it
     "agent.training": {"raise_signal"},  # itself, once it is told a second time
     "reaperd.ctl.run": {"pidfd_send_signal", "raise_signal"},  # our own child; itself, to end as that did
