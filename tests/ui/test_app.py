@@ -121,6 +121,30 @@ def test_a_deed_of_the_page_that_fails_in_a_way_that_nobody_expected_is_told_of(
     assert "working" not in found.session_state
 
 
+def page_that_cannot_look() -> None:
+    import typing
+
+    from reaperd.ctl.link import Link
+    from reaperd.ctl.ui import drawing
+    from reaperd.ctl.ui.recorder import Recorder
+
+    class Failing(Recorder):
+        def cleanable(self, *, leftovers: bool) -> tuple[dict[str, typing.Any], str]:
+            raise OSError("*no* more processes")
+
+    drawing.orphans(Failing(Link(["/nonexistent/reaper.sock"], timeout_s=1), 1000))
+
+
+def test_why_the_page_cannot_look_for_orphans_is_plain_text() -> None:
+    found = AppTest.from_function(page_that_cannot_look, default_timeout=WITHIN_S).run()
+
+    def told() -> str | None:
+        return next((one.value for one in found.run().caption if "more processes" in one.value), None)
+
+    assert harness.repeat_until(told, WITHIN_S, "the page says nothing") == r"\*no\* more processes"
+    assert not found.exception
+
+
 def test_the_example_draws_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setenv("REAPER_SOCKET", "/nonexistent/reaper.sock")

@@ -232,6 +232,8 @@ class Answering:
             return {"pid": fields["pid"], "start_ticks": self.pids[fields["pid"]]}
         if self.gone:
             raise NoDaemonError("no daemon answers: /s", "Start one")
+        if op == "stop":
+            return {"session": fields["session"], "after": 4}
         if op == "events":
             found = [one for one in self.events if one["seq"] > fields["after"]]
             return {"events": found, "last": self.events[-1]["seq"] if self.events else 0}
@@ -327,6 +329,23 @@ def test_an_admin_who_is_told_of_everybody_sees_what_is_his_and_nobody_s() -> No
         link.events = [{"seq": 1, "uid": 1000}, {"seq": 2, "uid": 1001}, {"seq": 3, "uid": None}]
         one.look()
         assert [each["seq"] for each in one.events()] == seen
+
+
+@pytest.mark.parametrize(
+    ("result", "good", "said"), [("killed", True, "risk was stopped: "), ("stuck", False, "still there: 7")]
+)
+def test_a_session_that_is_stopped_is_told_of_as_the_daemon_tells_of_its_end(
+    result: str, good: bool, said: str
+) -> None:
+    one, link, _ = recorder()
+    processes = [orphan(7, result=result, signal="SIGTERM")]
+    link.events = [
+        {"seq": 4, "kind": "reaped", "name": "before", "processes": []},
+        {"seq": 5, "kind": "reaped", "name": "risk", "processes": processes},
+    ]
+    outcome = deeds.stop_session(one, "1-2-3-4")
+    assert (outcome.good, said in outcome.text) == (good, True)
+    assert ("stop", {"session": "1-2-3-4"}) in link.told
 
 
 def test_a_daemon_that_went_and_came_back_is_told_of() -> None:

@@ -72,6 +72,10 @@ def test_a_running_one_is_shown_with_its_processes(tmp_path: Path) -> None:
     assert view.cpu_percent is not None
     assert view.elapsed_s is not None
     assert view.workers is not None
+    assert view.owner == os.geteuid()
+    if os.geteuid() == 0:
+        os.chown(path, 12345, 12345)
+        assert look(None, str(path), NOWHERE, Watch()).owner == 12345
 
 
 def test_one_whose_process_is_dead_is_killed_whatever_its_file_says(tmp_path: Path) -> None:
@@ -313,6 +317,9 @@ def test_a_training_is_found_by_its_status_file_until_that_says_nothing(tmp_path
     assert launch.find_training(status_file=path) is None
     launch._save(training(path))
     assert launch.find_training(status_file=path) == training(path)
+    long = training(path)._replace(command=("echo", "x" * 500_000))
+    launch._save(long)
+    assert launch.find_training(status_file=path) == long
     Path(launch._launch_file(str(path))).write_text('{"name": 1}')
     assert launch.find_training(status_file=path) is None
     with pytest.raises(ValueError, match="either"):
