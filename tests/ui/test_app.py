@@ -11,6 +11,7 @@ import harness
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from agent import launch
 from agent.jobs import Job
 from agent.status import StatusFile
 
@@ -50,6 +51,34 @@ def test_a_training_inside_of_the_server_is_not_stopped_and_the_panel_says_why(
     harness.repeat_until(told, WITHIN_S, "the panel says nothing")
     assert "inside of this very server" in found.error[0].value
     assert not found.exception
+
+
+def app_of_training(status_file: str) -> None:
+    import agent.streamlit
+
+    agent.streamlit.training_panel(agent.streamlit.find_training(status_file=status_file))
+
+
+def test_a_training_that_is_between_two_attempts_is_shown_so_and_stopped(tmp_path: Path) -> None:
+    path = str(tmp_path / "run.json")
+    fails = ["sh", "-c", "exit $(($$ % 100 + 1))"]  # each time otherwise: it is started again and again
+    training = launch.start_training(
+        fails, name="risk", status_file=path, restarts=1000, socket="/nonexistent/reaper.sock"
+    )
+    found = AppTest.from_function(app_of_training, args=(path,), default_timeout=WITHIN_S)
+
+    def shown(text: str) -> bool | None:
+        found.run()
+        drawn = [*found.markdown, *found.caption, *found.success, *found.error]
+        return any(text in one.value for one in drawn) or None
+
+    harness.repeat_until(lambda: shown("Restarting"), WITHIN_S, "it does not fail")
+    button(found, "Stop Training").click()
+    harness.repeat_until(lambda: shown("The training was stopped"), WITHIN_S, "it is not stopped")
+    assert not found.exception
+    assert not training.supervised
+    assert not shown("Restarting")
+    assert button(found, "Stop Training").disabled
 
 
 def test_a_hostile_name_is_shown_as_it_is(draw: Callable[[str], AppTest]) -> None:
