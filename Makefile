@@ -59,7 +59,7 @@ RUN ?= $(CURDIR)/build/run
 CONFIG ?= config/reaper.toml
 
 .PHONY: run
-run: $(STAMP) ## run the daemon here, in the foreground, beside any that is installed
+run: $(STAMP) ## run the daemon here, in the foreground, beside any that is installed; CONFIG=my.toml, RUN=/tmp/folder
 	@[ $$(printf %s '$(RUN)/reaper.sock' | wc -c) -le 100 ] || { \
 	    echo 'a socket path may have 107 characters: make run RUN=/tmp/reaper-run' >&2; exit 2; }
 	@mkdir -p '$(RUN)' && chmod 0700 '$(RUN)'

@@ -137,7 +137,8 @@ class Alerts:
         WireError where there is none, or nobody to do it.
         """
         if not self.has_targets:
-            raise wire.WireError("no-alerts", "nobody is to be alerted: [alerts] urls and command are empty")
+            empty = "[alerts] urls and command were empty when the settings were last loaded"
+            raise wire.WireError("no-alerts", f"nobody is to be alerted: {empty}")
         if self.companion.hopeless:
             raise wire.WireError("no-alerts", f"no alert can be sent: {self.companion.hopeless}")
         number = next(self._numbers)
