@@ -66,7 +66,8 @@ class OrphanRequests:
         events = self._core.store.events_about(pid, uid=None if sees_all else peer.uid)
         try:
             told = self._orphans.explain(pid)
-            _is_meant(message, told.suspect.id)
+            if not _is_meant(message, told.suspect.id):
+                raise ProcessGone(str(pid))
         except ProcessGone:
             if not events:
                 nothing = f"there is no process {pid}, and the history does not name it"
@@ -105,8 +106,7 @@ class OrphanRequests:
             uid = pidfd.uid_of(pid, self._core.observer.proc)
         except ProcessGone:
             raise wire.WireError("unknown-process", f"there is no process {pid}") from None
-        meant = wire.integer_field(message, "start_ticks", default=stat.id.start_ticks)
-        if meant != stat.id.start_ticks:
+        if not _is_meant(message, stat.id):
             raise wire.WireError("unknown-process", f"process {pid} has ended, and another one has its pid")
         if not self._may_act(peer, uid, pid):
             raise wire.WireError("not-allowed", "that process is another user's")
@@ -154,10 +154,9 @@ def _pid(peer: Peer, message: dict[str, Any]) -> int:
     return wire.integer_field(message, "pid", least=1)
 
 
-def _is_meant(message: dict[str, Any], found: ProcessId) -> None:
-    """Raise ProcessGone where another process has the pid by now than the one that was asked about."""
-    if wire.integer_field(message, "start_ticks", default=found.start_ticks) != found.start_ticks:
-        raise ProcessGone(str(found.pid))
+def _is_meant(message: dict[str, Any], found: ProcessId) -> bool:
+    """Say whether who has the pid is the process that is asked about, and not one that has got the pid since."""
+    return wire.integer_field(message, "start_ticks", default=found.start_ticks) == found.start_ticks
 
 
 def _first(one: dict[str, Any]) -> ProcessId | None:
