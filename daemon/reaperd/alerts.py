@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from agent import wire
-from reaperd.companion import Companion, python
+from reaperd.companion import Companion
 from reaperd.config import AlertsConfig
+from reaperd.linux.child import python
 from reaperd.poller import Poller
 from reaperd.times import now_utc
 from reaperd.waiters import News

@@ -12,12 +12,11 @@ import logging
 import os
 import select
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from reaperd.linux.child import Child, start_child
+from reaperd.linux.child import Child, inherited, start_child
 from reaperd.linux.exhaustion import reason_of
 from reaperd.poller import Poller
 from reaperd.words import plain
@@ -33,11 +32,6 @@ _TOLD_BURST, _TOLD_EVERY_S = 10.0, 6.0  # lines of its in our log
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 Message = Mapping[str, Any]
-
-
-def python(module: str) -> tuple[str, ...]:
-    """Return the command that runs a module of ours."""
-    return (sys.executable, "-I", "-m", module)
 
 
 class Companion:
@@ -69,7 +63,7 @@ class Companion:
         self._greeting = greeting
         self._on_message = on_message
         self._last_words_s = last_words_s
-        self._variables = ("PATH", "LANG", "PYTHONPATH", "LD_LIBRARY_PATH", *environment)
+        self._variables = tuple(environment)
         self._wanted = False
         self._channel: socket.socket | None = None
         self._child: Child | None = None
@@ -151,7 +145,7 @@ class Companion:
                 # Watched first: a child that cannot be watched would have to be ended at once.
                 self._poller.watch(ours.fileno(), self._note_ready)
                 stack.callback(self._poller.unwatch, ours.fileno())
-                self._child = start_child(arguments, (theirs.fileno(),), self._environment())
+                self._child = start_child(arguments, (theirs.fileno(),), inherited(*self._variables))
             except (OSError, MemoryError) as error:  # processes, descriptors or memory have run out
                 log.warning("cannot start %s: %s, trying again", self.name, reason_of(error))
                 self._restart_later(now_s)
@@ -163,9 +157,6 @@ class Companion:
         self._unread, self._is_ready = b"", False
         for message in self._greeting():
             self.feed(message)
-
-    def _environment(self) -> dict[str, str]:
-        return {name: os.environ[name] for name in self._variables if name in os.environ}
 
     def _leave(self, until_s: float) -> None:
         """Hang up, and let it go on for a while; whoever has ended is waited for when the kernel says so."""

@@ -13,7 +13,6 @@ import select
 import socket
 import stat
 import struct
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 from agent import wire
 from reaperd import gate_frames
 from reaperd.linux import pidfd
-from reaperd.linux.child import Child, start_child
+from reaperd.linux.child import Child, inherited, python, start_child
 from reaperd.poller import Poller
 
 log = logging.getLogger(__name__)
@@ -97,7 +96,7 @@ class GateLink:
                 stack.callback(ours.close)
                 ours.setblocking(False)
                 descriptors = (self._listener.fileno(), theirs.fileno())
-                arguments = [sys.executable, "-I", "-m", "reaperd.gate", *map(str, descriptors), self._path]
+                arguments = [*python("reaperd.gate"), *map(str, descriptors), self._path]
                 # A session of its own: Ctrl-C in a terminal is for the core, which ends the gate by hanging up.
                 self._child = start_child(arguments, descriptors, _ENVIRONMENT)
                 self._poller.watch(ours.fileno(), self._note_ready)
@@ -274,9 +273,6 @@ def _is_socket(descriptor: int) -> bool:
     return False
 
 
-_ENVIRONMENT = {
-    name: os.environ[name] for name in ("PATH", "LANG", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ
-}
 # One heap for libzmq's threads and the gate's own (mallopt(3)): with one for each, what a burst of connections leaves
 # behind comes and goes by more than a MiB.
-_ENVIRONMENT["MALLOC_ARENA_MAX"] = "1"
+_ENVIRONMENT = {**inherited(), "MALLOC_ARENA_MAX": "1"}

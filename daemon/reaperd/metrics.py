@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from reaperd import __version__
-from reaperd.companion import Companion, python
+from reaperd.companion import Companion
 from reaperd.config import Config
 from reaperd.config_values import Address
 from reaperd.counters import Counters
+from reaperd.linux.child import python
 from reaperd.poller import Poller
 from reaperd.sessions import Sessions
 from reaperd.waiters import News

@@ -9,10 +9,25 @@ import contextlib
 import os
 import select
 import signal
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 # Python ignores these; the program may not expect that.
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+# What a Python and its libraries are found by, and nothing else of the daemon's own environment.
+_INHERITED = ("PATH", "LANG", "PYTHONPATH", "LD_LIBRARY_PATH")
+
+
+def python(module: str) -> tuple[str, ...]:
+    """Return the command that runs a module of ours."""
+    return (sys.executable, "-I", "-m", module)
+
+
+def inherited(*more: str) -> dict[str, str]:
+    """Return the environment for a program of ours: what every one needs, and the variables that are named."""
+    return {name: os.environ[name] for name in (*_INHERITED, *more) if name in os.environ}
 
 
 class Child:
