@@ -686,27 +686,13 @@ def test_the_status_file_of_a_command_that_cannot_be_run_says_that_it_failed(
     path, command = tmp_path / "run.json", tmp_path / "command"
     command.write_text("#!/nonexistent/interpreter\n")
     command.chmod(0o755)
-    done = subprocess.run(
-        [*CTL, "run", f"--status-file={path}", "--", str(command)],
-        env=test_environment(run, REAPER_SOCKET=NO_DAEMON),
-        capture_output=True,
-        text=True,
-        timeout=WITHIN_S,
-        check=False,
-    )
+    done = _run_alone(run, f"--status-file={path}", "--", str(command))
     assert done.returncode == 127
     found = agent.read_status(path)
     assert (found.state, found.error) == ("failed", f"{command}: No such file or directory")
 
 
 def test_a_status_file_that_cannot_be_written_is_a_sentence(run: str) -> None:
-    done = subprocess.run(
-        [*CTL, "run", "--status-file=/nonexistent/run.json", "--", "true"],
-        env=test_environment(run, REAPER_SOCKET=NO_DAEMON),
-        capture_output=True,
-        text=True,
-        timeout=WITHIN_S,
-        check=False,
-    )
+    done = _run_alone(run, "--status-file=/nonexistent/run.json", "--", "true")
     assert done.returncode == 1
     assert "cannot write /nonexistent/run.json: No such file or directory" in done.stderr
